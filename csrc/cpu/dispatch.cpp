@@ -1,0 +1,55 @@
+// Picks the ISA. Compiled with baseline flags: this runs before anything is known about the CPU.
+#include "dispatch.h"
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace fusedrnn {
+namespace {
+
+struct Isa {
+  const char* name;
+  bool present;
+  const Kernels& (*kernels)();
+};
+
+std::string names(const Isa* isas, int n, bool only_present) {
+  std::string out;
+  for (int i = 0; i < n; ++i) {
+    if (only_present && !isas[i].present) continue;
+    out += (out.empty() ? "" : ", ") + std::string(isas[i].name);
+  }
+  return out;
+}
+
+}  // namespace
+
+const Kernels& select_kernels(const char* name) {
+  const Isa isas[] = {
+#if defined(FUSEDRNN_X86)
+      // __builtin_cpu_supports asks the operating system too whether it saves the wide registers.
+      {"avx512",
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
+       kernels_avx512},
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), kernels_avx2},
+#endif
+      {"generic", true, kernels_generic},
+  };
+  constexpr int n = sizeof(isas) / sizeof(isas[0]);
+
+  const bool any = !name || !*name;
+  for (const Isa& isa : isas) {
+    if (any ? isa.present : std::strcmp(isa.name, name) == 0) {
+      if (isa.present) return isa.kernels();
+      throw std::runtime_error("FUSEDRNN_ISA=" + std::string(name) +
+                               ": this CPU lacks it. Set FUSEDRNN_ISA to one of " +
+                               names(isas, n, true) + ", or unset it to get the best of them.");
+    }
+  }
+  throw std::runtime_error("FUSEDRNN_ISA=" + std::string(name) + " is not known. Expected one of " +
+                           names(isas, n, false) + "; unset it to get the best that this CPU has.");
+}
+
+}  // namespace fusedrnn

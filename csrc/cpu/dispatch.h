@@ -1,0 +1,18 @@
+// Which ISA's kernels this process runs.
+#pragma once
+
+#include "../sequence.h"
+
+namespace fusedrnn {
+
+const Kernels& kernels_generic();
+#if defined(FUSEDRNN_X86)
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+#endif
+
+// The kernels of the best ISA that this CPU has, or of the one that `name` asks for; throws
+// std::runtime_error if there is no such ISA, or this CPU or build lacks it. Null or "": the best.
+const Kernels& select_kernels(const char* name);
+
+}  // namespace fusedrnn

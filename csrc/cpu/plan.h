@@ -1,0 +1,96 @@
+// Who does what: how a call's directions, batch rows and hidden units are split over threads. Every
+// threshold that depends on the machine stands here.
+#pragma once
+
+#include <unistd.h>
+
+#include "pack.h"
+#include "step.h"
+
+namespace fusedrnn {
+namespace {
+
+// Where one thread works, for the whole call. Threads of one direction form a grid of row shards x
+// unit shards: row shards never wait for each other, unit shards of the same rows meet in a barrier
+// after every step.
+struct Shard {
+  int64_t direction_begin, direction_end;
+  int64_t row_begin, row_end;
+  int64_t block_begin, block_end;
+  int unit_shards;        // threads at the step barrier
+  int row_shard;          // which of its direction's row shards this is
+  int direction_threads;  // threads that share a direction's packed weights
+  int direction_rank;     // this one's number among them
+};
+
+FUSEDRNN_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+FUSEDRNN_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+inline int64_t l2_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return 1 << 20;
+}
+
+struct Shape {
+  int64_t T, B, H, D;
+  int64_t gates;         // G
+  int64_t lanes;         // V
+  int64_t weight_bytes;  // of one direction, packed
+  int max_rows;          // of a tile
+};
+
+// How many of `threads` threads of one direction split rows; the others split units.
+FUSEDRNN_INLINE int row_shards_of(const Shape& s, int threads) {
+  // Rows are split where every thread still gets a full tile (a split of fewer rows would stream the
+  // same weights for less work) and the weights, which each thread then reads whole, fit its L2.
+  const int64_t by_rows = s.weight_bytes <= l2_bytes() ? s.B / s.max_rows : 1;
+  return int(max64(1, min64(threads, by_rows)));
+}
+
+// Threads that pay for themselves, of at most `wanted`.
+FUSEDRNN_INLINE int useful_threads(const Shape& s, int wanted) {
+  // Multiply-adds of one step per thread under which a step barrier costs more than it saves.
+  constexpr int64_t kMinStep = 16 * 1024;
+  // The same for a whole call without barriers: what starting a parallel region costs.
+  constexpr int64_t kMinCall = 256 * 1024;
+  const int64_t step         = s.B * s.H * s.H * s.gates;
+  const int64_t call         = s.D * s.T * step;
+  const int64_t per_step     = s.D * max64(s.B / s.max_rows, max64(1, step / kMinStep));
+  return int(max64(1, min64(wanted, min64(per_step, call / kMinCall))));
+}
+
+FUSEDRNN_INLINE Shard shard_of(const Shape& s, int thread, int threads) {
+  Shard shard{};
+  shard.direction_end = s.D;
+  int rank = thread, size = threads;
+  if (s.D == 2 && threads > 1) {  // the directions never wait for each other
+    const int first           = (threads + 1) / 2;
+    const bool second         = thread >= first;
+    shard.direction_begin     = second;
+    shard.direction_end       = second + 1;
+    rank                      = second ? thread - first : thread;
+    size                      = second ? threads - first : first;
+  }
+  const int64_t blocks    = (s.H + s.lanes - 1) / s.lanes;
+  const int row_shards    = row_shards_of(s, size);
+  shard.unit_shards       = int(min64(size / row_shards, blocks));
+  shard.direction_threads = row_shards * shard.unit_shards;
+  shard.direction_rank    = rank;
+  if (rank >= shard.direction_threads) {  // left over: nothing to do
+    shard.direction_end = shard.direction_begin;
+    return shard;
+  }
+  const int unit    = rank % shard.unit_shards;
+  shard.row_shard   = rank / shard.unit_shards;
+  shard.row_begin   = s.B * shard.row_shard / row_shards;
+  shard.row_end     = s.B * (shard.row_shard + 1) / row_shards;
+  shard.block_begin = blocks * unit / shard.unit_shards;
+  shard.block_end   = blocks * (unit + 1) / shard.unit_shards;
+  return shard;
+}
+
+}  // namespace
+}  // namespace fusedrnn

@@ -1,0 +1,284 @@
+// HOW one time step runs on the CPU: register tiles of M batch rows x P panels (V hidden units each)
+// that hold the recurrent product of all gates in registers and apply the cell there. Not when steps
+// run, nor who runs which: that is scan.h.
+#pragma once
+
+#include "pack.h"
+#include "vec.h"
+
+namespace fusedrnn {
+namespace {
+
+// Rows of the tallest tile whose product has Q vectors per panel row. Chosen for few loads per FMA:
+// 24 accumulators as 6 x 4 (LSTM: one panel of 4 gates; backward and RNN: 4 panels), GRU 8 x 3.
+template <int Q>
+constexpr int kMaxRows = kAccumulators / (Q == 1 ? 4 : Q);
+
+// Panels of the widest tile of M rows: enough independent accumulators to hide the FMA's latency
+// where there are few rows. At most 8, the streams that hardware prefetchers follow.
+template <int Q>
+constexpr int max_panels(int M) {
+  int P = 1;
+  while (2 * P * M * Q <= kAccumulators && P < 8) P *= 2;
+  return P;
+}
+
+// acc[m][p*Q + q] += sum_k a[m*lda + k] panel_p[k][q], k ascending whatever M and P are: a row's bits
+// do not depend on the tile that it falls into.
+template <int M, int P, int Q, class T>
+FUSEDRNN_INLINE void product(Vec<T> (&acc)[M][P * Q], const T* a, int64_t lda, int64_t K,
+                             const T* panels, int64_t panel_size) {
+  constexpr int V = kLanes<T>;
+  for (int64_t k = 0; k < K; ++k) {
+    const T* row = panels + k * Q * V;
+    if constexpr (M <= P * Q) {
+      Vec<T> a_k[M];
+      unroll<M>([&](auto m) FUSEDRNN_LAMBDA { a_k[m] = broadcast(a[m * lda + k]); });
+      unroll<P * Q>([&](auto pq) FUSEDRNN_LAMBDA {
+        const Vec<T> w = load(row + pq / Q * panel_size + pq % Q * V);
+        unroll<M>([&](auto m) FUSEDRNN_LAMBDA { acc[m][pq] = fma(a_k[m], w, acc[m][pq]); });
+      });
+    } else {
+      Vec<T> w[P * Q];
+      unroll<P * Q>([&](auto pq) FUSEDRNN_LAMBDA {
+        w[pq] = load(row + pq / Q * panel_size + pq % Q * V);
+      });
+      unroll<M>([&](auto m) FUSEDRNN_LAMBDA {
+        const Vec<T> a_k = broadcast(a[m * lda + k]);
+        unroll<P * Q>([&](auto pq) FUSEDRNN_LAMBDA { acc[m][pq] = fma(a_k, w[pq], acc[m][pq]); });
+      });
+    }
+  }
+}
+
+// One direction at one time step; a row is one batch element. Strides are in elements per row; gates
+// and extra are dense.
+template <class T>
+struct ForwardStep {
+  int64_t H;
+  bool save;
+  T* gates;         // [B, G*H], overwritten by the activated gates if save
+  T* extra;         // [B, H]: LSTM c (always); GRU a_hn, or null
+  const T* h_prev;  // [B, H]
+  int64_t h_prev_stride;
+  const T* prev;  // [B, H]: LSTM c_prev, GRU h_prev
+  int64_t prev_stride;
+  T* h;  // [B, H]
+  int64_t h_stride;
+  const T* panels;   // pack_forward's
+  const T* gates_h;  // [B, G*H]: the recurrent product, if the caller did it; panels are not read then
+};
+
+// The cell for V units of one row, the recurrent product in registers.
+template <class Cell, class T>
+FUSEDRNN_INLINE void forward_units(const ForwardStep<T>& s, int64_t row, int64_t block,
+                                   const Vec<T>* gates_h) {
+  constexpr int G     = Cell::kGates;
+  const int64_t H     = s.H;
+  const int64_t unit  = block * kLanes<T>;
+  const int lanes     = int(H - unit < kLanes<T> ? H - unit : kLanes<T>);
+  T* const gates      = s.gates + row * G * H + unit;
+  Vec<T> gates_x[G];
+  unroll<G>([&](auto g) FUSEDRNN_LAMBDA { gates_x[g] = load(gates + g * H, lanes); });
+  Vec<T> prev{};
+  if constexpr (Cell::kHasCell || Cell::kPrevIsH) {
+    prev = load(s.prev + row * s.prev_stride + unit, lanes);
+  }
+  const auto out = Cell::forward(gates_x, gates_h, prev);
+  store(s.h + row * s.h_stride + unit, out.h, lanes);
+  if constexpr (Cell::kHasExtra) {
+    if (Cell::kHasCell || s.save) store(s.extra + row * H + unit, out.extra, lanes);
+  }
+  if (s.save) {
+    unroll<G>([&](auto g) FUSEDRNN_LAMBDA { store(gates + g * H, out.gates[g], lanes); });
+  }
+}
+
+template <class Cell, class T, int M, int P>
+void forward_tile(const ForwardStep<T>& s, int64_t row, int64_t block) {
+  constexpr int G          = Cell::kGates;
+  constexpr int V          = kLanes<T>;
+  const int64_t panel_size = forward_panel_size<Cell, T>(s.H);
+  const T* panels          = s.panels + block * panel_size;
+  Vec<T> acc[M][P * G];
+  unroll<P * G>([&](auto pg) FUSEDRNN_LAMBDA {
+    const Vec<T> bias = load(panels + pg / G * panel_size + pg % G * V);
+    unroll<M>([&](auto m) FUSEDRNN_LAMBDA { acc[m][pg] = bias; });
+  });
+  product<M, P, G>(acc, s.h_prev + row * s.h_prev_stride, s.h_prev_stride, s.H, panels + G * V,
+                   panel_size);
+  unroll<M * P>([&](auto mp) FUSEDRNN_LAMBDA {
+    forward_units<Cell, T>(s, row + mp / P, block + mp % P, &acc[mp / P][mp % P * G]);
+  });
+}
+
+// The cell where the caller has done the recurrent product.
+template <class Cell, class T>
+void forward_from_gates_h(const ForwardStep<T>& s, int64_t row, int64_t block) {
+  constexpr int G    = Cell::kGates;
+  const int64_t unit = block * kLanes<T>;
+  const int lanes    = int(s.H - unit < kLanes<T> ? s.H - unit : kLanes<T>);
+  Vec<T> gates_h[G];
+  unroll<G>([&](auto g) FUSEDRNN_LAMBDA {
+    gates_h[g] = load(s.gates_h + row * G * s.H + g * s.H + unit, lanes);
+  });
+  forward_units<Cell, T>(s, row, block, gates_h);
+}
+
+template <class T>
+struct BackwardStep {
+  int64_t H;
+  const T* gates;          // [B, G*H]
+  const T* extra;          // [B, H]: LSTM c, GRU a_hn
+  const T* prev;           // [B, H]: LSTM c_prev, GRU h_prev; dense
+  const T* grad_output;    // [B, H] or null
+  int64_t grad_output_stride;
+  const T* grad_h_n;         // [B, H] or null: added at the first step that runs
+  const T* grad_gates_next;  // [B, E*H] of the step after, or null at the first step that runs
+  T* carry;                  // [B, H]
+  T* grad_gates;             // [B, E*H]
+  T* h;                      // [B, H] or null: LSTM and RNN write this step's h here
+  const T* panels;           // pack_backward's
+};
+
+// The cell's gradient for V units of one row; grad_h is what came through weight_hh.
+template <class Cell, class T>
+FUSEDRNN_INLINE void backward_units(const BackwardStep<T>& s, int64_t row, int64_t block,
+                                    Vec<T> grad_h) {
+  constexpr int G    = Cell::kGates;
+  constexpr int E    = Cell::kGradGates;
+  const int64_t H    = s.H;
+  const int64_t unit = block * kLanes<T>;
+  const int64_t at   = row * H + unit;
+  const int lanes    = int(H - unit < kLanes<T> ? H - unit : kLanes<T>);
+  Vec<T> gates[G];
+  unroll<G>([&](auto g) FUSEDRNN_LAMBDA {
+    gates[g] = load(s.gates + row * G * H + g * H + unit, lanes);
+  });
+  if (s.grad_output) {
+    grad_h = grad_h + load(s.grad_output + row * s.grad_output_stride + unit, lanes);
+  }
+  if (s.grad_h_n) grad_h = grad_h + load(s.grad_h_n + at, lanes);
+  Vec<T> extra{}, prev{}, carry{};
+  if constexpr (Cell::kHasExtra) extra = load(s.extra + at, lanes);
+  if constexpr (Cell::kHasCell || Cell::kPrevIsH) prev = load(s.prev + at, lanes);
+  if constexpr (Cell::kHasCarry) carry = load(s.carry + at, lanes);
+  const auto out = Cell::backward(gates, extra, prev, grad_h, carry);
+  unroll<E>([&](auto e) FUSEDRNN_LAMBDA {
+    store(s.grad_gates + row * E * H + e * H + unit, out.grad_gates[e], lanes);
+  });
+  if constexpr (Cell::kHasCarry) store(s.carry + at, out.carry, lanes);
+  if constexpr (!Cell::kPrevIsH) {
+    if (s.h) store(s.h + at, out.h, lanes);
+  }
+}
+
+template <class Cell, class T, int M, int P>
+void backward_tile(const BackwardStep<T>& s, int64_t row, int64_t block) {
+  Vec<T> acc[M][P] = {};
+  if (s.grad_gates_next) {
+    constexpr int64_t E      = Cell::kGradGates;
+    const int64_t panel_size = backward_panel_size<Cell, T>(s.H);
+    product<M, P, 1>(acc, s.grad_gates_next + row * E * s.H, E * s.H, Cell::kGates * s.H,
+                     s.panels + block * panel_size, panel_size);
+  }
+  // Not unrolled: through memory, the cell's code stands once per tile and not M*P times.
+  Vec<T> grad_h[M * P];
+  unroll<M * P>([&](auto mp) FUSEDRNN_LAMBDA { grad_h[mp] = acc[mp / P][mp % P]; });
+#pragma GCC unroll 1
+  for (int mp = 0; mp < M * P; ++mp) {
+    backward_units<Cell, T>(s, row + mp / P, block + mp % P, grad_h[mp]);
+  }
+}
+
+// GRU: one row's h from its saved gates and h_prev, by the arithmetic of the forward pass.
+template <class Cell, class T>
+void recompute_h(int64_t H, int64_t block_begin, int64_t block_end, const T* gates, const T* h_prev,
+                 T* h) {
+  for (int64_t block = block_begin; block < block_end; ++block) {
+    const int64_t unit = block * kLanes<T>;
+    const int lanes    = int(H - unit < kLanes<T> ? H - unit : kLanes<T>);
+    const Vec<T> z     = load(gates + H + unit, lanes);
+    const Vec<T> n     = load(gates + 2 * H + unit, lanes);
+    store(h + unit, Cell::hidden(z, n, load(h_prev + unit, lanes)), lanes);
+  }
+}
+
+// Tiles by rows and log2 of panels; null where the accumulators would not fit.
+template <class Step>
+using Tile = void (*)(const Step&, int64_t row, int64_t block);
+
+constexpr int kMaxPanelsLog2 = 3;
+
+template <class Cell, class T>
+struct ForwardTiles {
+  using Step             = ForwardStep<T>;
+  static constexpr int Q = Cell::kGates;
+  template <int M, int P>
+  static constexpr Tile<Step> tile = forward_tile<Cell, T, M, P>;
+};
+template <class Cell, class T>
+struct BackwardTiles {
+  using Step             = BackwardStep<T>;
+  static constexpr int Q = 1;
+  template <int M, int P>
+  static constexpr Tile<Step> tile = backward_tile<Cell, T, M, P>;
+};
+
+template <class Tiles, int M, int kLog2 = 0>
+FUSEDRNN_INLINE Tile<typename Tiles::Step> tile_of(int log2_panels) {
+  if constexpr ((1 << kLog2) <= max_panels<Tiles::Q>(M)) {
+    if (log2_panels == kLog2) return Tiles::template tile<M, (1 << kLog2)>;
+    return tile_of<Tiles, M, kLog2 + 1>(log2_panels);
+  } else {
+    return nullptr;
+  }
+}
+template <class Tiles, int M = 1>
+Tile<typename Tiles::Step> tile_of(int rows, int log2_panels) {
+  if constexpr (M <= kMaxRows<Tiles::Q>) {
+    return rows == M ? tile_of<Tiles, M>(log2_panels) : tile_of<Tiles, M + 1>(rows, log2_panels);
+  } else {
+    return nullptr;
+  }
+}
+
+// All units [block_begin, block_end) of rows [row_begin, row_end), in tiles of nearly equal height.
+// `descending` walks the panels from the last to the first: when every second step does, what of the
+// weights does not fit the cache is still half there (1.6x a step at B=1, H=512).
+template <class Tiles>
+void run_tiles(const typename Tiles::Step& step, int64_t row_begin, int64_t row_end,
+               int64_t block_begin, int64_t block_end, bool descending) {
+  const int64_t rows = row_end - row_begin;
+  if (rows <= 0) return;
+  const int64_t tiles = (rows + kMaxRows<Tiles::Q> - 1) / kMaxRows<Tiles::Q>;
+  const int low       = int(rows / tiles);  // `taller` tiles have one row more
+  const int64_t taller = rows % tiles;
+  int log2_panels      = 0;
+  while ((2 << log2_panels) <= max_panels<Tiles::Q>(low + (taller > 0))) ++log2_panels;
+
+  const int64_t blocks = block_end - block_begin;
+  int64_t done         = 0;
+  while (done < blocks) {
+    while ((int64_t(1) << log2_panels) > blocks - done) --log2_panels;
+    const int64_t panels = int64_t(1) << log2_panels;
+    const auto tall_tile = tile_of<Tiles>(low + 1, log2_panels);
+    const auto low_tile  = tile_of<Tiles>(low, log2_panels);
+    for (; done + panels <= blocks; done += panels) {
+      const int64_t block = descending ? block_end - done - panels : block_begin + done;
+      int64_t row         = row_begin;
+      for (int64_t i = 0; i < tiles; ++i) {
+        if (i < taller) {
+          tall_tile(step, row, block);
+          row += low + 1;
+        } else {
+          low_tile(step, row, block);
+          row += low;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fusedrnn

@@ -1,0 +1,211 @@
+// One SIMD vector per translation unit's ISA, on GCC's and Clang's vector extensions: +, -, *, / and
+// comparisons are the compiler's; here stand only the few operations that have no operator. Not a SIMD
+// library: what the kernels do not use is not here.
+//
+// Everything lives in an unnamed namespace: each ISA file compiles its own copy, so that no function
+// built with one file's flags can be linked into another's (a program's "illegal instruction").
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define FUSEDRNN_INLINE inline __attribute__((always_inline))
+#define FUSEDRNN_LAMBDA __attribute__((always_inline))
+
+namespace fusedrnn {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// Accumulators of a register tile: what is left of the register file for one broadcast per row (6) and
+// one weight vector (1) on 32 registers, likewise (3 and 1) on 16.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kAccumulators = 24;
+#else
+constexpr int kAccumulators = 12;
+#endif
+
+template <class T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+template <class T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+
+using Bits32 = Vec<int32_t>;
+using Bits64 = Vec<int64_t>;
+
+// f(0), f(1), ... f(N-1), the index a compile-time constant: unrolled whatever the optimizer thinks,
+// so that arrays indexed by it live in registers.
+template <class F, int... Is>
+FUSEDRNN_INLINE void unroll_impl(std::integer_sequence<int, Is...>, F&& f) {
+  (f(std::integral_constant<int, Is>{}), ...);
+}
+template <int N, class F>
+FUSEDRNN_INLINE void unroll(F&& f) {
+  unroll_impl(std::make_integer_sequence<int, N>{}, f);
+}
+
+template <class T>
+FUSEDRNN_INLINE Vec<T> broadcast(T x) {
+  return x - Vec<T>{};  // x - 0 is x for every x, -0 and NaN included: folded into one broadcast
+}
+
+template <class T>
+FUSEDRNN_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+FUSEDRNN_INLINE void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+// The first n lanes only; the others load as zero and are not touched in memory.
+#if defined(__AVX512F__)
+FUSEDRNN_INLINE Vec<float> load_first(const float* p, int n) {
+  return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+}
+FUSEDRNN_INLINE Vec<double> load_first(const double* p, int n) {
+  return (Vec<double>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+}
+FUSEDRNN_INLINE void store_first(float* p, Vec<float> v, int n) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+}
+FUSEDRNN_INLINE void store_first(double* p, Vec<double> v, int n) {
+  _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
+}
+#else
+template <class T>
+FUSEDRNN_INLINE Vec<T> load_first(const T* p, int n) {
+  Vec<T> v{};
+  for (int i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+}
+template <class T>
+FUSEDRNN_INLINE void store_first(T* p, Vec<T> v, int n) {
+  for (int i = 0; i < n; ++i) p[i] = v[i];
+}
+#endif
+
+// n lanes, where n is usually all of them: the masked form costs store forwarding.
+template <class T>
+FUSEDRNN_INLINE Vec<T> load(const T* p, int n) {
+  return n == kLanes<T> ? load(p) : load_first(p, n);
+}
+template <class T>
+FUSEDRNN_INLINE void store(T* p, Vec<T> v, int n) {
+  n == kLanes<T> ? store(p, v) : store_first(p, v, n);
+}
+
+// a*b + c with one rounding where the ISA has it. Explicit, and contraction is off (CMakeLists.txt):
+// the compiler must not choose, differently from one tile shape to the next, which product of a sum to
+// fuse, or results would depend on how rows fall into tiles.
+#if defined(__AVX512F__)
+FUSEDRNN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+FUSEDRNN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#elif defined(__AVX2__)
+FUSEDRNN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+FUSEDRNN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+#elif defined(__aarch64__)
+FUSEDRNN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+FUSEDRNN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+}
+#else
+template <class V>
+FUSEDRNN_INLINE V fma(V a, V b, V c) {
+  return a * b + c;
+}
+#endif
+
+// 1 / x to 14 bits at least, and exactly where x is a power of two, for math.h's quotient to refine.
+#if defined(__AVX512F__)
+FUSEDRNN_INLINE Vec<float> approximate_reciprocal(Vec<float> x) {
+  // The masked form, all lanes: the plain one's header in gcc 12 warns of its own undefined value.
+  return (Vec<float>)_mm512_maskz_rcp14_ps(__mmask16(0xffff), (__m512)x);
+}
+#else
+FUSEDRNN_INLINE Vec<float> approximate_reciprocal(Vec<float> x) { return 1 / x; }
+#endif
+FUSEDRNN_INLINE Vec<double> approximate_reciprocal(Vec<double> x) { return 1 / x; }
+
+#if !defined(__AVX512F__) && !defined(__AVX2__) && !defined(__aarch64__)
+// Without a fused multiply-add, math.h's quotient would correct with remainders that are themselves
+// rounded: the type above does it instead, and double (bounded by 4 ULP, not 2) does without.
+FUSEDRNN_INLINE Vec<float> quotient(Vec<float> numerator, Vec<float> d, Vec<float> d_error) {
+  typedef double Wide __attribute__((vector_size(2 * kVectorBytes)));
+  const Wide exact_d = __builtin_convertvector(d, Wide) + __builtin_convertvector(d_error, Wide);
+  return __builtin_convertvector(__builtin_convertvector(numerator, Wide) / exact_d, Vec<float>);
+}
+FUSEDRNN_INLINE Vec<double> quotient(Vec<double> numerator, Vec<double> d, Vec<double>) {
+  return numerator / d;
+}
+#endif
+
+// The names that cells/math.h uses for "a number, or a vector of them".
+FUSEDRNN_INLINE Bits32 to_bits(Vec<float> v) { return (Bits32)v; }
+FUSEDRNN_INLINE Bits64 to_bits(Vec<double> v) { return (Bits64)v; }
+FUSEDRNN_INLINE Vec<float> from_bits(Bits32 v) { return (Vec<float>)v; }
+FUSEDRNN_INLINE Vec<double> from_bits(Bits64 v) { return (Vec<double>)v; }
+
+// Denormal operands and results count as zero while this lives, in this thread: a state that decays
+// would otherwise run the recurrence many times slower. Only for float: double is for checking.
+template <class T>
+class FlushDenormals {
+ public:
+#if defined(__x86_64__)
+  FlushDenormals() : saved_(_mm_getcsr()) {
+    if (std::is_same<T, float>::value) _mm_setcsr(saved_ | 0x8040);  // FTZ and DAZ
+  }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  FlushDenormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    if (std::is_same<T, float>::value) asm volatile("msr fpcr, %0" ::"r"(saved_ | (1ull << 24)));
+  }
+  ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
+
+ private:
+  uint64_t saved_;
+#else
+  FlushDenormals() {}
+  ~FlushDenormals() {}
+#endif
+  FlushDenormals(const FlushDenormals&) = delete;
+  FlushDenormals& operator=(const FlushDenormals&) = delete;
+};
+
+}  // namespace
+}  // namespace fusedrnn

@@ -1,0 +1,88 @@
+// The contract between fusedrnn/ops.py and the kernels: every pointer's shape, lifetime and aliasing,
+// once. Plain data only: no torch, no Python, no STL.
+//
+// Legend, used in every comment below csrc/:
+//   T time steps, B batch, H hidden units, D directions (1 or 2),
+//   G gates of a cell (LSTM 4, GRU 3, RNN 1), E gradient rows of a cell (LSTM 4, GRU 4, RNN 1).
+//
+// All arrays are dense and row-major in the order given, of one dtype (float or double), and live in
+// the caller's memory until the call returns; unless said otherwise no two of them overlap. Direction
+// d = 0 runs from t = 0 upwards, d = 1 from t = T-1 downwards; "the step before t" is meant in the
+// direction's own order. The kernels read no shape but these numbers: checking is the caller's.
+#pragma once
+
+#include <cstdint>
+
+namespace fusedrnn {
+
+// Order as in fusedrnn/ops.py and in kernel tables.
+enum Cell { kLstm, kGru, kRnnTanh, kRnnRelu, kNumCells };
+
+template <class scalar_t>
+struct ForwardArgs {
+  int64_t T, B, H, D;
+  int num_threads;  // at most; fewer run where the work does not pay for them
+
+  // In: the input projection with bias_ih, gates_x. Out, if save: the activated gates (LSTM i f g o,
+  // GRU r z n, RNN h), in place; otherwise unchanged.
+  scalar_t* gates;  // [D, T, B, G*H]
+  // Out, if save: LSTM c, GRU a_hn (the recurrent part of n before the reset gate). RNN: not used.
+  scalar_t* extra;  // [D, T, B, H]
+  bool save;        // whether a backward pass will follow
+
+  // The recurrent weights of each direction; bias_hh may be null. Not read if T == 1.
+  const scalar_t* weight_hh[2];  // [G*H, H]
+  const scalar_t* bias_hh[2];    // [G*H]
+  // Read only if T == 1, where packing weights would cost more than the product itself, so that the
+  // caller does it: h0 weight_hh^T + bias_hh.
+  const scalar_t* gates_h;  // [D, B, G*H]
+
+  const scalar_t* h0;  // [D, B, H]
+  const scalar_t* c0;  // [D, B, H], LSTM only
+
+  scalar_t* output;  // [T, B, D*H], direction d at column d*H
+  scalar_t* h_n;     // [D, B, H]
+  scalar_t* c_n;     // [D, B, H], LSTM only; working memory until the call returns
+};
+
+template <class scalar_t>
+struct BackwardArgs {
+  int64_t T, B, H, D;
+  int num_threads;
+
+  const scalar_t* gates;         // [D, T, B, G*H], as ForwardArgs left it
+  const scalar_t* extra;         // [D, T, B, H], as ForwardArgs left it
+  const scalar_t* weight_hh[2];  // [G*H, H]; not read if T == 1
+  const scalar_t* h0;            // [D, B, H]
+  const scalar_t* c0;            // [D, B, H], LSTM only
+
+  const scalar_t* grad_output;  // [T, B, D*H], or null for zero
+  const scalar_t* grad_h_n;     // [D, B, H], or null for zero
+
+  // In: LSTM grad_c_n, GRU zero. Out: LSTM grad_c0; GRU the part of grad_h0 that does not pass
+  // through weight_hh. The caller adds grad_gates_h[first step] weight_hh to get grad_h0. RNN: not used.
+  scalar_t* carry;  // [D, B, H]
+
+  // Out: gradients of the pre-activations. LSTM (i, f, g, o) and RNN: of gates_x and gates_h alike.
+  // GRU: (n_h, r, z, n_x): the first 3H columns are the gradient of gates_h, its n part first; the
+  // last 3H that of gates_x, in torch's order.
+  scalar_t* grad_gates;  // [D, T, B, E*H]
+  // Out: h of the step before each t, h0 before the first: what grad_weight_hh is the product with.
+  // May be null (not wanted) for LSTM and RNN.
+  scalar_t* h_prev;  // [D, T, B, H]
+};
+
+// One ISA's kernels. Each returns false when its scratch memory could not be had, having done nothing.
+template <class scalar_t>
+struct KernelsOf {
+  bool (*forward[kNumCells])(const ForwardArgs<scalar_t>&);
+  bool (*backward[kNumCells])(const BackwardArgs<scalar_t>&);
+};
+
+struct Kernels {
+  const char* isa;
+  KernelsOf<float> f32;
+  KernelsOf<double> f64;
+};
+
+}  // namespace fusedrnn

@@ -1,0 +1,30 @@
+"""Fused LSTM, GRU and RNN for PyTorch: drop-in modules over hand-written kernels.
+
+`replace(model)` swaps the recurrent modules inside a model; LSTM, GRU, RNN, LSTMCell, GRUCell and RNNCell
+are the modules themselves, with torch.nn's signatures and results.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from fusedrnn import functional
+from fusedrnn.convert import replace, restore
+from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from fusedrnn.ops import isa
+
+try:
+    __version__ = version("fusedrnn")  # pyproject.toml has it, and only it
+except PackageNotFoundError:  # on sys.path, but not installed
+    __version__ = "unknown"
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "functional",
+    "isa",
+    "replace",
+    "restore",
+]

@@ -1,0 +1,308 @@
+"""One layer of LSTM, GRU or RNN as a differentiable function, and the autograd Functions under it.
+
+Shapes, for one layer with D directions: input [T, B, I] of any strides, h0 and c0 [D, B, H] (expanded
+ones too), output [T, B, D*H]. `weights` holds four entries per direction: weight_ih [G*H, I], weight_hh
+[G*H, H], bias_ih and bias_hh [G*H] or None. G is 4 for LSTM (gate order i, f, g, o), 3 for GRU (r, z,
+n), 1 for RNN. Definitions, and their sources, are torch.nn's: see reference.py.
+
+float32 and float64 on the CPU run in the kernels, first derivatives included. Whatever else torch can
+do with such a function (other dtypes and devices, double backward, forward mode, torch.func) is
+computed by reference.py, and counted: `ops.counts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fusedrnn import ops, reference
+from fusedrnn.ops import supported
+from fusedrnn.reference import Weights
+
+__all__ = [
+    "GRUFunction",
+    "LSTMFunction",
+    "RNNFunction",
+    "gru",
+    "gru_cell",
+    "lstm",
+    "lstm_cell",
+    "rnn",
+    "rnn_cell",
+    "supported",
+]
+
+
+def lstm(input: Tensor, h0: Tensor, c0: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+    """One LSTM layer: (output [T, B, D*H], h_n [D, B, H], c_n [D, B, H]).
+
+    Raises RuntimeError where a shape does not fit.
+    """
+    return _layer("lstm", input, (h0, c0), weights)  # type: ignore[return-value]
+
+
+def gru(input: Tensor, h0: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+    """One GRU layer: (output [T, B, D*H], h_n [D, B, H]).
+
+    Raises RuntimeError where a shape does not fit.
+    """
+    return _layer("gru", input, (h0,), weights)  # type: ignore[return-value]
+
+
+def rnn(
+    input: Tensor, h0: Tensor, weights: Weights, nonlinearity: str = "tanh"
+) -> tuple[Tensor, Tensor]:
+    """One vanilla RNN layer, nonlinearity "tanh" or "relu": (output [T, B, D*H], h_n [D, B, H]).
+
+    Raises RuntimeError where a shape does not fit, ValueError for another nonlinearity.
+    """
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+    return _layer(f"rnn_{nonlinearity}", input, (h0,), weights)  # type: ignore[return-value]
+
+
+def lstm_cell(
+    input: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One step: input [B, I], h and c [B, H]; returns the new h and c, [B, H]."""
+    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
+    _, h_n, c_n = lstm(input.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0), weights)
+    return h_n.squeeze(0), c_n.squeeze(0)
+
+
+def gru_cell(
+    input: Tensor,
+    h: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+) -> Tensor:
+    """One step: input [B, I], h [B, H]; returns the new h, [B, H]."""
+    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
+    return gru(input.unsqueeze(0), h.unsqueeze(0), weights)[1].squeeze(0)
+
+
+def rnn_cell(
+    input: Tensor,
+    h: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    nonlinearity: str = "tanh",
+) -> Tensor:
+    """One step: input [B, I], h [B, H]; returns the new h, [B, H]."""
+    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
+    return rnn(input.unsqueeze(0), h.unsqueeze(0), weights, nonlinearity)[1].squeeze(0)
+
+
+def _layer(
+    cell: str, input: Tensor, initial: tuple[Tensor, ...], weights: Weights
+) -> tuple[Tensor, ...]:
+    ops.check_layer(cell, input, initial, weights)
+    if not supported(input, *initial, *weights):
+        ops.count("reference")
+        return reference.scan(cell, input, initial, weights)
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (input, *initial, *weights)
+    ):
+        return _FUNCTIONS[cell].apply(cell, input, *initial, *weights)  # type: ignore[no-any-return]
+    return ops.forward(cell, input, initial, weights, save=False)[0]
+
+
+class _SequenceFunction(Function):
+    """What the three Functions share. Inputs: cell, input, h0, [c0,] *weights.
+
+    The input projection is inside, not before it: so the pre-activations' memory is reused for the
+    gates that backward needs, and double backward has everything it starts from.
+    """
+
+    states = 1  # tensors of recurrent state: h, or h and c
+
+    @classmethod
+    def _unpack(cls, tensors: Sequence[Any]) -> tuple[Tensor, tuple[Tensor, ...], tuple[Any, ...]]:
+        """(input, initial, weights) of the tensors behind `cell`."""
+        return tensors[0], tuple(tensors[1 : 1 + cls.states]), tuple(tensors[1 + cls.states :])
+
+    @classmethod
+    def _forward(cls, ctx: Any, cell: str, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        results, saved = ops.forward(cell, *cls._unpack(tensors), save=True)
+        ctx.cell = cell
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, saved.gates, saved.extra)
+        return results
+
+    @classmethod
+    def _backward(cls, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, gates, extra = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:]
+        if all(g is None for g in grads):
+            return (None,) * (1 + len(tensors))
+        given = [g for g in grads if g is not None]
+        if torch.is_grad_enabled() or not supported(given[0], *given[1:]):
+            return None, *cls._reference_backward(ctx.cell, tensors, grads, needed)
+        saved = ops.Saved(gates, extra)
+        return None, *_kernel_backward(ctx.cell, *cls._unpack(tensors), saved, grads, needed)
+
+    @classmethod
+    def _reference_backward(
+        cls,
+        cell: str,
+        tensors: Sequence[Tensor | None],
+        grads: Sequence[Tensor | None],
+        needed: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """The gradients as differentiable functions of everything they depend on."""
+        ops.count("reference")
+        differentiable = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Views, so that a tensor passed twice (h0 as c0, say) is two inputs here.
+            inputs = [t if t is None else t.view_as(t) for t in tensors]
+            if not differentiable:
+                inputs = [
+                    t if t is None else t.detach().requires_grad_(n)
+                    for t, n in zip(inputs, needed, strict=True)
+                ]
+            results = reference.scan(cell, *cls._unpack(inputs))
+            wanted = [t for t, n in zip(inputs, needed, strict=True) if n and t is not None]
+            pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
+            found = iter(
+                torch.autograd.grad(
+                    [r for r, _ in pairs],
+                    wanted,
+                    [g for _, g in pairs],
+                    create_graph=differentiable,
+                    allow_unused=True,
+                )
+            )
+        return [
+            next(found) if n and t is not None else None
+            for t, n in zip(tensors, needed, strict=True)
+        ]
+
+
+class LSTMFunction(_SequenceFunction):
+    """apply("lstm", input, h0, c0, *weights) -> (output, h_n, c_n)."""
+
+    states = 2
+
+    @staticmethod
+    def forward(ctx: Any, cell: str, *tensors: Tensor | None) -> Any:
+        return LSTMFunction._forward(ctx, cell, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return LSTMFunction._backward(ctx, *grads)
+
+
+class GRUFunction(_SequenceFunction):
+    """apply("gru", input, h0, *weights) -> (output, h_n)."""
+
+    @staticmethod
+    def forward(ctx: Any, cell: str, *tensors: Tensor | None) -> Any:
+        return GRUFunction._forward(ctx, cell, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return GRUFunction._backward(ctx, *grads)
+
+
+class RNNFunction(_SequenceFunction):
+    """apply("rnn_tanh" or "rnn_relu", input, h0, *weights) -> (output, h_n)."""
+
+    @staticmethod
+    def forward(ctx: Any, cell: str, *tensors: Tensor | None) -> Any:
+        return RNNFunction._forward(ctx, cell, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return RNNFunction._backward(ctx, *grads)
+
+
+_FUNCTIONS: dict[str, type[_SequenceFunction]] = {
+    "lstm": LSTMFunction,
+    "gru": GRUFunction,
+    "rnn_tanh": RNNFunction,
+    "rnn_relu": RNNFunction,
+}
+
+
+def _kernel_backward(
+    cell: str,
+    input: Tensor,
+    initial: tuple[Tensor, ...],
+    weights: Sequence[Any],
+    saved: ops.Saved,
+    grads: Sequence[Tensor | None],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of input, initial states and weights: the kernel's recurrence, then one GEMM each."""
+    spec = ops.CELLS[cell]
+    need_input, need_h0 = needed[0], needed[1]
+    need_weights = needed[1 + len(initial) :]
+    weights_hh = weights[1::4]
+    result = ops.backward(
+        cell, saved, initial, weights_hh, grads[0], grads[1:], any(need_weights[1::4])
+    )
+    steps, batch, features = input.shape
+    hidden = initial[0].shape[2]
+    input_rows = input.flatten(0, 1)
+
+    grad_input = input.new_empty(steps * batch, features) if need_input else None
+    grad_h0 = initial[0].new_zeros(initial[0].shape) if need_h0 else None
+    if grad_h0 is not None and cell == "gru":
+        grad_h0 = result.carry
+    grad_weights: list[Tensor | None] = [None] * len(weights)
+    for d in range(len(weights) // 4):
+        grad_gates = result.grad_gates[d]  # [T, B, E*H]
+        rows = grad_gates.flatten(0, 1)
+        of_input = rows[:, spec.first_input_block * hidden :]  # [T*B, G*H]
+        recurrent = [  # columns of grad_gates, and the rows of weight_hh that they belong to
+            (slice(e * hidden, (e + n) * hidden), slice(g * hidden, (g + n) * hidden))
+            for e, g, n in spec.recurrent_blocks
+        ]
+        if grad_input is not None:
+            # beta=0 writes, beta=1 adds the second direction's share
+            torch.addmm(grad_input, of_input, weights[4 * d], beta=int(d > 0), out=grad_input)
+        if grad_h0 is not None:
+            first_step = grad_gates[0 if d == 0 else -1]
+            for columns, weight_rows in recurrent:
+                grad_h0[d].addmm_(first_step[:, columns], weights_hh[d][weight_rows])
+        need_weight_ih, need_weight_hh, need_bias_ih, need_bias_hh = need_weights[
+            4 * d : 4 * d + 4
+        ]
+        if need_weight_ih:
+            grad_weights[4 * d] = of_input.t() @ input_rows
+        if need_weight_hh:
+            assert result.h_prev is not None
+            h_prev_rows = result.h_prev[d].flatten(0, 1)
+            grad_weight_hh = torch.empty_like(weights_hh[d], memory_format=torch.contiguous_format)
+            for columns, weight_rows in recurrent:
+                torch.mm(rows[:, columns].t(), h_prev_rows, out=grad_weight_hh[weight_rows])
+            grad_weights[4 * d + 1] = grad_weight_hh
+        if need_bias_ih or need_bias_hh:
+            grad_bias = rows.sum(0)
+            if need_bias_ih:
+                grad_weights[4 * d + 2] = grad_bias[spec.first_input_block * hidden :]
+            if need_bias_hh:
+                parts = [grad_bias[columns] for columns, _ in recurrent]
+                grad_weights[4 * d + 3] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    grad_states: list[Tensor | None] = [grad_h0]
+    if spec.has_cell_state:
+        grad_states.append(result.carry if needed[2] else None)
+    return [
+        None if grad_input is None else grad_input.view(input.shape),
+        *grad_states,
+        *grad_weights,
+    ]

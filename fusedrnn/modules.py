@@ -1,0 +1,385 @@
+"""The modules: torch.nn's LSTM, GRU, RNN and their cells with another forward.
+
+Constructor, parameters, state_dict, repr and pickling are torch's own. What is here is the walk
+over layers and directions, dropout between layers, and the choice between the kernels and torch's
+own implementation, which takes every call that the kernels do not: PackedSequence, proj_size, other
+dtypes and devices, autocast, tracing, export, and every wrong call, so that each error is torch's.
+There is no math here; that begins in functional.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import is_
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+)
+from torch._compile import _disable_dynamo
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling, is_exporting
+from torch.nn.utils.rnn import PackedSequence
+
+from . import functional, ops
+from .functional import supported
+
+States = Sequence[Tensor]  # (h,) or, for LSTM, (h, c)
+
+
+def _unobserved() -> bool:
+    """Nobody rewrites or records torch's operations: what the kernels do inside would be missed."""
+    return not (_is_any_autocast_enabled() or _get_tracing_state() or _len_torch_dispatch_stack())
+
+
+def _computable(input: Any, *tensors: Tensor | None) -> bool:
+    """Whether functional.py is to take the call rather than torch's own implementation."""
+    if not isinstance(input, Tensor):
+        return False
+    if supported(input, *tensors):
+        return _unobserved()
+    # Under torch.func and forward-mode AD functional.py computes by the reference, in operations
+    # that have the rules that torch's fused ones lack.
+    return (
+        (_are_functorch_transforms_active() or forward_ad._current_level >= 0)
+        and not _is_any_autocast_enabled()
+        and all(t is None or t.dtype == input.dtype for t in tensors)
+    )
+
+
+class _Fused:
+    """What all six modules share: the way back to torch.nn."""
+
+    _torch_class: ClassVar[Any]  # the class of torch.nn that this one stands for
+
+    def _torch_forward(self, input: Any, hx: Any) -> Any:
+        """The call by torch's own implementation, with torch's own errors."""
+        try:
+            result = self._torch_class.forward(self, input, hx)
+        except RuntimeError as error:
+            # torch names the dtypes only on some of its paths.
+            states = hx if isinstance(hx, (tuple, list)) else (hx,)
+            dtypes = {
+                "input": {input.data.dtype},
+                "hx": {s.dtype for s in states if isinstance(s, Tensor)},
+                "weights": {p.dtype for p in self.parameters()},  # type: ignore[attr-defined]
+            }
+            if len(set().union(*dtypes.values())) == 1 or _is_any_autocast_enabled():
+                raise
+            got = "; ".join(f"{name} {', '.join(map(str, d))}" for name, d in dtypes.items() if d)
+            raise RuntimeError(
+                f"input, hx and weights must be of one dtype, got: {got}. "
+                f"Convert with .to(dtype). ({error})"
+            ) from error
+        ops.count("torch")
+        return result
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        # torch.jit.script asks for this: it cannot compile our forward, but it can torch's. The
+        # module that it compiles shares the parameters; torch puts it in this one's place.
+        module = self._torch_class.__new__(self._torch_class)
+        module.__dict__.update(self.__dict__)
+        return module  # type: ignore[no-any-return]
+
+
+@_disable_dynamo
+def _outside_graph(forward: Callable[..., Any], *args: Any) -> Any:
+    """forward(*args) outside the graph that torch.compile is building, hence by the kernels.
+
+    torch's own implementation inside a compiled graph drops the dropout between layers.
+    """
+    return forward(*args)
+
+
+class _Layers(_Fused, nn.RNNBase):
+    """What LSTM, GRU and RNN share: layers x directions over functional.lstm, gru or rnn."""
+
+    def _layer(self, input: Tensor, states: States, weights: Sequence[Tensor | None]) -> Any:
+        """One layer, all its directions, time-major: (output, *final states)."""
+        raise NotImplementedError
+
+    def _compiling(self, forward: Callable[..., Any], input: Any, hx: Any) -> Any:
+        # An exported program keeps torch's own operation, as that of a torch.nn module does.
+        if is_exporting():
+            return self._torch_class.forward(self, input, hx)
+        return _outside_graph(forward, self, input, hx)
+
+    def _kernels(self, input: Any, states: States) -> list[Tensor] | None:
+        """[output, *final states], or None where the call is torch's. No states: zeros."""
+        weights = self._flat_weights
+        # torch's check goes through nn.Module.__getattr__: 8 us a call where this takes 0.6.
+        # Whatever differs here (functional_call, parametrizations, pruning, ...) is left to it.
+        if not all(map(is_, map(self._parameters.get, self._flat_weights_names), weights)):
+            self._update_flat_weights()
+            weights = self._flat_weights
+        num_layers, hidden_size = self.num_layers, self.hidden_size
+        num_directions = 2 if self.bidirectional else 1
+        per_layer = 4 * num_directions
+        if not (
+            _computable(input, *states, *weights)
+            and len(weights) == num_layers * (per_layer if self.bias else per_layer // 2)
+        ):
+            return None
+
+        batched = input.dim() == 3
+        if not batched:
+            if input.dim() != 2:
+                return None
+            input = input.unsqueeze(1)
+            states = [s.unsqueeze(1) for s in states]
+        elif self.batch_first:
+            input = input.transpose(0, 1)
+        seq_len, batch, input_size = input.shape
+        if seq_len == 0 or input_size != self.input_size:
+            return None
+        expected = (num_layers * num_directions, batch, hidden_size)
+        for state in states:
+            if state.shape != expected:
+                return None
+
+        if not self.bias:
+            pairs = zip(weights[::2], weights[1::2], strict=True)
+            weights = [w for pair in pairs for w in (*pair, None, None)]
+        # Without states, one layer's zeros serve every layer, and LSTM's c0 too.
+        zeros = () if states else (input.new_zeros(num_directions, batch, hidden_size),) * 2
+        if num_layers == 1:
+            input, *final = self._layer(input, zeros or states, weights)
+        else:
+            dropout = self.dropout if self.training else 0.0
+            finals = []
+            for layer in range(num_layers):
+                if layer and dropout:
+                    # torch's layout and call, hence its bits for the same seed.
+                    input = torch.dropout(input, dropout, True)
+                start = layer * num_directions
+                input, *final = self._layer(
+                    input,
+                    zeros or [s[start : start + num_directions] for s in states],
+                    weights[layer * per_layer : (layer + 1) * per_layer],
+                )
+                finals.append(final)
+            final = [torch.cat(f) for f in zip(*finals, strict=True)]
+        if not batched:
+            return [input.squeeze(1), *(f.squeeze(1) for f in final)]
+        return [input.transpose(0, 1) if self.batch_first else input, *final]
+
+
+class LSTM(_Layers):
+    """torch.nn.LSTM: same constructor, parameters, initial weights, results and errors.
+
+    LSTM(input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
+    bidirectional=False, proj_size=0, device=None, dtype=None)
+
+    forward(input, hx=None) -> (output, (h_n, c_n)), with D = 2 if bidirectional else 1:
+        input   [T, B, input_size], or [B, T, input_size] with batch_first, or [T, input_size], or
+                a PackedSequence
+        hx      (h_0, c_0), each [D * num_layers, B, hidden_size] (no B with a 2-D input) and of the
+                input's dtype and device; zeros if None
+        output  [T, B, D * hidden_size], h_n and c_n as h_0 and c_0
+
+    The kernels take float32 and float64 on the CPU without proj_size, and torch's own
+    implementation the rest. Raises what torch.nn.LSTM raises: ValueError for an input that is
+    neither 2-D nor 3-D or not of the weights' dtype, RuntimeError for a wrong size or dtype of hx.
+    It is no torch.nn.LSTM for isinstance, but a torch.nn.RNNBase.
+    """
+
+    _torch_class = nn.LSTM
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, tuple[Tensor, Tensor]]:
+        if is_compiling():
+            return self._compiling(LSTM.forward, input, hx)  # type: ignore[no-any-return]
+        if hx is None or (isinstance(hx, (tuple, list)) and len(hx) == 2):
+            result = self._kernels(input, hx or ())
+            if result is not None:
+                output, h_n, c_n = result
+                return output, (h_n, c_n)
+        return self._torch_forward(input, hx)  # type: ignore[no-any-return]
+
+    def _torch_forward(self, input: Any, hx: Any) -> Any:
+        if isinstance(input, PackedSequence):
+            # torch.nn.LSTM checks nothing here, and may compute something from wrong sizes.
+            self.check_input(input.data, input.batch_sizes)
+            if hx is not None:
+                self.check_forward_args(input.data, hx, input.batch_sizes)  # type: ignore[misc]
+        return super()._torch_forward(input, hx)
+
+    def _layer(self, input: Tensor, states: States, weights: Sequence[Tensor | None]) -> Any:
+        return functional.lstm(input, states[0], states[1], tuple(weights))
+
+
+class _OneStateLayers(_Layers):
+    """GRU and RNN: one state, which is no tuple."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__(*args, **kwargs)
+
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Tensor]:
+        if is_compiling():
+            return self._compiling(_OneStateLayers.forward, input, hx)  # type: ignore[no-any-return]
+        if hx is None or isinstance(hx, Tensor):
+            result = self._kernels(input, () if hx is None else (hx,))
+            if result is not None:
+                output, h_n = result
+                return output, h_n
+        return self._torch_forward(input, hx)  # type: ignore[no-any-return]
+
+
+class GRU(_OneStateLayers):
+    """torch.nn.GRU: same constructor, parameters, initial weights, results and errors.
+
+    GRU(input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
+    bidirectional=False, device=None, dtype=None)
+
+    forward(input, hx=None) -> (output, h_n): shapes, dtypes and errors as LSTM's, where hx is the
+    tensor h_0. It is no torch.nn.GRU for isinstance, but a torch.nn.RNNBase.
+    """
+
+    _torch_class = nn.GRU
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("GRU", *args, **kwargs)
+
+    def _layer(self, input: Tensor, states: States, weights: Sequence[Tensor | None]) -> Any:
+        return functional.gru(input, states[0], tuple(weights))
+
+
+class RNN(_OneStateLayers):
+    """torch.nn.RNN: same constructor, parameters, initial weights, results and errors.
+
+    RNN(input_size, hidden_size, num_layers=1, nonlinearity="tanh", bias=True, batch_first=False,
+    dropout=0.0, bidirectional=False, device=None, dtype=None); nonlinearity is "tanh" or "relu",
+    a ValueError otherwise.
+
+    forward(input, hx=None) -> (output, h_n): shapes, dtypes and errors as LSTM's, where hx is the
+    tensor h_0. It is no torch.nn.RNN for isinstance, but a torch.nn.RNNBase.
+    """
+
+    _torch_class = nn.RNN
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if len(args) > 3:
+            nonlinearity, args = args[3], args[:3] + args[4:]
+        else:
+            nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(
+                f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
+            )
+        super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
+        self.nonlinearity = nonlinearity
+
+    def _layer(self, input: Tensor, states: States, weights: Sequence[Tensor | None]) -> Any:
+        nonlinearity = "relu" if self.mode == "RNN_RELU" else "tanh"
+        return functional.rnn(input, states[0], tuple(weights), nonlinearity)
+
+
+class _Cell(_Fused, nn.RNNCellBase):
+    """What the cells share: the arguments of functional.lstm_cell, gru_cell or rnn_cell."""
+
+    def _kernel_arguments(
+        self, input: Any, states: States, num_states: int
+    ) -> tuple[Any, ...] | None:
+        """(input [B, I], *states [B, H], *weights), or None where the call is torch's."""
+        parameters = self._parameters  # nn.Module.__getattr__ is slow
+        try:
+            weights: tuple[Tensor | None, ...] = (
+                parameters["weight_ih"],
+                parameters["weight_hh"],
+                parameters["bias_ih"],
+                parameters["bias_hh"],
+            )
+        except KeyError:  # parametrized, pruned, ...
+            weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        if not _computable(input, *states, *weights):
+            return None
+        if input.dim() == 1:
+            input = input.unsqueeze(0)
+            states = [s.unsqueeze(0) for s in states]
+        if input.dim() != 2 or input.size(1) != self.input_size or self.hidden_size == 0:
+            return None
+        expected = (input.size(0), self.hidden_size)
+        for state in states:
+            if state.shape != expected:
+                return None
+        return (input, *(states or (input.new_zeros(expected),) * num_states), *weights)
+
+
+class LSTMCell(_Cell, nn.LSTMCell):
+    """torch.nn.LSTMCell: same constructor, parameters, initial weights, results and errors.
+
+    LSTMCell(input_size, hidden_size, bias=True, device=None, dtype=None)
+
+    forward(input, hx=None) -> (h, c): input [B, input_size] or [input_size]; hx (h_0, c_0), each
+    [B, hidden_size] or [hidden_size], zeros if None; h and c likewise. One dtype and device; the
+    kernels take float32 and float64 on the CPU. Raises ValueError for an input or a state that is
+    neither 1-D nor 2-D, RuntimeError for a wrong size or dtype.
+    """
+
+    _torch_class = nn.LSTMCell
+
+    def forward(self, input: Any, hx: Any = None) -> tuple[Tensor, Tensor]:
+        if is_compiling():
+            return nn.LSTMCell.forward(self, input, hx)
+        if hx is None or (isinstance(hx, (tuple, list)) and len(hx) == 2):
+            arguments = self._kernel_arguments(input, hx or (), 2)
+            if arguments is not None:
+                h, c = functional.lstm_cell(*arguments)
+                return (h, c) if input.dim() == 2 else (h.squeeze(0), c.squeeze(0))
+        return self._torch_forward(input, hx)  # type: ignore[no-any-return]
+
+
+class GRUCell(_Cell, nn.GRUCell):
+    """torch.nn.GRUCell: same constructor, parameters, initial weights, results and errors.
+
+    GRUCell(input_size, hidden_size, bias=True, device=None, dtype=None)
+
+    forward(input, hx=None) -> h: shapes, dtypes and errors as LSTMCell's, where hx is the tensor
+    h_0.
+    """
+
+    _torch_class = nn.GRUCell
+
+    def forward(self, input: Any, hx: Any = None) -> Tensor:
+        if is_compiling():
+            return nn.GRUCell.forward(self, input, hx)
+        if hx is None or isinstance(hx, Tensor):
+            arguments = self._kernel_arguments(input, () if hx is None else (hx,), 1)
+            if arguments is not None:
+                h: Tensor = functional.gru_cell(*arguments)
+                return h if input.dim() == 2 else h.squeeze(0)
+        return self._torch_forward(input, hx)  # type: ignore[no-any-return]
+
+
+class RNNCell(_Cell, nn.RNNCell):
+    """torch.nn.RNNCell: same constructor, parameters, initial weights, results and errors.
+
+    RNNCell(input_size, hidden_size, bias=True, nonlinearity="tanh", device=None, dtype=None)
+
+    forward(input, hx=None) -> h: shapes, dtypes and errors as LSTMCell's, where hx is the tensor
+    h_0. A nonlinearity other than "tanh" and "relu" is a RuntimeError there.
+    """
+
+    _torch_class = nn.RNNCell
+
+    def forward(self, input: Any, hx: Any = None) -> Tensor:
+        if is_compiling():
+            return nn.RNNCell.forward(self, input, hx)
+        if (hx is None or isinstance(hx, Tensor)) and self.nonlinearity in ("tanh", "relu"):
+            arguments = self._kernel_arguments(input, () if hx is None else (hx,), 1)
+            if arguments is not None:
+                h: Tensor = functional.rnn_cell(*(*arguments, self.nonlinearity))
+                return h if input.dim() == 2 else h.squeeze(0)
+        return self._torch_forward(input, hx)  # type: ignore[no-any-return]
