@@ -1,0 +1,57 @@
+"""Every instruction set that this machine has, each in a process of its own; and wrong choices."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fusedrnn
+
+TESTS = Path(__file__).parent
+
+
+def python(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        cwd=TESTS.parent,
+    )
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_the_kernel_tests_pass(isa):
+    if isa == fusedrnn.isa():
+        pytest.skip(f"{isa} is what this process runs: its tests are part of this run")
+    probe = python("-c", "import fusedrnn; print(fusedrnn.isa())", FUSEDRNN_ISA=isa)
+    if "this CPU lacks it" in probe.stderr or "is not known" in probe.stderr:
+        pytest.skip(f"this machine has no {isa}")
+    assert probe.stdout.strip() == isa
+    run = python(
+        "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+        *(str(TESTS / f"test_{name}.py") for name in ("sequence", "nonlinearities")),
+        FUSEDRNN_ISA=isa,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout
+
+
+def test_an_unknown_isa_names_the_known_ones():
+    run = python("-c", "import fusedrnn", FUSEDRNN_ISA="sse9")
+    assert run.returncode != 0
+    assert "RuntimeError: FUSEDRNN_ISA=sse9 is not known. Expected one of" in run.stderr
+    assert "generic" in run.stderr
+
+
+def test_a_missing_extension_says_what_to_type(tmp_path):
+    package = tmp_path / "fusedrnn"
+    package.mkdir()
+    for source in Path(fusedrnn.__file__).parent.glob("*.py"):
+        (package / source.name).write_text(source.read_text())
+    run = python("-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import fusedrnn")
+    assert run.returncode != 0
+    assert "RuntimeError: fusedrnn's compiled extension" in run.stderr
+    assert "pip install ." in run.stderr

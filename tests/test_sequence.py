@@ -1,0 +1,247 @@
+"""The kernels' forward and backward against reference.py and torch.nn, at ugly sizes.
+
+One layer at a time, through functional.py; modules have their own tests. test_isa.py runs this file
+again under every instruction set that the machine has.
+"""
+
+import pytest
+import torch
+from helpers import ran
+from layers import LAYER_CELLS, layer_inputs, relative_error
+
+from fusedrnn import functional, ops, reference
+
+# T, B, I, H, D: below, at and above the vector widths (2 to 16 lanes) and tile heights (1 to 8 rows).
+SIZES = [
+    (1, 1, 1, 1, 1),
+    (1, 4, 3, 17, 2),
+    (2, 1, 2, 2, 1),
+    (5, 3, 4, 7, 1),
+    (3, 2, 3, 15, 2),
+    (4, 9, 6, 16, 1),
+    (6, 13, 5, 33, 2),
+    (7, 2, 3, 64, 2),
+    (3, 29, 8, 129, 1),
+    (9, 1, 4, 151, 1),
+    (40, 5, 3, 24, 1),
+]
+
+
+def run(function, cell, inputs, grads):
+    """Results and gradients of all inputs, as one flat list."""
+    results = function(cell, *inputs)
+    leaves = [inputs[0], *inputs[1], *inputs[2]]
+    return [*results, *torch.autograd.grad(results, leaves, grads)]
+
+
+def both(cell, inputs):
+    """(kernel's, reference's) results and gradients; asserts that the kernels did the first."""
+    grads = [torch.randn_like(r) for r in reference.scan(cell, *inputs)]
+    with ran("kernel_forward", "kernel_backward"):
+        ours = run(functional._layer, cell, inputs, grads)
+    return ours, run(reference.scan, cell, inputs, grads)
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_float64_equals_the_reference(cell, size):
+    ours, expected = both(cell, layer_inputs(cell, *size, torch.float64))
+    for a, b in zip(ours, expected, strict=True):
+        assert relative_error(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_float32_error_is_at_most_twice_that_of_torch(cell, size):
+    x, initial, weights = layer_inputs(cell, *size, torch.float32)
+    in_double = lambda t: t.detach().double().requires_grad_()  # noqa: E731
+    exact_inputs = (in_double(x), tuple(map(in_double, initial)), tuple(map(in_double, weights)))
+    exact_results = reference.scan(cell, *exact_inputs)
+    grads = [torch.randn_like(r).float().double() for r in exact_results]
+    exact = run(reference.scan, cell, exact_inputs, grads)
+    grads = [g.float() for g in grads]
+    theirs = run(reference.scan, cell, (x, initial, weights), grads)
+    with ran("kernel_forward", "kernel_backward"):
+        ours = run(functional._layer, cell, (x, initial, weights), grads)
+    # Errors of whole tensors: single elements of both are accidents of rounding. 4 ULP of the
+    # largest element is what both may owe to the order of a sum.
+    for a, b, e in zip(ours, theirs, exact, strict=True):
+        floor = 4 * torch.finfo(torch.float32).eps * e.abs().max()
+        ours_error = (a.double() - e).norm() / e.numel() ** 0.5
+        their_error = (b.double() - e).norm() / e.numel() ** 0.5
+        assert ours_error <= 2 * their_error + floor
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_inference_and_training_give_the_same_bits(cell, dtype, size):
+    inputs = layer_inputs(cell, *size, dtype)
+    training = functional._layer(cell, *inputs)
+    with torch.no_grad(), ran("kernel_forward"):
+        inference = functional._layer(cell, *inputs)
+    for a, b in zip(training, inference, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [
+        (20, 1, 4, 256, 1),  # units split
+        (20, 1, 4, 200, 2),  # directions split
+        (20, 40, 4, 32, 1),  # rows split
+        (20, 37, 4, 96, 2),
+        (8, 9, 4, 161, 1),
+    ],
+    ids=str,
+)
+def test_the_kernels_give_the_same_bits_for_every_thread_count(cell, dtype, size, monkeypatch):
+    # The GEMMs around the kernels are torch's, and run on one thread throughout: only the kernels
+    # are told another number.
+    inputs = layer_inputs(cell, *size, dtype)
+    grads = [torch.randn_like(r) for r in functional._layer(cell, *inputs)]
+    runs = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for threads in (1, 2, 3, 5):
+            monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+            with ran("kernel_forward", "kernel_backward"):
+                runs.append(run(functional._layer, cell, inputs, grads))
+    finally:
+        monkeypatch.undo()
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        for a, b in zip(runs[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+def test_a_rows_bits_do_not_depend_on_its_batch(cell):
+    # Tiles of every height: row 0 alone, and in batches of 2 to 17. In torch's GEMM rows do depend
+    # on the batch, so the input projection is left at zero.
+    x, initial, weights = layer_inputs(cell, 6, 17, 3, 50, 1, torch.float32)
+    x = torch.zeros_like(x)
+    with torch.no_grad():
+        alone = functional._layer(cell, x[:, :1], [s[:, :1] for s in initial], weights)
+        for batch in range(2, 18):
+            many = functional._layer(cell, x[:, :batch], [s[:, :batch] for s in initial], weights)
+            for a, b in zip(alone, many, strict=True):
+                assert torch.equal(a, b[:, :1])
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+def test_strided_expanded_and_misaligned_arguments(cell):
+    x, initial, weights = layer_inputs(cell, 5, 4, 6, 19, 2, torch.float64)
+    odd = [
+        x.detach().transpose(0, 1).contiguous().transpose(0, 1),
+        *(s.detach()[:, :1].expand(2, 4, 19) for s in initial),
+        *(w.detach().t().contiguous().t() if w.dim() == 2 else w.detach() for w in weights),
+    ]
+    misaligned = [torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape) for t in odd]
+    for m, t in zip(misaligned, odd, strict=True):
+        m.copy_(t)
+    for tensors in (odd, misaligned):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        states = len(initial)
+        inputs = (leaves[0], tuple(leaves[1 : 1 + states]), tuple(leaves[1 + states :]))
+        ours, expected = both(cell, inputs)
+        for a, b in zip(ours, expected, strict=True):
+            assert relative_error(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+def test_missing_biases(cell):
+    x, initial, weights = layer_inputs(cell, 4, 3, 5, 9, 2, torch.float64)
+    for missing in ((2,), (3,), (2, 3)):
+        kept = [None if i % 4 in missing else w for i, w in enumerate(weights)]
+        ours = functional._layer(cell, x, initial, kept)
+        expected = reference.scan(cell, x, initial, kept)
+        for a, b in zip(ours, expected, strict=True):
+            assert relative_error(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+@pytest.mark.parametrize("steps", [1, 5])
+def test_zero_batch(cell, steps):
+    x, initial, weights = layer_inputs(cell, steps, 0, 3, 8, 2, torch.float32)
+    with ran("kernel_forward", "kernel_backward"):
+        results = functional._layer(cell, x, initial, weights)
+        assert [tuple(r.shape) for r in results] == [(steps, 0, 16)] + [(2, 0, 8)] * len(initial)
+        sum(r.sum() for r in results).backward()
+    for w in weights:
+        assert torch.equal(w.grad, torch.zeros_like(w))
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+def test_nan_and_infinity_come_out_where_they_do_in_torch(cell):
+    x, initial, weights = layer_inputs(cell, 4, 3, 5, 18, 1, torch.float32)
+    with torch.no_grad():
+        x[1, 0, 0] = float("nan")
+        x[1, 1, 0] = float("inf")
+        x[1, 2, 0] = -float("inf")
+        ours = functional._layer(cell, x, initial, weights)
+        expected = reference.scan(cell, x, initial, weights)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def test_denormal_states_count_as_zero_in_float32_only_and_the_mode_is_restored():
+    tiny = 1e-40
+    for dtype, kept in ((torch.float32, False), (torch.float64, True)):
+        zeros = [torch.zeros(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype), None, None]
+        with torch.no_grad(), ran("kernel_forward"):
+            x = torch.zeros(3, 1, 1, dtype=dtype)
+            zeros[1] = torch.ones(1, 1, dtype=dtype)
+            out, _ = functional.rnn(x, torch.full((1, 1, 1), tiny, dtype=dtype), zeros)
+        assert bool((out != 0).all()) is kept
+        assert torch.tensor([tiny]).mul(1.0).item() != 0  # outside, denormals live
+
+
+def test_long_sequences_do_not_drift():
+    x, initial, weights = layer_inputs("lstm", 2000, 2, 3, 32, 1, torch.float32)
+    with torch.no_grad():
+        ours = functional._layer("lstm", x, initial, weights)
+        exact = reference.scan(
+            "lstm", x.double(), [s.double() for s in initial], [w.double() for w in weights]
+        )
+    assert relative_error(ours[0].double(), exact[0]) < 1e-5
+
+
+BAD_LAYERS = {
+    "input of two dimensions": (lambda x, s, w: (x[0], s, w), "input must be .T, B, I.*got 2"),
+    "no time steps": (lambda x, s, w: (x[:0], s, w), "sequence length to be larger than 0"),
+    "h0 of another batch": (
+        lambda x, s, w: (x, (s[0][:, :1], *s[1:]), w),
+        r"h0 must be \[1, 3, 4\], got \[1, 1, 4\]",
+    ),
+    "too few weights": (lambda x, s, w: (x, s, w[:3]), "Expected 4 weights.*got 3"),
+    "weight_ih of another input size": (
+        lambda x, s, w: (x, s, (w[0][:, :1], *w[1:])),
+        r"weight_ih must be \[\d+, 5\], got \[\d+, 1\]",
+    ),
+    "short bias": (
+        lambda x, s, w: (x, s, (*w[:3], w[3][:2])),
+        r"bias_hh must be \[\d+\], got \[2\]",
+    ),
+    "missing weight_hh": (lambda x, s, w: (x, s, (w[0], None, *w[2:])), "weight_hh must be"),
+}
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+@pytest.mark.parametrize("case", BAD_LAYERS)
+def test_wrong_shapes_never_reach_a_kernel(cell, case):
+    change, message = BAD_LAYERS[case]
+    x, initial, weights = layer_inputs(cell, 2, 3, 5, 4, 1, torch.float32)
+    before = dict(ops.counts)
+    with pytest.raises(RuntimeError, match=message):
+        functional._layer(cell, *change(x, initial, weights))
+    assert ops.counts == before
+
+
+def test_unknown_nonlinearity():
+    x, initial, weights = layer_inputs("rnn_tanh", 2, 3, 5, 4, 1, torch.float32)
+    with pytest.raises(ValueError, match="'tanh' or 'relu', got 'sigmoid'"):
+        functional.rnn(x, initial[0], weights, "sigmoid")

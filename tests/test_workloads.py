@@ -1,0 +1,110 @@
+"""The workloads, at sizes that take a second: both backends learn the same, on the kernels, and bad
+options are told. How fast they are is not tested.
+"""
+
+import pytest
+import torch
+
+import fusedrnn
+from benchmarks import table
+from benchmarks.workloads import char_lm
+
+TEXT = b"def add(a, b):\n    return a + b\n\nclass Stack(list):\n    push = list.append\n" * 20
+SIZES = {"hidden": 12, "batch": 3, "chunk": 7, "seed": 5}
+
+
+def test_char_lm_trains_alike():
+    """More steps than the text has chunks, so that the state is dropped once on the way."""
+    steps = 2 * char_lm.BLOCK + 55
+    tokens = char_lm.encode(TEXT)
+    assert steps > char_lm.Streams(tokens, SIZES["batch"], SIZES["chunk"]).chunks
+    runs = char_lm.train(["torch.nn", "fusedrnn"], tokens, steps=steps, **SIZES)
+    theirs, ours = runs["torch.nn"], runs["fusedrnn"]
+    assert type(theirs.model.lstm) is torch.nn.LSTM
+    assert type(ours.model.lstm) is fusedrnn.LSTM
+    assert len(theirs.losses) == len(ours.losses) == steps
+    torch.testing.assert_close(ours.losses, theirs.losses, rtol=0, atol=1e-4)
+    assert ours.losses[-1] < ours.losses[0] - 0.5
+    held_out = [char_lm.evaluate(run.model, tokens, batch=2, chunk=50) for run in (ours, theirs)]
+    assert held_out[0] == pytest.approx(held_out[1], abs=1e-4)
+    assert ours.counts["kernel_forward"] == ours.counts["kernel_backward"] == 2 * steps
+    assert ours.counts["reference"] == ours.counts["torch"] == 0
+    assert not any(theirs.counts.values())
+
+
+def test_char_lm_notices_that_no_kernel_ran(monkeypatch):
+    monkeypatch.setattr(fusedrnn, "replace", lambda model: None)
+    with pytest.raises(RuntimeError, match=r"expected .*'kernel_forward': 4.* calls of fusedrnn's"):
+        char_lm.train(["fusedrnn"], char_lm.encode(TEXT), steps=2, **SIZES)
+
+
+def test_streams_go_on_where_the_last_chunk_ended():
+    streams = char_lm.Streams(torch.arange(100), batch=3, chunk=4)  # rows 0.., 33.., 66..
+    assert streams.chunks == 8
+    input, target = streams[0]
+    assert input.tolist() == [[0, 33, 66], [1, 34, 67], [2, 35, 68], [3, 36, 69]]
+    assert target.tolist() == (input + 1).tolist()
+    assert streams[1][0][0].tolist() == target[-1].tolist()
+    assert streams[7][1][-1].tolist() == [32, 65, 98]
+    with pytest.raises(ValueError, match="3 streams of 41 need more than 100 tokens"):
+        char_lm.Streams(torch.arange(100), batch=3, chunk=40)
+
+
+def test_encode_maps_what_is_not_a_symbol_to_unknown():
+    tokens = char_lm.encode("a\n~\té".encode())
+    assert tokens.tolist() == [66, 0, 95] + [char_lm.UNKNOWN] * 3
+
+
+def test_corpus_is_the_same_every_time_and_keeps_files_apart():
+    training, held_out = char_lm.corpus()
+    again, _ = char_lm.corpus()
+    assert torch.equal(training, again)
+    assert len(training) > 10 * len(held_out) > 100_000
+
+
+def test_sample_is_seeded():
+    torch.manual_seed(0)
+    model = char_lm.CharModel(hidden=8, dropout=0.0)
+    texts = [char_lm.sample(model, "def ", 50, 1.0, seed) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith("def ")
+    assert len(texts[0]) == 54
+
+
+def test_char_lm_from_the_command_line(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("rich")
+    threads = torch.get_num_threads()
+    try:
+        char_lm.main(["--quick", "--steps", "20", "--length", "30", "--out", str(tmp_path)])
+    finally:
+        torch.set_num_threads(threads)
+    out = capsys.readouterr().out
+    for expected in ("torch.nn", "held-out loss", "steps 19 to 20", "Speed-up", "40 calls forward"):
+        assert expected in out
+    assert (tmp_path / "char_lm.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (char_lm.main, ["--steps", "0"], "expected a whole number of at least 1, got '0'"),
+        (char_lm.main, ["--batch", "-3"], "expected a whole number of at least 1, got '-3'"),
+        (char_lm.main, ["--temperature", "0"], "expected a number above 0, got '0'"),
+        (char_lm.main, ["--temperature", "warm"], "expected a number above 0, got 'warm'"),
+        (char_lm.main, ["--seed", "-1"], "expected a whole number from 0 up, got -1"),
+        (char_lm.main, ["--backend", "jax"], "invalid choice: 'jax'"),
+        (char_lm.main, ["--out", __file__], "cannot make the folder"),
+        (table.main, ["--rounds", "2"], "expected at least 3 to show a spread, got 2"),
+        (table.main, ["--cells", "LSTM,CNN"], "expected some of LSTM,GRU,RNN, got 'LSTM,CNN'"),
+        (table.main, ["--threads", "1,100000"], "threads, the cores of this process, got 1,100000"),
+        (table.main, ["--out", f"{__file__}/table.md"], "cannot write"),
+    ],
+)
+def test_bad_options_are_told_in_one_line(main, arguments, message, capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(arguments)
+    assert raised.value.code == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.count("\n") == 1
