@@ -28,11 +28,9 @@ __all__ = [
     "LSTMFunction",
     "RNNFunction",
     "gru",
-    "gru_cell",
+    "layer",
     "lstm",
-    "lstm_cell",
     "rnn",
-    "rnn_cell",
     "supported",
 ]
 
@@ -42,7 +40,8 @@ def lstm(input: Tensor, h0: Tensor, c0: Tensor, weights: Weights) -> tuple[Tenso
 
     Raises RuntimeError where a shape does not fit.
     """
-    return _layer("lstm", input, (h0, c0), weights)  # type: ignore[return-value]
+    output, h_n, c_n = layer("lstm", input, (h0, c0), weights)
+    return output, h_n, c_n
 
 
 def gru(input: Tensor, h0: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
@@ -50,7 +49,8 @@ def gru(input: Tensor, h0: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
 
     Raises RuntimeError where a shape does not fit.
     """
-    return _layer("gru", input, (h0,), weights)  # type: ignore[return-value]
+    output, h_n = layer("gru", input, (h0,), weights)
+    return output, h_n
 
 
 def rnn(
@@ -62,63 +62,47 @@ def rnn(
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
-    return _layer(f"rnn_{nonlinearity}", input, (h0,), weights)  # type: ignore[return-value]
+    output, h_n = layer(f"rnn_{nonlinearity}", input, (h0,), weights)
+    return output, h_n
 
 
-def lstm_cell(
-    input: Tensor,
-    h: Tensor,
-    c: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """One step: input [B, I], h and c [B, H]; returns the new h and c, [B, H]."""
-    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
-    _, h_n, c_n = lstm(input.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0), weights)
-    return h_n.squeeze(0), c_n.squeeze(0)
-
-
-def gru_cell(
-    input: Tensor,
-    h: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-) -> Tensor:
-    """One step: input [B, I], h [B, H]; returns the new h, [B, H]."""
-    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
-    return gru(input.unsqueeze(0), h.unsqueeze(0), weights)[1].squeeze(0)
-
-
-def rnn_cell(
-    input: Tensor,
-    h: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    nonlinearity: str = "tanh",
-) -> Tensor:
-    """One step: input [B, I], h [B, H]; returns the new h, [B, H]."""
-    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
-    return rnn(input.unsqueeze(0), h.unsqueeze(0), weights, nonlinearity)[1].squeeze(0)
-
-
-def _layer(
-    cell: str, input: Tensor, initial: tuple[Tensor, ...], weights: Weights
+def layer(
+    cell: str, input: Tensor, initial: Sequence[Tensor], weights: Weights
 ) -> tuple[Tensor, ...]:
+    """One layer of `cell`, a key of ops.CELLS: (output, h_n) or, for "lstm", (output, h_n, c_n).
+
+    `initial` is (h0,) or (h0, c0). Also one step: with input [B, I] and states [B, H] all results
+    are [B, H]. Raises RuntimeError where a shape does not fit.
+    """
     ops.check_layer(cell, input, initial, weights)
-    if not supported(input, *initial, *weights):
-        ops.count("reference")
-        return reference.scan(cell, input, initial, weights)
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (input, *initial, *weights)
-    ):
-        return _FUNCTIONS[cell].apply(cell, input, *initial, *weights)  # type: ignore[no-any-return]
+    if supported(input, *initial, *weights):
+        return kernel_layer(cell, input, initial, weights)
+    return reference_layer(cell, input, initial, weights)
+
+
+def kernel_layer(
+    cell: str, input: Tensor, initial: Sequence[Tensor], weights: Weights
+) -> tuple[Tensor, ...]:
+    """`layer`, for arguments that are known to have passed ops.check_layer and `supported`."""
+    if torch.is_grad_enabled():
+        for t in (input, *initial, *weights):
+            if t is not None and t.requires_grad:
+                results: tuple[Tensor, ...] = _FUNCTIONS[cell].apply(
+                    cell, input, *initial, *weights
+                )
+                return results
     return ops.forward(cell, input, initial, weights, save=False)[0]
+
+
+def reference_layer(
+    cell: str, input: Tensor, initial: Sequence[Tensor], weights: Weights
+) -> tuple[Tensor, ...]:
+    """`layer` in plain torch operations, for whatever the kernels do not take."""
+    ops.count("reference")
+    if input.dim() == 3:
+        return reference.scan(cell, input, tuple(initial), weights)
+    states = tuple(s.unsqueeze(0) for s in initial)
+    return tuple(r.squeeze(0) for r in reference.scan(cell, input.unsqueeze(0), states, weights))
 
 
 class _SequenceFunction(Function):
@@ -164,7 +148,6 @@ class _SequenceFunction(Function):
         needed: Sequence[bool],
     ) -> list[Tensor | None]:
         """The gradients as differentiable functions of everything they depend on."""
-        ops.count("reference")
         differentiable = torch.is_grad_enabled()
         with torch.enable_grad():
             # Views, so that a tensor passed twice (h0 as c0, say) is two inputs here.
@@ -174,7 +157,7 @@ class _SequenceFunction(Function):
                     t if t is None else t.detach().requires_grad_(n)
                     for t, n in zip(inputs, needed, strict=True)
                 ]
-            results = reference.scan(cell, *cls._unpack(inputs))
+            results = reference_layer(cell, *cls._unpack(inputs))
             wanted = [t for t, n in zip(inputs, needed, strict=True) if n and t is not None]
             pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
             found = iter(
@@ -249,56 +232,57 @@ def _kernel_backward(
 ) -> list[Tensor | None]:
     """Gradients of input, initial states and weights: the kernel's recurrence, then one GEMM each."""
     spec = ops.CELLS[cell]
+    steps, batch, hidden, directions = ops.dimensions(input, initial)
     need_input, need_h0 = needed[0], needed[1]
     need_weights = needed[1 + len(initial) :]
     weights_hh = weights[1::4]
     result = ops.backward(
-        cell, saved, initial, weights_hh, grads[0], grads[1:], any(need_weights[1::4])
+        cell, input, initial, weights_hh, saved, grads, any(need_weights[1::4])
     )
-    steps, batch, features = input.shape
-    hidden = initial[0].shape[2]
-    input_rows = input.flatten(0, 1)
+    first_input_column = (spec.grad_gates - spec.gates) * hidden
+    recurrent = [  # columns of grad_gates, and the rows of weight_hh that they belong to
+        (slice(e * hidden, (e + n) * hidden), slice(g * hidden, (g + n) * hidden))
+        for e, g, n in spec.recurrent_blocks
+    ]
+    rows = input.flatten(0, 1) if input.dim() == 3 else input  # [T*B, I]
 
-    grad_input = input.new_empty(steps * batch, features) if need_input else None
-    grad_h0 = initial[0].new_zeros(initial[0].shape) if need_h0 else None
-    if grad_h0 is not None and cell == "gru":
-        grad_h0 = result.carry
+    grad_input = rows.new_empty(rows.shape) if need_input else None
+    grad_h0 = None
+    if need_h0:
+        grad_h0 = result.carry if cell == "gru" else initial[0].new_zeros(initial[0].shape)
     grad_weights: list[Tensor | None] = [None] * len(weights)
-    for d in range(len(weights) // 4):
-        grad_gates = result.grad_gates[d]  # [T, B, E*H]
-        rows = grad_gates.flatten(0, 1)
-        of_input = rows[:, spec.first_input_block * hidden :]  # [T*B, G*H]
-        recurrent = [  # columns of grad_gates, and the rows of weight_hh that they belong to
-            (slice(e * hidden, (e + n) * hidden), slice(g * hidden, (g + n) * hidden))
-            for e, g, n in spec.recurrent_blocks
-        ]
+    for d in range(directions):
+        grad_rows = result.grad_gates[d].flatten(0, 1)  # [T*B, E*H]
+        of_input = grad_rows[:, first_input_column:]  # [T*B, G*H]
         if grad_input is not None:
             # beta=0 writes, beta=1 adds the second direction's share
             torch.addmm(grad_input, of_input, weights[4 * d], beta=int(d > 0), out=grad_input)
         if grad_h0 is not None:
-            first_step = grad_gates[0 if d == 0 else -1]
+            first_step = result.grad_gates[d, 0 if d == 0 else -1]
             for columns, weight_rows in recurrent:
-                grad_h0[d].addmm_(first_step[:, columns], weights_hh[d][weight_rows])
+                grad_h0.view(directions, batch, hidden)[d].addmm_(
+                    first_step[:, columns], weights_hh[d][weight_rows]
+                )
         need_weight_ih, need_weight_hh, need_bias_ih, need_bias_hh = need_weights[
             4 * d : 4 * d + 4
         ]
         if need_weight_ih:
-            grad_weights[4 * d] = of_input.t() @ input_rows
+            grad_weights[4 * d] = of_input.t() @ rows
         if need_weight_hh:
             assert result.h_prev is not None
             h_prev_rows = result.h_prev[d].flatten(0, 1)
-            grad_weight_hh = torch.empty_like(weights_hh[d], memory_format=torch.contiguous_format)
+            grad_weight_hh = h_prev_rows.new_empty(weights_hh[d].shape)
             for columns, weight_rows in recurrent:
-                torch.mm(rows[:, columns].t(), h_prev_rows, out=grad_weight_hh[weight_rows])
+                torch.mm(grad_rows[:, columns].t(), h_prev_rows, out=grad_weight_hh[weight_rows])
             grad_weights[4 * d + 1] = grad_weight_hh
         if need_bias_ih or need_bias_hh:
-            grad_bias = rows.sum(0)
+            grad_bias = grad_rows.sum(0)
             if need_bias_ih:
-                grad_weights[4 * d + 2] = grad_bias[spec.first_input_block * hidden :]
+                grad_weights[4 * d + 2] = grad_bias[first_input_column:]
             if need_bias_hh:
                 parts = [grad_bias[columns] for columns, _ in recurrent]
                 grad_weights[4 * d + 3] = parts[0] if len(parts) == 1 else torch.cat(parts)
-    grad_states: list[Tensor | None] = [grad_h0]
+    grad_states = [grad_h0]
     if spec.has_cell_state:
         grad_states.append(result.carry if needed[2] else None)
     return [

@@ -26,8 +26,8 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_exporting
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional, ops
-from .functional import supported
+from . import ops
+from .functional import kernel_layer, reference_layer, supported
 
 States = Sequence[Tensor]  # (h,) or, for LSTM, (h, c)
 
@@ -37,25 +37,31 @@ def _unobserved() -> bool:
     return not (_is_any_autocast_enabled() or _get_tracing_state() or _len_torch_dispatch_stack())
 
 
-def _computable(input: Any, *tensors: Tensor | None) -> bool:
-    """Whether functional.py is to take the call rather than torch's own implementation."""
+Compute = Callable[[str, Tensor, States, Sequence[Tensor | None]], Sequence[Tensor]]
+
+
+def _who_computes(input: Any, *tensors: Tensor | None) -> Compute | None:
+    """What of functional.py takes the call; None: it is torch's own implementation's."""
     if not isinstance(input, Tensor):
-        return False
+        return None
     if supported(input, *tensors):
-        return _unobserved()
+        return kernel_layer if _unobserved() else None
     # Under torch.func and forward-mode AD functional.py computes by the reference, in operations
     # that have the rules that torch's fused ones lack.
-    return (
+    if (
         (_are_functorch_transforms_active() or forward_ad._current_level >= 0)
         and not _is_any_autocast_enabled()
         and all(t is None or t.dtype == input.dtype for t in tensors)
-    )
+    ):
+        return reference_layer
+    return None
 
 
 class _Fused:
     """What all six modules share: the way back to torch.nn."""
 
     _torch_class: ClassVar[Any]  # the class of torch.nn that this one stands for
+    _num_states: ClassVar[int] = 1  # h, or h and c
 
     def _torch_forward(self, input: Any, hx: Any) -> Any:
         """The call by torch's own implementation, with torch's own errors."""
@@ -97,11 +103,7 @@ def _outside_graph(forward: Callable[..., Any], *args: Any) -> Any:
 
 
 class _Layers(_Fused, nn.RNNBase):
-    """What LSTM, GRU and RNN share: layers x directions over functional.lstm, gru or rnn."""
-
-    def _layer(self, input: Tensor, states: States, weights: Sequence[Tensor | None]) -> Any:
-        """One layer, all its directions, time-major: (output, *final states)."""
-        raise NotImplementedError
+    """What LSTM, GRU and RNN share: layers x directions over functional.py's layer."""
 
     def _compiling(self, forward: Callable[..., Any], input: Any, hx: Any) -> Any:
         # An exported program keeps torch's own operation, as that of a torch.nn module does.
@@ -120,9 +122,9 @@ class _Layers(_Fused, nn.RNNBase):
         num_layers, hidden_size = self.num_layers, self.hidden_size
         num_directions = 2 if self.bidirectional else 1
         per_layer = 4 * num_directions
-        if not (
-            _computable(input, *states, *weights)
-            and len(weights) == num_layers * (per_layer if self.bias else per_layer // 2)
+        compute = _who_computes(input, *states, *weights)
+        if compute is None or len(weights) != num_layers * (
+            per_layer if self.bias else per_layer // 2
         ):
             return None
 
@@ -146,9 +148,14 @@ class _Layers(_Fused, nn.RNNBase):
             pairs = zip(weights[::2], weights[1::2], strict=True)
             weights = [w for pair in pairs for w in (*pair, None, None)]
         # Without states, one layer's zeros serve every layer, and LSTM's c0 too.
-        zeros = () if states else (input.new_zeros(num_directions, batch, hidden_size),) * 2
+        zeros = (
+            ()
+            if states
+            else (input.new_zeros(num_directions, batch, hidden_size),) * self._num_states
+        )
+        cell = self.mode.lower()  # "lstm", "gru", "rnn_tanh", "rnn_relu"
         if num_layers == 1:
-            input, *final = self._layer(input, zeros or states, weights)
+            input, *final = compute(cell, input, zeros or states, weights)
         else:
             dropout = self.dropout if self.training else 0.0
             finals = []
@@ -157,7 +164,8 @@ class _Layers(_Fused, nn.RNNBase):
                     # torch's layout and call, hence its bits for the same seed.
                     input = torch.dropout(input, dropout, True)
                 start = layer * num_directions
-                input, *final = self._layer(
+                input, *final = compute(
+                    cell,
                     input,
                     zeros or [s[start : start + num_directions] for s in states],
                     weights[layer * per_layer : (layer + 1) * per_layer],
@@ -189,6 +197,7 @@ class LSTM(_Layers):
     """
 
     _torch_class = nn.LSTM
+    _num_states = 2
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
@@ -213,9 +222,6 @@ class LSTM(_Layers):
             if hx is not None:
                 self.check_forward_args(input.data, hx, input.batch_sizes)  # type: ignore[misc]
         return super()._torch_forward(input, hx)
-
-    def _layer(self, input: Tensor, states: States, weights: Sequence[Tensor | None]) -> Any:
-        return functional.lstm(input, states[0], states[1], tuple(weights))
 
 
 class _OneStateLayers(_Layers):
@@ -252,9 +258,6 @@ class GRU(_OneStateLayers):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("GRU", *args, **kwargs)
 
-    def _layer(self, input: Tensor, states: States, weights: Sequence[Tensor | None]) -> Any:
-        return functional.gru(input, states[0], tuple(weights))
-
 
 class RNN(_OneStateLayers):
     """torch.nn.RNN: same constructor, parameters, initial weights, results and errors.
@@ -281,18 +284,12 @@ class RNN(_OneStateLayers):
         super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
         self.nonlinearity = nonlinearity
 
-    def _layer(self, input: Tensor, states: States, weights: Sequence[Tensor | None]) -> Any:
-        nonlinearity = "relu" if self.mode == "RNN_RELU" else "tanh"
-        return functional.rnn(input, states[0], tuple(weights), nonlinearity)
-
 
 class _Cell(_Fused, nn.RNNCellBase):
-    """What the cells share: the arguments of functional.lstm_cell, gru_cell or rnn_cell."""
+    """What the cells share: one step of functional.py's layer."""
 
-    def _kernel_arguments(
-        self, input: Any, states: States, num_states: int
-    ) -> tuple[Any, ...] | None:
-        """(input [B, I], *states [B, H], *weights), or None where the call is torch's."""
+    def _kernel(self, cell: str, input: Any, states: States) -> Sequence[Tensor] | None:
+        """The new states, or None where the call is torch's. No states: zeros."""
         parameters = self._parameters  # nn.Module.__getattr__ is slow
         try:
             weights: tuple[Tensor | None, ...] = (
@@ -303,18 +300,25 @@ class _Cell(_Fused, nn.RNNCellBase):
             )
         except KeyError:  # parametrized, pruned, ...
             weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        if not _computable(input, *states, *weights):
+        compute = _who_computes(input, *states, *weights)
+        if compute is None:
             return None
-        if input.dim() == 1:
+        batched = input.dim() == 2
+        if not batched:
+            if input.dim() != 1:
+                return None
             input = input.unsqueeze(0)
             states = [s.unsqueeze(0) for s in states]
-        if input.dim() != 2 or input.size(1) != self.input_size or self.hidden_size == 0:
+        batch, input_size = input.shape
+        if input_size != self.input_size or self.hidden_size == 0:
             return None
-        expected = (input.size(0), self.hidden_size)
+        expected = (batch, self.hidden_size)
         for state in states:
             if state.shape != expected:
                 return None
-        return (input, *(states or (input.new_zeros(expected),) * num_states), *weights)
+        states = states or (input.new_zeros(expected),) * self._num_states
+        _, *new = compute(cell, input, states, weights)
+        return new if batched else [s.squeeze(0) for s in new]
 
 
 class LSTMCell(_Cell, nn.LSTMCell):
@@ -329,15 +333,16 @@ class LSTMCell(_Cell, nn.LSTMCell):
     """
 
     _torch_class = nn.LSTMCell
+    _num_states = 2
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Tensor, Tensor]:
         if is_compiling():
             return nn.LSTMCell.forward(self, input, hx)
         if hx is None or (isinstance(hx, (tuple, list)) and len(hx) == 2):
-            arguments = self._kernel_arguments(input, hx or (), 2)
-            if arguments is not None:
-                h, c = functional.lstm_cell(*arguments)
-                return (h, c) if input.dim() == 2 else (h.squeeze(0), c.squeeze(0))
+            new = self._kernel("lstm", input, hx or ())
+            if new is not None:
+                h, c = new
+                return h, c
         return self._torch_forward(input, hx)  # type: ignore[no-any-return]
 
 
@@ -356,10 +361,9 @@ class GRUCell(_Cell, nn.GRUCell):
         if is_compiling():
             return nn.GRUCell.forward(self, input, hx)
         if hx is None or isinstance(hx, Tensor):
-            arguments = self._kernel_arguments(input, () if hx is None else (hx,), 1)
-            if arguments is not None:
-                h: Tensor = functional.gru_cell(*arguments)
-                return h if input.dim() == 2 else h.squeeze(0)
+            new = self._kernel("gru", input, () if hx is None else (hx,))
+            if new is not None:
+                return new[0]
         return self._torch_forward(input, hx)  # type: ignore[no-any-return]
 
 
@@ -378,8 +382,9 @@ class RNNCell(_Cell, nn.RNNCell):
         if is_compiling():
             return nn.RNNCell.forward(self, input, hx)
         if (hx is None or isinstance(hx, Tensor)) and self.nonlinearity in ("tanh", "relu"):
-            arguments = self._kernel_arguments(input, () if hx is None else (hx,), 1)
-            if arguments is not None:
-                h: Tensor = functional.rnn_cell(*(*arguments, self.nonlinearity))
-                return h if input.dim() == 2 else h.squeeze(0)
+            new = self._kernel(
+                f"rnn_{self.nonlinearity}", input, () if hx is None else (hx,)
+            )
+            if new is not None:
+                return new[0]
         return self._torch_forward(input, hx)  # type: ignore[no-any-return]

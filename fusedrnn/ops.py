@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
+from torch.nn.functional import linear
 
 try:
     from fusedrnn import _C
@@ -54,11 +57,6 @@ class Cell:
     # recurrent weight's gradient. GRU's grad_gates are n_h, r, z, n_x.
     recurrent_blocks: tuple[tuple[int, int, int], ...]
 
-    @property
-    def first_input_block(self) -> int:
-        """Where the columns of grad_gates that belong to weight_ih begin."""
-        return self.grad_gates - self.gates
-
 
 CELLS = {
     "lstm": Cell(0, 4, 4, True, True, ((0, 0, 4),)),
@@ -80,7 +78,7 @@ def supported(input: Tensor, *tensors: Tensor | None) -> bool:
     """
     if (
         input.dtype not in _FORWARD
-        or torch._C._are_functorch_transforms_active()
+        or _are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch.is_autocast_enabled("cpu")
     ):
@@ -101,59 +99,78 @@ def supported(input: Tensor, *tensors: Tensor | None) -> bool:
 def check_layer(
     cell: str, input: Tensor, initial: Sequence[Tensor], weights: Sequence[Tensor | None]
 ) -> None:
-    """Raises a RuntimeError unless the shapes are those of one layer; see functional.py for them."""
-    blocks = CELLS[cell].gates
+    """Raises a RuntimeError unless the shapes are those of one layer, or of one step (input [B, I])."""
+    gates = CELLS[cell].gates
     directions, rest = divmod(len(weights), 4)
     if rest or directions not in (1, 2):
         raise RuntimeError(
             "Expected 4 weights (weight_ih, weight_hh, bias_ih, bias_hh) for each of 1 or 2 "
             f"directions, got {len(weights)}"
         )
-    if input.dim() != 3:
-        raise RuntimeError(f"input must be [T, B, I], got {input.dim()} dimensions")
-    steps, batch, features = input.shape
-    if steps == 0:
+    if input.dim() != 3 and not (input.dim() == 2 and directions == 1):
+        raise RuntimeError(
+            f"input must be [T, B, I], or [B, I] for one step, got {list(input.shape)}"
+        )
+    if input.dim() == 3 and input.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     weight_hh = weights[1]
     if weight_hh is None or weight_hh.dim() != 2:
-        raise RuntimeError("weight_hh must be a [G*H, H] tensor")
+        raise RuntimeError(
+            f"weight_hh must be [G*H, H], got {None if weight_hh is None else list(weight_hh.shape)}"
+        )
+    batch, features = input.shape[-2:]
     hidden = weight_hh.shape[1]
-    state = (directions, batch, hidden)
+    expected_state = (directions, batch, hidden)[3 - input.dim() :]
     for name, tensor in zip(("h0", "c0"), initial, strict=False):
-        if tensor.shape != state:
-            raise RuntimeError(f"{name} must be {list(state)}, got {list(tensor.shape)}")
-    shapes = ((blocks * hidden, features), (blocks * hidden, hidden), (blocks * hidden,))
-    for i, weight in enumerate(weights):
+        if tensor.shape != expected_state:
+            raise RuntimeError(f"{name} must be {list(expected_state)}, got {list(tensor.shape)}")
+    rows = gates * hidden
+    expected = {
+        "weight_ih": (rows, features),
+        "weight_hh": (rows, hidden),
+        "bias_ih": (rows,),
+        "bias_hh": (rows,),
+    }
+    for (name, shape), weight in zip([*expected.items()] * directions, weights, strict=True):
         if weight is None:
-            if i % 4 < 2:
-                raise RuntimeError(f"{_WEIGHT_NAMES[i % 4]} must not be None")
-        elif weight.shape != shapes[min(i % 4, 2)]:
-            raise RuntimeError(
-                f"{_WEIGHT_NAMES[i % 4]} must be {list(shapes[min(i % 4, 2)])}, "
-                f"got {list(weight.shape)}"
-            )
+            if name.startswith("weight"):
+                raise RuntimeError(f"{name} must be {list(shape)}, got None")
+        elif weight.shape != shape:
+            raise RuntimeError(f"{name} must be {list(shape)}, got {list(weight.shape)}")
 
 
-_WEIGHT_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+def dimensions(input: Tensor, initial: Sequence[Tensor]) -> tuple[int, int, int, int]:
+    """(T, B, H, D) of a layer, or of one step: input [B, I] and states [B, H]."""
+    batch, hidden = initial[0].shape[-2:]
+    return (input.shape[0], batch, hidden, initial[0].shape[0]) if input.dim() == 3 else (
+        1, batch, hidden, 1
+    )
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _product(a: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = a weight^T + bias."""
-    if bias is None:
-        torch.mm(a, weight.t(), out=out)
-    else:
-        torch.addmm(bias, a, weight.t(), out=out)
+def _linear(
+    rows: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> Tensor:
+    """rows[d] weights[d]^T + biases[d] for each direction d, one after the other in memory."""
+    if len(weights) == 1:
+        return linear(rows[0], weights[0], biases[0])
+    out = rows[0].new_empty(len(weights), rows[0].shape[0], weights[0].shape[0])
+    for out_d, rows_d, weight, bias in zip(out, rows, weights, biases, strict=True):
+        if bias is None:
+            torch.mm(rows_d, weight.t(), out=out_d)
+        else:
+            torch.addmm(bias, rows_d, weight.t(), out=out_d)
+    return out
 
 
 @dataclass
 class Saved:
     """What the forward kernel leaves for the backward one; csrc/sequence.h says what is in them."""
 
-    gates: Tensor  # [D, T, B, G*H]
+    gates: Tensor  # [D, T, B, G*H] in memory
     extra: Tensor | None  # [D, T, B, H]
 
 
@@ -161,41 +178,37 @@ def forward(
     cell: str,
     input: Tensor,
     initial: Sequence[Tensor],
-    weights: Sequence[Tensor | None],
+    weights: Sequence[Any],
     save: bool,
 ) -> tuple[tuple[Tensor, ...], Saved]:
-    """One layer through the kernel, outside autograd; arguments have passed supported and check_layer.
+    """One layer, or one step, through the kernel and outside autograd.
 
-    Returns (output, h_n) or, for LSTM, (output, h_n, c_n), and what backward needs if `save`.
+    The arguments have passed `supported` and `check_layer`. Returns (output, h_n) or, for LSTM,
+    (output, h_n, c_n), and what `backward` needs if `save`.
     """
-    count("kernel_forward")
+    counts["kernel_forward"] += 1
     spec = CELLS[cell]
-    directions = len(weights) // 4
-    steps, batch, features = input.shape
-    hidden = initial[0].shape[2]
-    columns = spec.gates * hidden
+    steps, batch, hidden, directions = dimensions(input, initial)
+    initial = [s.contiguous() for s in initial]
+    h0 = initial[0]
 
     # The input projection of all time steps at once is a large GEMM: torch's business.
-    gates = input.new_empty(directions, steps, batch, columns)
-    input_rows = input.flatten(0, 1)
-    initial = [s.contiguous() for s in initial]
-    weights_hh: list[Tensor | None] = [None, None]
-    biases_hh: list[Tensor | None] = [None, None]
-    gates_h = input.new_empty(directions, batch, columns) if steps == 1 else None
-    for d in range(directions):
-        weight_ih, weight_hh, bias_ih, bias_hh = weights[4 * d : 4 * d + 4]
-        assert weight_ih is not None
-        assert weight_hh is not None
-        _product(input_rows, weight_ih, bias_ih, gates[d].flatten(0, 1))
-        if gates_h is not None:
-            _product(initial[0][d], weight_hh, bias_hh, gates_h[d])
-        else:
-            weights_hh[d] = weight_hh.contiguous()
-            biases_hh[d] = None if bias_hh is None else bias_hh.contiguous()
-
-    extra = input.new_empty(directions, steps, batch, hidden) if save and spec.has_extra else None
-    output = input.new_empty(steps, batch, directions * hidden)
-    finals = tuple(input.new_empty(directions, batch, hidden) for _ in initial)
+    rows = input.flatten(0, 1) if input.dim() == 3 else input
+    gates = _linear([rows] * directions, weights[::4], weights[2::4])
+    gates_h, pointers = None, (0, 0, 0, 0)
+    if steps == 1:
+        h0_rows = h0 if h0.dim() == 3 else (h0,)
+        gates_h = _linear([*h0_rows], weights[1::4], weights[3::4])
+    else:
+        dense = [None if w is None else w.contiguous() for w in (*weights[1::4], *weights[3::4])]
+        pointers = tuple(
+            _address(dense[i] if d < directions else None)
+            for i, d in ((0, 0), (1, 1), (directions, 0), (directions + 1, 1))
+        )
+    extra = h0.new_empty(directions, steps, batch, hidden) if save and spec.has_extra else None
+    shape = (steps, batch, directions * hidden)
+    output = h0.new_empty(shape[3 - input.dim() :])
+    finals = [torch.empty_like(s) for s in initial]
     _FORWARD[input.dtype](
         spec.index,
         steps,
@@ -206,10 +219,9 @@ def forward(
         save,
         gates.data_ptr(),
         _address(extra),
-        *map(_address, weights_hh),
-        *map(_address, biases_hh),
+        *pointers,
         _address(gates_h),
-        initial[0].data_ptr(),
+        h0.data_ptr(),
         initial[1].data_ptr() if spec.has_cell_state else 0,
         output.data_ptr(),
         finals[0].data_ptr(),
@@ -224,46 +236,45 @@ class PreActivationGrads:
 
     grad_gates: Tensor  # [D, T, B, E*H]
     h_prev: Tensor | None  # [D, T, B, H]
-    carry: Tensor | None  # [D, B, H]: LSTM grad_c0; GRU what grad_h0 owes to h0 directly
+    carry: Tensor | None  # as h0: LSTM grad_c0; GRU what grad_h0 owes to h0 directly
 
 
 def backward(
     cell: str,
-    saved: Saved,
+    input: Tensor,
     initial: Sequence[Tensor],
     weights_hh: Sequence[Tensor],
-    grad_output: Tensor | None,
-    grad_finals: Sequence[Tensor | None],
+    saved: Saved,
+    grads: Sequence[Tensor | None],
     want_h_prev: bool,
 ) -> PreActivationGrads:
-    """The backward recurrence of one layer, from what `forward` saved."""
-    count("kernel_backward")
-    spec = CELLS[cell]
-    gates = saved.gates
-    directions, steps, batch, columns = gates.shape
-    hidden = columns // spec.gates
-    shape = (directions, steps, batch, hidden)
+    """The backward recurrence of one layer or step, from what `forward` saved.
 
+    grads: of output, h_n and, for LSTM, c_n, None for zero.
+    """
+    counts["kernel_backward"] += 1
+    spec = CELLS[cell]
+    steps, batch, hidden, directions = dimensions(input, initial)
     initial = [s.contiguous() for s in initial]
     weights_hh = [w.contiguous() for w in weights_hh]
-    grad_output = None if grad_output is None else grad_output.contiguous()
-    grad_h_n = None if grad_finals[0] is None else grad_finals[0].contiguous()
+    grad_output, grad_h_n, *grad_c_n = (None if g is None else g.contiguous() for g in grads)
     carry = None
-    if spec.has_cell_state and grad_finals[1] is not None:
+    if grad_c_n and grad_c_n[0] is not None:
         # A copy: the kernel works in place, and the caller's gradient is not ours.
-        carry = torch.empty_like(initial[0]).copy_(grad_finals[1])
+        carry = grad_c_n[0].clone()
     elif spec.has_extra:
         carry = torch.zeros_like(initial[0])
-    h_prev = gates.new_empty(shape) if want_h_prev or cell == "gru" else None
-    grad_gates = gates.new_empty(directions, steps, batch, spec.grad_gates * hidden)
-    _BACKWARD[gates.dtype](
+    new_empty = initial[0].new_empty
+    h_prev = new_empty(directions, steps, batch, hidden) if want_h_prev or cell == "gru" else None
+    grad_gates = new_empty(directions, steps, batch, spec.grad_gates * hidden)
+    _BACKWARD[input.dtype](
         spec.index,
         steps,
         batch,
         hidden,
         directions,
         torch.get_num_threads(),
-        gates.data_ptr(),
+        saved.gates.data_ptr(),
         _address(saved.extra),
         weights_hh[0].data_ptr(),
         weights_hh[1].data_ptr() if directions == 2 else 0,

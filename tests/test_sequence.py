@@ -38,7 +38,7 @@ def both(cell, inputs):
     """(kernel's, reference's) results and gradients; asserts that the kernels did the first."""
     grads = [torch.randn_like(r) for r in reference.scan(cell, *inputs)]
     with ran("kernel_forward", "kernel_backward"):
-        ours = run(functional._layer, cell, inputs, grads)
+        ours = run(functional.layer, cell, inputs, grads)
     return ours, run(reference.scan, cell, inputs, grads)
 
 
@@ -62,7 +62,7 @@ def test_float32_error_is_at_most_twice_that_of_torch(cell, size):
     grads = [g.float() for g in grads]
     theirs = run(reference.scan, cell, (x, initial, weights), grads)
     with ran("kernel_forward", "kernel_backward"):
-        ours = run(functional._layer, cell, (x, initial, weights), grads)
+        ours = run(functional.layer, cell, (x, initial, weights), grads)
     # Errors of whole tensors: single elements of both are accidents of rounding. 4 ULP of the
     # largest element is what both may owe to the order of a sum.
     for a, b, e in zip(ours, theirs, exact, strict=True):
@@ -77,9 +77,9 @@ def test_float32_error_is_at_most_twice_that_of_torch(cell, size):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_inference_and_training_give_the_same_bits(cell, dtype, size):
     inputs = layer_inputs(cell, *size, dtype)
-    training = functional._layer(cell, *inputs)
+    training = functional.layer(cell, *inputs)
     with torch.no_grad(), ran("kernel_forward"):
-        inference = functional._layer(cell, *inputs)
+        inference = functional.layer(cell, *inputs)
     for a, b in zip(training, inference, strict=True):
         assert torch.equal(a, b)
 
@@ -101,7 +101,7 @@ def test_the_kernels_give_the_same_bits_for_every_thread_count(cell, dtype, size
     # The GEMMs around the kernels are torch's, and run on one thread throughout: only the kernels
     # are told another number.
     inputs = layer_inputs(cell, *size, dtype)
-    grads = [torch.randn_like(r) for r in functional._layer(cell, *inputs)]
+    grads = [torch.randn_like(r) for r in functional.layer(cell, *inputs)]
     runs = []
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -109,7 +109,7 @@ def test_the_kernels_give_the_same_bits_for_every_thread_count(cell, dtype, size
         for threads in (1, 2, 3, 5):
             monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
             with ran("kernel_forward", "kernel_backward"):
-                runs.append(run(functional._layer, cell, inputs, grads))
+                runs.append(run(functional.layer, cell, inputs, grads))
     finally:
         monkeypatch.undo()
         torch.set_num_threads(before)
@@ -125,9 +125,9 @@ def test_a_rows_bits_do_not_depend_on_its_batch(cell):
     x, initial, weights = layer_inputs(cell, 6, 17, 3, 50, 1, torch.float32)
     x = torch.zeros_like(x)
     with torch.no_grad():
-        alone = functional._layer(cell, x[:, :1], [s[:, :1] for s in initial], weights)
+        alone = functional.layer(cell, x[:, :1], [s[:, :1] for s in initial], weights)
         for batch in range(2, 18):
-            many = functional._layer(cell, x[:, :batch], [s[:, :batch] for s in initial], weights)
+            many = functional.layer(cell, x[:, :batch], [s[:, :batch] for s in initial], weights)
             for a, b in zip(alone, many, strict=True):
                 assert torch.equal(a, b[:, :1])
 
@@ -157,7 +157,7 @@ def test_missing_biases(cell):
     x, initial, weights = layer_inputs(cell, 4, 3, 5, 9, 2, torch.float64)
     for missing in ((2,), (3,), (2, 3)):
         kept = [None if i % 4 in missing else w for i, w in enumerate(weights)]
-        ours = functional._layer(cell, x, initial, kept)
+        ours = functional.layer(cell, x, initial, kept)
         expected = reference.scan(cell, x, initial, kept)
         for a, b in zip(ours, expected, strict=True):
             assert relative_error(a, b) < 1e-12
@@ -168,7 +168,7 @@ def test_missing_biases(cell):
 def test_zero_batch(cell, steps):
     x, initial, weights = layer_inputs(cell, steps, 0, 3, 8, 2, torch.float32)
     with ran("kernel_forward", "kernel_backward"):
-        results = functional._layer(cell, x, initial, weights)
+        results = functional.layer(cell, x, initial, weights)
         assert [tuple(r.shape) for r in results] == [(steps, 0, 16)] + [(2, 0, 8)] * len(initial)
         sum(r.sum() for r in results).backward()
     for w in weights:
@@ -182,7 +182,7 @@ def test_nan_and_infinity_come_out_where_they_do_in_torch(cell):
         x[1, 0, 0] = float("nan")
         x[1, 1, 0] = float("inf")
         x[1, 2, 0] = -float("inf")
-        ours = functional._layer(cell, x, initial, weights)
+        ours = functional.layer(cell, x, initial, weights)
         expected = reference.scan(cell, x, initial, weights)
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, equal_nan=True)
@@ -203,7 +203,7 @@ def test_denormal_states_count_as_zero_in_float32_only_and_the_mode_is_restored(
 def test_long_sequences_do_not_drift():
     x, initial, weights = layer_inputs("lstm", 2000, 2, 3, 32, 1, torch.float32)
     with torch.no_grad():
-        ours = functional._layer("lstm", x, initial, weights)
+        ours = functional.layer("lstm", x, initial, weights)
         exact = reference.scan(
             "lstm", x.double(), [s.double() for s in initial], [w.double() for w in weights]
         )
@@ -211,7 +211,14 @@ def test_long_sequences_do_not_drift():
 
 
 BAD_LAYERS = {
-    "input of two dimensions": (lambda x, s, w: (x[0], s, w), "input must be .T, B, I.*got 2"),
+    "input of one dimension": (
+        lambda x, s, w: (x[0, 0], s, w),
+        r"input must be \[T, B, I\], or \[B, I\] for one step, got \[5\]",
+    ),
+    "one step's input with a layer's states": (
+        lambda x, s, w: (x[0], s, w),
+        r"h0 must be \[3, 4\], got \[1, 3, 4\]",
+    ),
     "no time steps": (lambda x, s, w: (x[:0], s, w), "sequence length to be larger than 0"),
     "h0 of another batch": (
         lambda x, s, w: (x, (s[0][:, :1], *s[1:]), w),
@@ -237,7 +244,7 @@ def test_wrong_shapes_never_reach_a_kernel(cell, case):
     x, initial, weights = layer_inputs(cell, 2, 3, 5, 4, 1, torch.float32)
     before = dict(ops.counts)
     with pytest.raises(RuntimeError, match=message):
-        functional._layer(cell, *change(x, initial, weights))
+        functional.layer(cell, *change(x, initial, weights))
     assert ops.counts == before
 
 
