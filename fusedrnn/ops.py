@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active
+from torch._C import _are_functorch_transforms_active, _has_storage
 from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
@@ -91,6 +91,7 @@ def supported(input: Tensor, *tensors: Tensor | None) -> bool:
             and t.is_cpu
             and t.layout is torch.strided
             and not t.is_neg()
+            and _has_storage(t)  # what vmap passes has none
         ):
             return False
     return True
