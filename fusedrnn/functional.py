@@ -258,11 +258,14 @@ def _kernel_backward(
             # beta=0 writes, beta=1 adds the second direction's share
             torch.addmm(grad_input, of_input, weights[4 * d], beta=int(d > 0), out=grad_input)
         if grad_h0 is not None:
+            # The products first, then the (larger) carry: small terms added to a large sum one by
+            # one lose more.
             first_step = result.grad_gates[d, 0 if d == 0 else -1]
-            for columns, weight_rows in recurrent:
-                grad_h0.view(directions, batch, hidden)[d].addmm_(
-                    first_step[:, columns], weights_hh[d][weight_rows]
-                )
+            through_weights = sum(
+                first_step[:, columns] @ weights_hh[d][weight_rows]
+                for columns, weight_rows in recurrent
+            )
+            grad_h0.view(directions, batch, hidden)[d] += through_weights
         need_weight_ih, need_weight_hh, need_bias_ih, need_bias_hh = need_weights[
             4 * d : 4 * d + 4
         ]

@@ -1,0 +1,32 @@
+"""LSTMCell, GRUCell and RNNCell, one step, fusedrnn against torch.nn, one group a shape:
+`python -m pytest benchmarks/bench_cell.py`. Mostly the price of a call, not of the arithmetic.
+"""
+
+import pytest
+
+from .common import (
+    CELL_SHAPES,
+    IMPLEMENTATIONS,
+    MODES,
+    check,
+    cores,
+    grad_mode,
+    make_cases,
+    threads,
+)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("count", [1, 2], ids="threads{}".format)
+@pytest.mark.parametrize(("batch", "size"), CELL_SHAPES)
+@pytest.mark.parametrize("cell", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_cell(benchmark, cell, batch, size, count, mode, implementation):
+    if count > cores():
+        pytest.skip(f"{count} threads need {count} cores, this process has {cores()}")
+    benchmark.group = f"{cell} B={batch} H={size}, {mode}, threads: {count}"
+    cases = make_cases(cell, batch, size)
+    with threads(count):
+        check(cases, mode)
+        with grad_mode(mode):
+            benchmark(cases[implementation].call(mode))
