@@ -1,7 +1,9 @@
 // fusedrnn._C: the kernels as Python functions over addresses. Called by fusedrnn/ops.py alone, which
 // has checked every shape, dtype and device: nothing is checked here. Releases the GIL.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
@@ -37,49 +39,71 @@ T* pointer(Address address) {
 }
 
 template <class T>
-void forward(int cell, int64_t t, int64_t b, int64_t h, int64_t d, int num_threads, bool save,
-             Address gates, Address extra, Address weight_hh, Address weight_hh_reverse,
-             Address bias_hh, Address bias_hh_reverse, Address gates_h, Address h0, Address c0,
-             Address output, Address h_n, Address c_n) {
-  const ForwardArgs<T> args{t,
-                            b,
-                            h,
-                            d,
-                            num_threads,
-                            pointer<T>(gates),
-                            pointer<T>(extra),
-                            save,
-                            {pointer<T>(weight_hh), pointer<T>(weight_hh_reverse)},
-                            {pointer<T>(bias_hh), pointer<T>(bias_hh_reverse)},
-                            pointer<T>(gates_h),
-                            pointer<T>(h0),
-                            pointer<T>(c0),
-                            pointer<T>(output),
-                            pointer<T>(h_n),
-                            pointer<T>(c_n)};
+void forward(int cell, int64_t t, int64_t b, int64_t i, int64_t h, int64_t d, int num_threads,
+             bool save, Address input, int64_t input_stride_t, int64_t input_stride_b,
+             std::array<Address, 8> weights, Address gates_h, Address gates, Address extra,
+             Address h0, Address c0, Address output, Address h_n, Address c_n) {
+  ForwardArgs<T> args{};
+  args.T              = t;
+  args.B              = b;
+  args.I              = i;
+  args.H              = h;
+  args.D              = d;
+  args.num_threads    = num_threads;
+  args.save           = save;
+  args.input          = pointer<T>(input);
+  args.input_stride_t = input_stride_t;
+  args.input_stride_b = input_stride_b;
+  for (int direction = 0; direction < 2; ++direction) {
+    const Address* of_direction = &weights[size_t(4 * direction)];
+    args.weight_ih[direction]   = pointer<T>(of_direction[0]);
+    args.weight_hh[direction]   = pointer<T>(of_direction[1]);
+    args.bias_ih[direction]     = pointer<T>(of_direction[2]);
+    args.bias_hh[direction]     = pointer<T>(of_direction[3]);
+  }
+  args.gates_h = pointer<T>(gates_h);
+  args.gates   = pointer<T>(gates);
+  args.extra   = pointer<T>(extra);
+  args.h0      = pointer<T>(h0);
+  args.c0      = pointer<T>(c0);
+  args.output  = pointer<T>(output);
+  args.h_n     = pointer<T>(h_n);
+  args.c_n     = pointer<T>(c_n);
+  const py::gil_scoped_release no_gil;
   if (!kernels_of<T>().forward[cell](args)) throw std::bad_alloc();
 }
 
 template <class T>
-void backward(int cell, int64_t t, int64_t b, int64_t h, int64_t d, int num_threads, Address gates,
-              Address extra, Address weight_hh, Address weight_hh_reverse, Address h0, Address c0,
-              Address grad_output, Address grad_h_n, Address carry, Address grad_gates,
-              Address h_prev) {
-  const BackwardArgs<T> args{t,
-                             b,
-                             h,
-                             d,
-                             num_threads,
-                             pointer<T>(gates),
-                             pointer<T>(extra),
-                             {pointer<T>(weight_hh), pointer<T>(weight_hh_reverse)},
-                             pointer<T>(h0),
-                             pointer<T>(c0),
-                             pointer<T>(grad_output),
-                             pointer<T>(grad_h_n),
-                             pointer<T>(carry),
-                             pointer<T>(grad_gates),
-                             pointer<T>(h_prev)};
+void backward(int cell, int64_t t, int64_t b, int64_t i, int64_t h, int64_t d, int num_threads,
+              Address gates, Address extra, Address input, Address weight_hh,
+              Address weight_hh_reverse, Address h0, Address c0, Address grad_output,
+              Address grad_h_n, Address carry, Address grad_gates,
+              std::array<Address, 6> grad_weights) {
+  BackwardArgs<T> args{};
+  args.T            = t;
+  args.B            = b;
+  args.I            = i;
+  args.H            = h;
+  args.D            = d;
+  args.num_threads  = num_threads;
+  args.gates        = pointer<T>(gates);
+  args.extra        = pointer<T>(extra);
+  args.input        = pointer<T>(input);
+  args.weight_hh[0] = pointer<T>(weight_hh);
+  args.weight_hh[1] = pointer<T>(weight_hh_reverse);
+  args.h0           = pointer<T>(h0);
+  args.c0           = pointer<T>(c0);
+  args.grad_output  = pointer<T>(grad_output);
+  args.grad_h_n     = pointer<T>(grad_h_n);
+  args.carry        = pointer<T>(carry);
+  args.grad_gates   = pointer<T>(grad_gates);
+  for (int direction = 0; direction < 2; ++direction) {
+    const Address* of_direction    = &grad_weights[size_t(3 * direction)];
+    args.grad_weight_ih[direction] = pointer<T>(of_direction[0]);
+    args.grad_weight_hh[direction] = pointer<T>(of_direction[1]);
+    args.grad_bias[direction]      = pointer<T>(of_direction[2]);
+  }
+  const py::gil_scoped_release no_gil;
   if (!kernels_of<T>().backward[cell](args)) throw std::bad_alloc();
 }
 
@@ -88,13 +112,12 @@ void backward(int cell, int64_t t, int64_t b, int64_t h, int64_t d, int num_thre
 
 PYBIND11_MODULE(_C, m) {
   using namespace fusedrnn;
-  using NoGil = py::call_guard<py::gil_scoped_release>;
   m.doc() = "fusedrnn's kernels over addresses; see csrc/sequence.h. Use fusedrnn.ops.";
   m.def(
       "isa", [] { return kernels().isa; },
       "Name of the instruction set whose kernels run; RuntimeError if FUSEDRNN_ISA can't be had.");
-  m.def("forward_f32", forward<float>, NoGil());
-  m.def("forward_f64", forward<double>, NoGil());
-  m.def("backward_f32", backward<float>, NoGil());
-  m.def("backward_f64", backward<double>, NoGil());
+  m.def("forward_f32", forward<float>);
+  m.def("forward_f64", forward<double>);
+  m.def("backward_f32", backward<float>);
+  m.def("backward_f64", backward<double>);
 }

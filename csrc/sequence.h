@@ -2,7 +2,7 @@
 // once. Plain data only: no torch, no Python, no STL.
 //
 // Legend, used in every comment below csrc/:
-//   T time steps, B batch, H hidden units, D directions (1 or 2),
+//   T time steps, B batch, I input features, H hidden units, D directions (1 or 2),
 //   G gates of a cell (LSTM 4, GRU 3, RNN 1), E gradient rows of a cell (LSTM 4, GRU 4, RNN 1).
 //
 // All arrays are dense and row-major in the order given, of one dtype (float or double), and live in
@@ -20,22 +20,28 @@ enum Cell { kLstm, kGru, kRnnTanh, kRnnRelu, kNumCells };
 
 template <class scalar_t>
 struct ForwardArgs {
-  int64_t T, B, H, D;
+  int64_t T, B, I, H, D;
   int num_threads;  // at most; fewer run where the work does not pay for them
+  bool save;        // whether a backward pass will follow
 
-  // In: the input projection with bias_ih, gates_x. Out, if save: the activated gates (LSTM i f g o,
-  // GRU r z n, RNN h), in place; otherwise unchanged.
+  // T > 1: the kernel projects the input itself. Features are dense, the other strides, in elements,
+  // free. Biases may be null.
+  const scalar_t* input;  // [T, B, I]
+  int64_t input_stride_t, input_stride_b;
+  const scalar_t* weight_ih[2];  // [G*H, I] of each direction
+  const scalar_t* bias_ih[2];    // [G*H]
+  const scalar_t* weight_hh[2];  // [G*H, H]
+  const scalar_t* bias_hh[2];    // [G*H]
+
+  // T == 1, where packing weights would cost more than the two products themselves, so that the
+  // caller does them: gates holds input weight_ih^T + bias_ih, gates_h h0 weight_hh^T + bias_hh, and
+  // none of the above is read.
+  const scalar_t* gates_h;  // [D, B, G*H]
+
+  // Out, if save: the activated gates (LSTM i f g o, GRU r z n, RNN h). Null if T > 1 and not save.
   scalar_t* gates;  // [D, T, B, G*H]
   // Out, if save: LSTM c, GRU a_hn (the recurrent part of n before the reset gate). RNN: not used.
   scalar_t* extra;  // [D, T, B, H]
-  bool save;        // whether a backward pass will follow
-
-  // The recurrent weights of each direction; bias_hh may be null. Not read if T == 1.
-  const scalar_t* weight_hh[2];  // [G*H, H]
-  const scalar_t* bias_hh[2];    // [G*H]
-  // Read only if T == 1, where packing weights would cost more than the product itself, so that the
-  // caller does it: h0 weight_hh^T + bias_hh.
-  const scalar_t* gates_h;  // [D, B, G*H]
 
   const scalar_t* h0;  // [D, B, H]
   const scalar_t* c0;  // [D, B, H], LSTM only
@@ -47,11 +53,12 @@ struct ForwardArgs {
 
 template <class scalar_t>
 struct BackwardArgs {
-  int64_t T, B, H, D;
+  int64_t T, B, I, H, D;
   int num_threads;
 
   const scalar_t* gates;         // [D, T, B, G*H], as ForwardArgs left it
   const scalar_t* extra;         // [D, T, B, H], as ForwardArgs left it
+  const scalar_t* input;         // [T, B, I]
   const scalar_t* weight_hh[2];  // [G*H, H]; not read if T == 1
   const scalar_t* h0;            // [D, B, H]
   const scalar_t* c0;            // [D, B, H], LSTM only
@@ -60,16 +67,19 @@ struct BackwardArgs {
   const scalar_t* grad_h_n;     // [D, B, H], or null for zero
 
   // In: LSTM grad_c_n, GRU zero. Out: LSTM grad_c0; GRU the part of grad_h0 that does not pass
-  // through weight_hh. The caller adds grad_gates_h[first step] weight_hh to get grad_h0. RNN: not used.
+  // through weight_hh. The caller adds grad_gates_h[first step] weight_hh to get grad_h0. RNN: not
+  // used.
   scalar_t* carry;  // [D, B, H]
 
   // Out: gradients of the pre-activations. LSTM (i, f, g, o) and RNN: of gates_x and gates_h alike.
   // GRU: (n_h, r, z, n_x): the first 3H columns are the gradient of gates_h, its n part first; the
   // last 3H that of gates_x, in torch's order.
   scalar_t* grad_gates;  // [D, T, B, E*H]
-  // Out: h of the step before each t, h0 before the first: what grad_weight_hh is the product with.
-  // May be null (not wanted) for LSTM and RNN.
-  scalar_t* h_prev;  // [D, T, B, H]
+
+  // Out, each null if not wanted.
+  scalar_t* grad_weight_ih[2];  // [G*H, I]
+  scalar_t* grad_weight_hh[2];  // [G*H, H]
+  scalar_t* grad_bias[2];       // [E*H]: the sums of grad_gates' columns
 };
 
 // One ISA's kernels. Each returns false when its scratch memory could not be had, having done nothing.

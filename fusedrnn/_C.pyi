@@ -1,21 +1,24 @@
 """The compiled kernels, over addresses (csrc/bindings.cpp); csrc/sequence.h says what each points to."""
 
+from collections.abc import Sequence
+
 def isa() -> str: ...
 def forward_f32(
     cell: int,
     T: int,
     B: int,
+    I: int,  # noqa: E741
     H: int,
     D: int,
     num_threads: int,
     save: bool,
+    input: int,
+    input_stride_t: int,
+    input_stride_b: int,
+    weights: Sequence[int],  # 8: weight_ih, weight_hh, bias_ih, bias_hh of each direction
+    gates_h: int,
     gates: int,
     extra: int,
-    weight_hh: int,
-    weight_hh_reverse: int,
-    bias_hh: int,
-    bias_hh_reverse: int,
-    gates_h: int,
     h0: int,
     c0: int,
     output: int,
@@ -30,11 +33,13 @@ def backward_f32(
     cell: int,
     T: int,
     B: int,
+    I: int,  # noqa: E741
     H: int,
     D: int,
     num_threads: int,
     gates: int,
     extra: int,
+    input: int,
     weight_hh: int,
     weight_hh_reverse: int,
     h0: int,
@@ -43,7 +48,7 @@ def backward_f32(
     grad_h_n: int,
     carry: int,
     grad_gates: int,
-    h_prev: int,
+    grad_weights: Sequence[int],  # 6: grad_weight_ih, grad_weight_hh, grad_bias of each direction
     /,
 ) -> None: ...
 

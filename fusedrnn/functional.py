@@ -230,66 +230,35 @@ def _kernel_backward(
     grads: Sequence[Tensor | None],
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of input, initial states and weights: the kernel's recurrence, then one GEMM each."""
+    """Gradients of input, initial states and weights: the kernel's, and a GEMM for the input."""
     spec = ops.CELLS[cell]
-    steps, batch, hidden, directions = ops.dimensions(input, initial)
+    _, batch, hidden, directions = ops.dimensions(input, initial)
     need_input, need_h0 = needed[0], needed[1]
-    need_weights = needed[1 + len(initial) :]
-    weights_hh = weights[1::4]
     result = ops.backward(
-        cell, input, initial, weights_hh, saved, grads, any(need_weights[1::4])
+        cell, input, initial, weights, saved, grads, needed[1 + len(initial) :]
     )
-    first_input_column = (spec.grad_gates - spec.gates) * hidden
-    recurrent = [  # columns of grad_gates, and the rows of weight_hh that they belong to
-        (slice(e * hidden, (e + n) * hidden), slice(g * hidden, (g + n) * hidden))
-        for e, g, n in spec.recurrent_blocks
-    ]
-    rows = input.flatten(0, 1) if input.dim() == 3 else input  # [T*B, I]
 
-    grad_input = rows.new_empty(rows.shape) if need_input else None
-    grad_h0 = None
-    if need_h0:
-        grad_h0 = result.carry if cell == "gru" else initial[0].new_zeros(initial[0].shape)
-    grad_weights: list[Tensor | None] = [None] * len(weights)
-    for d in range(directions):
-        grad_rows = result.grad_gates[d].flatten(0, 1)  # [T*B, E*H]
-        of_input = grad_rows[:, first_input_column:]  # [T*B, G*H]
-        if grad_input is not None:
+    grad_input = grad_h0 = None
+    if need_input:
+        first_input_column = (spec.grad_gates - spec.gates) * hidden
+        grad_input = torch.empty_like(input, memory_format=torch.contiguous_format)
+        grad_rows = grad_input.view(-1, input.shape[-1]) if input.numel() else grad_input[0]
+        for d in range(directions):
+            of_input = result.grad_gates[d].flatten(0, 1)[:, first_input_column:]  # [T*B, G*H]
             # beta=0 writes, beta=1 adds the second direction's share
-            torch.addmm(grad_input, of_input, weights[4 * d], beta=int(d > 0), out=grad_input)
-        if grad_h0 is not None:
-            # The products first, then the (larger) carry: small terms added to a large sum one by
-            # one lose more.
+            torch.addmm(grad_rows, of_input, weights[4 * d], beta=int(d > 0), out=grad_rows)
+    if need_h0:
+        # The products first, then the (larger) carry: small terms added to a large sum one by one
+        # lose more.
+        grad_h0 = result.carry if cell == "gru" else torch.zeros_like(initial[0])
+        assert grad_h0 is not None
+        for d in range(directions):
             first_step = result.grad_gates[d, 0 if d == 0 else -1]
-            through_weights = sum(
-                first_step[:, columns] @ weights_hh[d][weight_rows]
-                for columns, weight_rows in recurrent
+            grad_h0.view(directions, batch, hidden)[d] += sum(
+                first_step[:, columns] @ weights[4 * d + 1][rows]
+                for columns, rows in ops.recurrent_blocks(cell, hidden)
             )
-            grad_h0.view(directions, batch, hidden)[d] += through_weights
-        need_weight_ih, need_weight_hh, need_bias_ih, need_bias_hh = need_weights[
-            4 * d : 4 * d + 4
-        ]
-        if need_weight_ih:
-            grad_weights[4 * d] = of_input.t() @ rows
-        if need_weight_hh:
-            assert result.h_prev is not None
-            h_prev_rows = result.h_prev[d].flatten(0, 1)
-            grad_weight_hh = h_prev_rows.new_empty(weights_hh[d].shape)
-            for columns, weight_rows in recurrent:
-                torch.mm(grad_rows[:, columns].t(), h_prev_rows, out=grad_weight_hh[weight_rows])
-            grad_weights[4 * d + 1] = grad_weight_hh
-        if need_bias_ih or need_bias_hh:
-            grad_bias = grad_rows.sum(0)
-            if need_bias_ih:
-                grad_weights[4 * d + 2] = grad_bias[first_input_column:]
-            if need_bias_hh:
-                parts = [grad_bias[columns] for columns, _ in recurrent]
-                grad_weights[4 * d + 3] = parts[0] if len(parts) == 1 else torch.cat(parts)
     grad_states = [grad_h0]
     if spec.has_cell_state:
         grad_states.append(result.carry if needed[2] else None)
-    return [
-        None if grad_input is None else grad_input.view(input.shape),
-        *grad_states,
-        *grad_weights,
-    ]
+    return [grad_input, *grad_states, *result.weights]

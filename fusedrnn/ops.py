@@ -68,6 +68,7 @@ CELLS = {
 _FORWARD = {torch.float32: _C.forward_f32, torch.float64: _C.forward_f64}
 _BACKWARD = {torch.float32: _C.backward_f32, torch.float64: _C.backward_f64}
 _PLAIN = (Tensor, torch.nn.Parameter)
+_NO_WEIGHTS = [0] * 8
 
 
 def supported(input: Tensor, *tensors: Tensor | None) -> bool:
@@ -171,7 +172,7 @@ def _linear(
 class Saved:
     """What the forward kernel leaves for the backward one; csrc/sequence.h says what is in them."""
 
-    gates: Tensor  # [D, T, B, G*H] in memory
+    gates: Tensor | None  # [D, T, B, G*H] in memory
     extra: Tensor | None  # [D, T, B, H]
 
 
@@ -193,19 +194,22 @@ def forward(
     initial = [s.contiguous() for s in initial]
     h0 = initial[0]
 
-    # The input projection of all time steps at once is a large GEMM: torch's business.
-    rows = input.flatten(0, 1) if input.dim() == 3 else input
-    gates = _linear([rows] * directions, weights[::4], weights[2::4])
-    gates_h, pointers = None, (0, 0, 0, 0)
+    gates: Tensor | None
     if steps == 1:
-        h0_rows = h0 if h0.dim() == 3 else (h0,)
-        gates_h = _linear([*h0_rows], weights[1::4], weights[3::4])
+        # Two products, torch's business: the kernel would have to lay out the weights anew for them.
+        rows = input.flatten(0, 1) if input.dim() == 3 else input
+        h0_rows = [*h0] if h0.dim() == 3 else [h0]
+        gates = _linear([rows] * directions, weights[::4], weights[2::4])
+        gates_h = _linear(h0_rows, weights[1::4], weights[3::4])
+        input_address, strides, addresses = 0, (0, 0), _NO_WEIGHTS
     else:
-        dense = [None if w is None else w.contiguous() for w in (*weights[1::4], *weights[3::4])]
-        pointers = tuple(
-            _address(dense[i] if d < directions else None)
-            for i, d in ((0, 0), (1, 1), (directions, 0), (directions + 1, 1))
-        )
+        if input.stride(2) != 1:
+            input = input.contiguous()
+        gates = h0.new_empty(directions, steps, batch, spec.gates * hidden) if save else None
+        gates_h = None
+        dense = [None if w is None else w.contiguous() for w in weights]  # live until the call ends
+        addresses = [*map(_address, dense), *_NO_WEIGHTS[len(dense) :]]
+        input_address, strides = input.data_ptr(), input.stride()[:2]
     extra = h0.new_empty(directions, steps, batch, hidden) if save and spec.has_extra else None
     shape = (steps, batch, directions * hidden)
     output = h0.new_empty(shape[3 - input.dim() :])
@@ -214,14 +218,17 @@ def forward(
         spec.index,
         steps,
         batch,
+        input.shape[-1],
         hidden,
         directions,
         torch.get_num_threads(),
         save,
-        gates.data_ptr(),
-        _address(extra),
-        *pointers,
+        input_address,
+        *strides,
+        addresses,
         _address(gates_h),
+        _address(gates),
+        _address(extra),
         h0.data_ptr(),
         initial[1].data_ptr() if spec.has_cell_state else 0,
         output.data_ptr(),
@@ -232,59 +239,90 @@ def forward(
 
 
 @dataclass
-class PreActivationGrads:
-    """What the backward kernel computes; functional.py turns it into the gradients of the inputs."""
+class LayerGrads:
+    """What the backward kernel computes; functional.py adds the gradients of input and h0."""
 
     grad_gates: Tensor  # [D, T, B, E*H]
-    h_prev: Tensor | None  # [D, T, B, H]
     carry: Tensor | None  # as h0: LSTM grad_c0; GRU what grad_h0 owes to h0 directly
+    weights: list[Tensor | None]  # as the weights, None where not wanted
 
 
 def backward(
     cell: str,
     input: Tensor,
     initial: Sequence[Tensor],
-    weights_hh: Sequence[Tensor],
+    weights: Sequence[Any],
     saved: Saved,
     grads: Sequence[Tensor | None],
-    want_h_prev: bool,
-) -> PreActivationGrads:
+    wanted: Sequence[bool],
+) -> LayerGrads:
     """The backward recurrence of one layer or step, from what `forward` saved.
 
-    grads: of output, h_n and, for LSTM, c_n, None for zero.
+    grads: of output, h_n and, for LSTM, c_n, None for zero. wanted: which weights' gradients.
     """
     counts["kernel_backward"] += 1
     spec = CELLS[cell]
     steps, batch, hidden, directions = dimensions(input, initial)
+    input = input.contiguous()
     initial = [s.contiguous() for s in initial]
-    weights_hh = [w.contiguous() for w in weights_hh]
+    h0 = initial[0]
+    weights_hh = [w.contiguous() for w in weights[1::4]]
     grad_output, grad_h_n, *grad_c_n = (None if g is None else g.contiguous() for g in grads)
     carry = None
     if grad_c_n and grad_c_n[0] is not None:
         # A copy: the kernel works in place, and the caller's gradient is not ours.
         carry = grad_c_n[0].clone()
     elif spec.has_extra:
-        carry = torch.zeros_like(initial[0])
-    new_empty = initial[0].new_empty
-    h_prev = new_empty(directions, steps, batch, hidden) if want_h_prev or cell == "gru" else None
-    grad_gates = new_empty(directions, steps, batch, spec.grad_gates * hidden)
+        carry = torch.zeros_like(h0)
+    grad_gates = h0.new_empty(directions, steps, batch, spec.grad_gates * hidden)
+
+    grad_weights: list[Tensor | None] = [None] * len(weights)
+    grad_biases: list[Tensor | None] = [None] * directions
+    for d in range(directions):
+        for i in (4 * d, 4 * d + 1):
+            if wanted[i]:
+                grad_weights[i] = h0.new_empty(weights[i].shape)
+        if wanted[4 * d + 2] or wanted[4 * d + 3]:
+            grad_biases[d] = h0.new_empty(spec.grad_gates * hidden)
+    addresses = [
+        _address(t)
+        for d in range(directions)
+        for t in (*grad_weights[4 * d : 4 * d + 2], grad_biases[d])
+    ]
     _BACKWARD[input.dtype](
         spec.index,
         steps,
         batch,
+        input.shape[-1],
         hidden,
         directions,
         torch.get_num_threads(),
-        saved.gates.data_ptr(),
+        _address(saved.gates),
         _address(saved.extra),
+        input.data_ptr(),
         weights_hh[0].data_ptr(),
         weights_hh[1].data_ptr() if directions == 2 else 0,
-        initial[0].data_ptr(),
+        h0.data_ptr(),
         initial[1].data_ptr() if spec.has_cell_state else 0,
         _address(grad_output),
         _address(grad_h_n),
         _address(carry),
         grad_gates.data_ptr(),
-        _address(h_prev),
+        addresses if directions == 2 else [*addresses, 0, 0, 0],
     )
-    return PreActivationGrads(grad_gates, h_prev, carry)
+    first_input_column = (spec.grad_gates - spec.gates) * hidden
+    for d, grad_bias in enumerate(grad_biases):
+        if grad_bias is not None and wanted[4 * d + 2]:
+            grad_weights[4 * d + 2] = grad_bias[first_input_column:]
+        if grad_bias is not None and wanted[4 * d + 3]:
+            parts = [grad_bias[columns] for columns, _ in recurrent_blocks(cell, hidden)]
+            grad_weights[4 * d + 3] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return LayerGrads(grad_gates, carry, grad_weights)
+
+
+def recurrent_blocks(cell: str, hidden: int) -> list[tuple[slice, slice]]:
+    """Columns of grad_gates, and the rows of weight_hh and bias_hh that they belong to."""
+    return [
+        (slice(e * hidden, (e + n) * hidden), slice(g * hidden, (g + n) * hidden))
+        for e, g, n in CELLS[cell].recurrent_blocks
+    ]

@@ -1,8 +1,8 @@
-// weight_hh, laid out once per call in the order in which the register tiles of step.h read it: panels
+// weight_ih and weight_hh, laid out once per call in the order in which the register tiles of step.h read it: panels
 // of V hidden units (V lanes of one vector), each dense, so that a step streams them front to back.
 //
-//   forward   [H/V] x { bias row [G][V], then [K = H]   rows of [G][V] }: all gates of V units together
-//   backward  [H/V] x {                       [K = G*H] rows of    [V] }
+//   forward   [H/V] x { bias row [G][V], then [K = I or H] rows of [G][V] }: all gates of V units
+//   backward  [H/V] x {                       [K = G*H]    rows of    [V] }
 //
 // Units beyond H are zero. Not a cache: a packed copy lives as long as the call (weights change in ways
 // that no version counter shows).
@@ -40,30 +40,30 @@ constexpr int64_t blocks_of(int64_t H) {
 }
 
 template <class Cell, class T>
-constexpr int64_t forward_panel_size(int64_t H) {
-  return (H + 1) * Cell::kGates * kLanes<T>;
+constexpr int64_t forward_panel_size(int64_t K) {
+  return (K + 1) * Cell::kGates * kLanes<T>;
 }
 template <class Cell, class T>
 constexpr int64_t backward_panel_size(int64_t H) {
   return Cell::kGates * H * kLanes<T>;
 }
 
-// The panels of blocks [begin, end), from weight_hh [G*H, H] and bias_hh [G*H] (or null).
+// The panels of blocks [begin, end), from weight [G*H, K] and bias [G*H] (or null).
 template <class Cell, class T>
-void pack_forward(T* panels, const T* weight_hh, const T* bias_hh, int64_t H, int64_t begin,
+void pack_forward(T* panels, const T* weight, const T* bias, int64_t H, int64_t K, int64_t begin,
                   int64_t end) {
   constexpr int G = Cell::kGates, V = kLanes<T>;
   for (int64_t block = begin; block < end; ++block) {
-    T* panel        = panels + block * forward_panel_size<Cell, T>(H);
+    T* panel        = panels + block * forward_panel_size<Cell, T>(K);
     const int units = int(H - block * V < V ? H - block * V : V);
     for (int g = 0; g < G; ++g) {
       const int64_t row = g * H + block * V;
-      store(panel + g * V, bias_hh ? load(bias_hh + row, units) : Vec<T>{});
-      for (int64_t k = 0; k < H; k += V) {
-        const int columns = int(H - k < V ? H - k : V);
+      store(panel + g * V, bias ? load(bias + row, units) : Vec<T>{});
+      for (int64_t k = 0; k < K; k += V) {
+        const int columns = int(K - k < V ? K - k : V);
         Vec<T> tile[V];
         unroll<V>([&](auto u) FUSEDRNN_LAMBDA {
-          tile[u] = u < units ? load(weight_hh + (row + u) * H + k, columns) : Vec<T>{};
+          tile[u] = u < units ? load(weight + (row + u) * K + k, columns) : Vec<T>{};
         });
         transpose<T>(tile);
         T* out = panel + ((k + 1) * G + g) * V;

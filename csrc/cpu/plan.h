@@ -34,6 +34,10 @@ inline int64_t l2_bytes() {
   return 1 << 20;
 }
 
+// Rows of one product of the input projection: enough to read each panel of weight_ih seldom, few
+// enough for their gates to stay in L2.
+constexpr int64_t kChunkRows = 48;
+
 struct Shape {
   int64_t T, B, H, D;
   int64_t gates;         // G

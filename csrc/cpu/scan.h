@@ -8,32 +8,34 @@
 #include "plan.h"
 #include "step.h"
 #include "threads.h"
+#include "weight_grads.h"
 
 namespace fusedrnn {
 namespace {
 
-// Scratch of one call, shared by its threads: packed weights of each direction and barrier counters.
+// Scratch of one call, shared by its threads: for each direction `elements` numbers, on a cache line
+// boundary, and barrier counters.
 template <class T>
 class Scratch {
  public:
-  Scratch(int64_t panel_elements, int64_t directions, int threads)
-      : panel_elements_(panel_elements), threads_(threads) {
-    const size_t counters = sizeof(BarrierCounter) * size_t(2 * directions * (threads + 1));
-    const size_t panels   = sizeof(T) * size_t(panel_elements * directions);
-    memory_ = static_cast<char*>(std::aligned_alloc(64, (counters + panels + 63) / 64 * 64));
+  Scratch(int64_t elements, int64_t directions, int threads)
+      : elements_((elements + 63) / 64 * 64), threads_(threads) {
+    const size_t counters = sizeof(BarrierCounter) * size_t(directions * (threads + 1));
+    const size_t numbers  = sizeof(T) * size_t(elements_ * directions);
+    memory_               = static_cast<char*>(std::aligned_alloc(64, counters + numbers));
     if (!memory_) return;
     std::memset(memory_, 0, counters);
-    panels_ = reinterpret_cast<T*>(memory_ + counters);
+    numbers_ = reinterpret_cast<T*>(memory_ + counters);
   }
   ~Scratch() { std::free(memory_); }
   Scratch(const Scratch&)            = delete;
   Scratch& operator=(const Scratch&) = delete;
 
   bool ok() const { return memory_ != nullptr; }
-  T* panels(int64_t direction) const { return panels_ + direction * panel_elements_; }
+  T* numbers(int64_t direction) const { return numbers_ + direction * elements_; }
 
-  // The barrier at which all threads of a direction meet once its weights are packed.
-  Barrier packed_barrier(int64_t direction, const Shard& s) const {
+  // The barrier of all threads of a direction.
+  Barrier direction_barrier(int64_t direction, const Shard& s) const {
     return Barrier(counter(direction, 0), s.direction_threads);
   }
   // The barrier after each step, for the threads that split the units of the same rows.
@@ -46,16 +48,16 @@ class Scratch {
     return reinterpret_cast<BarrierCounter*>(memory_) + direction * (threads_ + 1) + i;
   }
 
-  int64_t panel_elements_;
+  int64_t elements_;
   int threads_;
   char* memory_ = nullptr;
-  T* panels_    = nullptr;
+  T* numbers_   = nullptr;
 };
 
 // Packs a direction's weights, each of its threads a part. Threads that split only units pack what
 // they will read themselves, into their own cache, and need not wait.
 template <class PackBlocks>
-void pack_shared(const Shard& s, int64_t blocks, Barrier barrier, const PackBlocks& pack_blocks) {
+void pack_shared(const Shard& s, int64_t blocks, Barrier& barrier, const PackBlocks& pack_blocks) {
   if (s.direction_threads == s.unit_shards) {
     pack_blocks(s.block_begin, s.block_end);
   } else {
@@ -79,6 +81,29 @@ Shape shape_of(const Args& a, int max_rows) {
           int64_t(sizeof(T)) * blocks_of<T>(a.H) * forward_panel_size<Cell, T>(a.H), max_rows};
 }
 
+// How a forward call lays out a direction's scratch, and how it walks time: the input of a chunk of
+// steps is projected just before they run, so that gates_x is still in the cache when they read it.
+template <class Cell, class T>
+struct ForwardLayout {
+  int64_t recurrent = 0;  // elements: packed weight_hh,
+  int64_t input     = 0;  // packed weight_ih,
+  int64_t gates     = 0;  // gates_x of a chunk, unless it goes to the saved gates
+  int64_t chunk     = 1;  // steps
+  bool uniform      = false;
+
+  explicit ForwardLayout(const ForwardArgs<T>& a) {
+    if (a.T == 1) return;
+    const auto round_up = [](int64_t elements) { return (elements + 15) / 16 * 16; };
+    recurrent = round_up(blocks_of<T>(a.H) * forward_panel_size<Cell, T>(a.H));
+    input     = round_up(blocks_of<T>(a.H) * forward_panel_size<Cell, T>(a.I));
+    // Rows of consecutive steps are one matrix: then a chunk is one product.
+    uniform = a.B == 1 || a.input_stride_t == a.B * a.input_stride_b;
+    if (uniform) chunk = max64(1, min64(a.T, kChunkRows / max64(1, a.B)));
+    if (!a.save) gates = chunk * a.B * Cell::kGates * a.H;
+  }
+  int64_t elements() const { return recurrent + input + gates; }
+};
+
 template <class Cell, class T>
 void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
                        const Scratch<T>& scratch) {
@@ -90,30 +115,61 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   const T* const h0 = a.h0 + d * BH;
   const T* const c0 = Cell::kHasCell ? a.c0 + d * BH : nullptr;
   T* const c_n      = Cell::kHasCell ? a.c_n + d * BH : nullptr;
+  const ForwardLayout<Cell, T> layout(a);
 
   ForwardStep<T> step{};
   step.H        = H;
   step.save     = a.save;
   step.h_stride = DH;
+  ProjectStep<T> project{};
+  project.I            = a.I;
+  project.H            = H;
+  project.input_stride = a.B == 1 ? a.input_stride_t : a.input_stride_b;
+  T* const chunk_gates = scratch.numbers(d) + layout.recurrent + layout.input;
   if (a.T > 1) {
-    T* const panels = scratch.panels(d);
-    pack_shared(shard, blocks_of<T>(H), scratch.packed_barrier(d, shard),
-                [&](int64_t begin, int64_t end) {
-                  pack_forward<Cell, T>(panels, a.weight_hh[d], a.bias_hh[d], H, begin, end);
-                });
-    step.panels = panels;
+    T* const recurrent = scratch.numbers(d);
+    T* const input     = recurrent + layout.recurrent;
+    Barrier direction_barrier = scratch.direction_barrier(d, shard);
+    pack_shared(shard, blocks_of<T>(H), direction_barrier, [&](int64_t begin, int64_t end) {
+      pack_forward<Cell, T>(recurrent, a.weight_hh[d], a.bias_hh[d], H, H, begin, end);
+      pack_forward<Cell, T>(input, a.weight_ih[d], a.bias_ih[d], H, a.I, begin, end);
+    });
+    step.panels    = recurrent;
+    project.panels = input;
   } else {
     step.gates_h = a.gates_h + d * BH * G;
   }
+  // gates_x of time t, and of the chunk's first time in memory, t_begin
+  const auto gates_of = [&](int64_t t, int64_t t_begin) {
+    return layout.gates ? chunk_gates + (t - t_begin) * BH * G : a.gates + (seq + t * BH) * G;
+  };
 
   Barrier barrier = scratch.step_barrier(d, shard);
   T* h            = nullptr;
+  int64_t t_begin = 0;
   for (int64_t i = 0; i < a.T; ++i) {
     const int64_t t = d == 0 ? i : a.T - 1 - i;
+    if (a.T > 1 && i % layout.chunk == 0) {
+      const int64_t steps = min64(layout.chunk, a.T - i);
+      t_begin             = d == 0 ? t : t - steps + 1;
+      project.input       = a.input + t_begin * a.input_stride_t;
+      project.gates       = gates_of(t_begin, t_begin);
+      if (shard.row_begin == 0 && shard.row_end == a.B) {
+        run_tiles<ProjectTiles<Cell, T>>(project, 0, steps * a.B, shard.block_begin,
+                                         shard.block_end, false);
+      } else {
+        for (int64_t s = 0; s < steps; ++s) {
+          run_tiles<ProjectTiles<Cell, T>>(project, shard.row_begin, shard.row_end,
+                                           shard.block_begin, shard.block_end, false);
+          project.input += a.input_stride_t;
+          project.gates += BH * G;
+        }
+      }
+    }
     T* const h_prev = h;
     h               = a.output + t * a.B * DH + d * H;
 
-    step.gates         = a.gates + (seq + t * BH) * G;
+    step.gates         = gates_of(t, t_begin);
     step.h_prev        = i == 0 ? h0 : h_prev;
     step.h_prev_stride = i == 0 ? H : DH;
     step.h             = h;
@@ -149,6 +205,19 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   });
 }
 
+// How a backward call lays out a direction's scratch.
+template <class Cell, class T>
+struct BackwardLayout {
+  int64_t recurrent = 0;  // elements: packed weight_hh,
+  int64_t h_prev    = 0;  // [T, B, H], if it is wanted
+
+  explicit BackwardLayout(const BackwardArgs<T>& a) {
+    if (a.T > 1) recurrent = blocks_of<T>(a.H) * backward_panel_size<Cell, T>(a.H);
+    if (Cell::kPrevIsH || a.grad_weight_hh[0] || a.grad_weight_hh[1]) h_prev = a.T * a.B * a.H;
+  }
+  int64_t elements() const { return recurrent + h_prev; }
+};
+
 template <class Cell, class T>
 void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
                         const Scratch<T>& scratch) {
@@ -160,14 +229,18 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   const int64_t seq = d * a.T * BH;
   const T* const h0 = a.h0 + d * BH;
   const auto time   = [&](int64_t i) { return d == 0 ? i : a.T - 1 - i; };  // of the i-th step
-  const auto h_prev = [&](int64_t i) { return a.h_prev + seq + time(i) * BH; };
+  const BackwardLayout<Cell, T> layout(a);
 
-  if (a.h_prev) {
+  // h of the step before each t, h0 before the first: what grad_weight_hh is the product with. Not
+  // the output, which its owner may have changed by now.
+  T* const all_h_prev = layout.h_prev ? scratch.numbers(d) + layout.recurrent : nullptr;
+  const auto h_prev   = [&](int64_t i) { return all_h_prev + time(i) * BH; };
+  if (all_h_prev) {
     for_each_row<T>(shard, H, [&](int64_t row, int64_t unit, size_t n) {
       std::memcpy(h_prev(0) + row * H + unit, h0 + row * H + unit, n * sizeof(T));
     });
   }
-  if constexpr (Cell::kPrevIsH) {  // GRU: h again from the saved gates, forwards; the units are its own
+  if constexpr (Cell::kPrevIsH) {  // GRU: from the saved gates, forwards; a thread's units are its own
     for (int64_t i = 0; i + 1 < a.T; ++i) {
       const T* const gates = a.gates + (seq + time(i) * BH) * G;
       for (int64_t row = shard.row_begin; row < shard.row_end; ++row) {
@@ -181,12 +254,12 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   step.H                  = H;
   step.grad_output_stride = DH;
   if constexpr (Cell::kHasCarry) step.carry = a.carry + d * BH;
+  Barrier direction_barrier = scratch.direction_barrier(d, shard);
   if (a.T > 1) {
-    T* const panels = scratch.panels(d);
-    pack_shared(shard, blocks_of<T>(H), scratch.packed_barrier(d, shard),
-                [&](int64_t begin, int64_t end) {
-                  pack_backward<Cell, T>(panels, a.weight_hh[d], H, begin, end);
-                });
+    T* const panels = scratch.numbers(d);
+    pack_shared(shard, blocks_of<T>(H), direction_barrier, [&](int64_t begin, int64_t end) {
+      pack_backward<Cell, T>(panels, a.weight_hh[d], H, begin, end);
+    });
     step.panels = panels;
   }
 
@@ -198,7 +271,7 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     step.grad_h_n        = a.grad_h_n && i == a.T - 1 ? a.grad_h_n + d * BH : nullptr;
     step.grad_gates_next = i == a.T - 1 ? nullptr : step.grad_gates;
     step.grad_gates      = a.grad_gates + (seq + t * BH) * E;
-    step.h               = a.h_prev && i + 1 < a.T ? h_prev(i + 1) : nullptr;
+    step.h               = all_h_prev && i + 1 < a.T ? h_prev(i + 1) : nullptr;
     if constexpr (Cell::kHasExtra) step.extra = a.extra + seq + t * BH;
     if constexpr (Cell::kHasCell) {
       step.prev = i == 0 ? a.c0 + d * BH : a.extra + seq + time(i - 1) * BH;
@@ -209,14 +282,35 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
                                       shard.block_end, i % 2 == 1);
     barrier.wait();
   }
+
+  direction_barrier.wait();  // grad_gates and h_prev are whole: each thread now takes some rows of them
+  const int64_t begin   = H * shard.direction_rank / shard.direction_threads;
+  const int64_t end     = H * (shard.direction_rank + 1) / shard.direction_threads;
+  const T* const grads  = a.grad_gates + seq * E;
+  const int64_t rows    = a.T * a.B;
+  const int64_t of_ih   = (E - G) * H;  // the first column of grad_gates that belongs to weight_ih
+  for (int g = 0; g < G; ++g) {
+    if (a.grad_weight_ih[d]) {
+      transposed_product(a.grad_weight_ih[d] + g * H * a.I, grads + of_ih + g * H, E * H, a.input,
+                         a.I, rows, begin, end);
+    }
+    if (a.grad_weight_hh[d]) {
+      transposed_product(a.grad_weight_hh[d] + (g + Cell::kRecurrentRow) % G * H * H, grads + g * H,
+                         E * H, static_cast<const T*>(all_h_prev), H, rows, begin, end);
+    }
+  }
+  if (a.grad_bias[d]) {
+    for (int e = 0; e < E; ++e) {
+      column_sums(a.grad_bias[d] + e * H, grads + e * H, E * H, rows, begin, end);
+    }
+  }
 }
 
 template <class Cell, class T>
 bool forward(const ForwardArgs<T>& a) {
   const Shape shape  = shape_of<Cell, T>(a, kMaxRows<Cell::kGates>);
   const int threads  = useful_threads(shape, a.num_threads);
-  const int64_t size = a.T > 1 ? blocks_of<T>(a.H) * forward_panel_size<Cell, T>(a.H) : 0;
-  const Scratch<T> scratch(size, a.D, threads);
+  const Scratch<T> scratch(ForwardLayout<Cell, T>(a).elements(), a.D, threads);
   if (!scratch.ok()) return false;
   parallel(threads, [&](int thread, int running) {
     const FlushDenormals<T> flush;
@@ -232,8 +326,7 @@ template <class Cell, class T>
 bool backward(const BackwardArgs<T>& a) {
   const Shape shape  = shape_of<Cell, T>(a, kMaxRows<1>);
   const int threads  = useful_threads(shape, a.num_threads);
-  const int64_t size = a.T > 1 ? blocks_of<T>(a.H) * backward_panel_size<Cell, T>(a.H) : 0;
-  const Scratch<T> scratch(size, a.D, threads);
+  const Scratch<T> scratch(BackwardLayout<Cell, T>(a).elements(), a.D, threads);
   if (!scratch.ok()) return false;
   parallel(threads, [&](int thread, int running) {
     const FlushDenormals<T> flush;

@@ -1,6 +1,6 @@
 // HOW one time step runs on the CPU: register tiles of M batch rows x P panels (V hidden units each)
-// that hold the recurrent product of all gates in registers and apply the cell there. Not when steps
-// run, nor who runs which: that is scan.h.
+// that hold the product of all gates in registers and, in the recurrence, apply the cell there. Not
+// when steps run, nor who runs which: that is scan.h.
 #pragma once
 
 #include "pack.h"
@@ -51,13 +51,53 @@ FUSEDRNN_INLINE void product(Vec<T> (&acc)[M][P * Q], const T* a, int64_t lda, i
   }
 }
 
+// acc = bias + a W^T of M rows and P panels, from pack_forward's panels.
+template <class Cell, int M, int P, class T>
+FUSEDRNN_INLINE void affine(Vec<T> (&acc)[M][P * Cell::kGates], const T* a, int64_t lda, int64_t K,
+                            const T* all_panels, int64_t block) {
+  constexpr int G          = Cell::kGates;
+  constexpr int V          = kLanes<T>;
+  const int64_t panel_size = forward_panel_size<Cell, T>(K);
+  const T* panels          = all_panels + block * panel_size;
+  unroll<P * G>([&](auto pg) FUSEDRNN_LAMBDA {
+    const Vec<T> bias = load(panels + pg / G * panel_size + pg % G * V);
+    unroll<M>([&](auto m) FUSEDRNN_LAMBDA { acc[m][pg] = bias; });
+  });
+  product<M, P, G>(acc, a, lda, K, panels + G * V, panel_size);
+}
+
+// The input projection: a row is one batch element at one time step.
+template <class T>
+struct ProjectStep {
+  int64_t I, H;
+  const T* input;  // rows of I
+  int64_t input_stride;
+  T* gates;         // rows of G*H
+  const T* panels;  // pack_forward's
+};
+
+template <class Cell, class T, int M, int P>
+void project_tile(const ProjectStep<T>& s, int64_t row, int64_t block) {
+  constexpr int G = Cell::kGates;
+  Vec<T> acc[M][P * G];
+  affine<Cell, M, P>(acc, s.input + row * s.input_stride, s.input_stride, s.I, s.panels, block);
+  unroll<M * P>([&](auto mp) FUSEDRNN_LAMBDA {
+    constexpr int m    = mp / P, p = mp % P;
+    const int64_t unit = (block + p) * kLanes<T>;
+    const int lanes    = int(s.H - unit < kLanes<T> ? s.H - unit : kLanes<T>);
+    unroll<G>([&](auto g) FUSEDRNN_LAMBDA {
+      store(s.gates + ((row + m) * G + g) * s.H + unit, acc[m][p * G + g], lanes);
+    });
+  });
+}
+
 // One direction at one time step; a row is one batch element. Strides are in elements per row; gates
 // and extra are dense.
 template <class T>
 struct ForwardStep {
   int64_t H;
   bool save;
-  T* gates;         // [B, G*H], overwritten by the activated gates if save
+  T* gates;         // [B, G*H]: the input projection, overwritten by the activated gates if save
   T* extra;         // [B, H]: LSTM c (always); GRU a_hn, or null
   const T* h_prev;  // [B, H]
   int64_t h_prev_stride;
@@ -96,17 +136,9 @@ FUSEDRNN_INLINE void forward_units(const ForwardStep<T>& s, int64_t row, int64_t
 
 template <class Cell, class T, int M, int P>
 void forward_tile(const ForwardStep<T>& s, int64_t row, int64_t block) {
-  constexpr int G          = Cell::kGates;
-  constexpr int V          = kLanes<T>;
-  const int64_t panel_size = forward_panel_size<Cell, T>(s.H);
-  const T* panels          = s.panels + block * panel_size;
+  constexpr int G = Cell::kGates;
   Vec<T> acc[M][P * G];
-  unroll<P * G>([&](auto pg) FUSEDRNN_LAMBDA {
-    const Vec<T> bias = load(panels + pg / G * panel_size + pg % G * V);
-    unroll<M>([&](auto m) FUSEDRNN_LAMBDA { acc[m][pg] = bias; });
-  });
-  product<M, P, G>(acc, s.h_prev + row * s.h_prev_stride, s.h_prev_stride, s.H, panels + G * V,
-                   panel_size);
+  affine<Cell, M, P>(acc, s.h_prev + row * s.h_prev_stride, s.h_prev_stride, s.H, s.panels, block);
   unroll<M * P>([&](auto mp) FUSEDRNN_LAMBDA {
     forward_units<Cell, T>(s, row + mp / P, block + mp % P, &acc[mp / P][mp % P * G]);
   });
@@ -210,6 +242,13 @@ using Tile = void (*)(const Step&, int64_t row, int64_t block);
 
 constexpr int kMaxPanelsLog2 = 3;
 
+template <class Cell, class T>
+struct ProjectTiles {
+  using Step             = ProjectStep<T>;
+  static constexpr int Q = Cell::kGates;
+  template <int M, int P>
+  static constexpr Tile<Step> tile = project_tile<Cell, T, M, P>;
+};
 template <class Cell, class T>
 struct ForwardTiles {
   using Step             = ForwardStep<T>;
