@@ -1,5 +1,5 @@
-// fusedrnn._C: the kernels as Python functions over addresses. Called by fusedrnn/ops.py alone, which
-// has checked every shape, dtype and device: nothing is checked here. Releases the GIL.
+// fusedrnn._C: the kernels as Python functions over addresses. Called by fusedrnn/ops.py alone,
+// which has checked every shape, dtype and device: nothing is checked here. Releases the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -78,7 +78,7 @@ void backward(int cell, int64_t t, int64_t b, int64_t i, int64_t h, int64_t d, i
               Address gates, Address extra, Address input, Address weight_hh,
               Address weight_hh_reverse, Address h0, Address c0, Address grad_output,
               Address grad_h_n, Address carry, Address grad_gates,
-              std::array<Address, 6> grad_weights) {
+              std::array<Address, 8> grad_weights) {
   BackwardArgs<T> args{};
   args.T            = t;
   args.B            = b;
@@ -98,10 +98,11 @@ void backward(int cell, int64_t t, int64_t b, int64_t i, int64_t h, int64_t d, i
   args.carry        = pointer<T>(carry);
   args.grad_gates   = pointer<T>(grad_gates);
   for (int direction = 0; direction < 2; ++direction) {
-    const Address* of_direction    = &grad_weights[size_t(3 * direction)];
+    const Address* of_direction    = &grad_weights[size_t(4 * direction)];
     args.grad_weight_ih[direction] = pointer<T>(of_direction[0]);
     args.grad_weight_hh[direction] = pointer<T>(of_direction[1]);
-    args.grad_bias[direction]      = pointer<T>(of_direction[2]);
+    args.grad_bias_ih[direction]   = pointer<T>(of_direction[2]);
+    args.grad_bias_hh[direction]   = pointer<T>(of_direction[3]);
   }
   const py::gil_scoped_release no_gil;
   if (!kernels_of<T>().backward[cell](args)) throw std::bad_alloc();

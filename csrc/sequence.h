@@ -1,14 +1,15 @@
-// The contract between fusedrnn/ops.py and the kernels: every pointer's shape, lifetime and aliasing,
-// once. Plain data only: no torch, no Python, no STL.
+// The contract between fusedrnn/ops.py and the kernels: every pointer's shape, lifetime and
+// aliasing, once. Plain data only: no torch, no Python, no STL.
 //
 // Legend, used in every comment below csrc/:
 //   T time steps, B batch, I input features, H hidden units, D directions (1 or 2),
 //   G gates of a cell (LSTM 4, GRU 3, RNN 1), E gradient rows of a cell (LSTM 4, GRU 4, RNN 1).
 //
-// All arrays are dense and row-major in the order given, of one dtype (float or double), and live in
-// the caller's memory until the call returns; unless said otherwise no two of them overlap. Direction
-// d = 0 runs from t = 0 upwards, d = 1 from t = T-1 downwards; "the step before t" is meant in the
-// direction's own order. The kernels read no shape but these numbers: checking is the caller's.
+// All arrays are dense and row-major in the order given, of one dtype (float or double), and live
+// in the caller's memory until the call returns; unless said otherwise no two of them overlap.
+// Direction d = 0 runs from t = 0 upwards, d = 1 from t = T-1 downwards; "the step before t" is
+// meant in the direction's own order. The kernels read no shape but these numbers: checking is the
+// caller's.
 #pragma once
 
 #include <cstdint>
@@ -24,8 +25,8 @@ struct ForwardArgs {
   int num_threads;  // at most; fewer run where the work does not pay for them
   bool save;        // whether a backward pass will follow
 
-  // T > 1: the kernel projects the input itself. Features are dense, the other strides, in elements,
-  // free. Biases may be null.
+  // T > 1: the kernel projects the input itself. Features are dense, the other strides, in
+  // elements, free. Biases may be null.
   const scalar_t* input;  // [T, B, I]
   int64_t input_stride_t, input_stride_b;
   const scalar_t* weight_ih[2];  // [G*H, I] of each direction
@@ -34,8 +35,8 @@ struct ForwardArgs {
   const scalar_t* bias_hh[2];    // [G*H]
 
   // T == 1, where packing weights would cost more than the two products themselves, so that the
-  // caller does them: gates holds input weight_ih^T + bias_ih, gates_h h0 weight_hh^T + bias_hh, and
-  // none of the above is read.
+  // caller does them: gates holds input weight_ih^T + bias_ih, gates_h h0 weight_hh^T + bias_hh,
+  // and none of the above is read.
   const scalar_t* gates_h;  // [D, B, G*H]
 
   // Out, if save: the activated gates (LSTM i f g o, GRU r z n, RNN h). Null if T > 1 and not save.
@@ -79,10 +80,12 @@ struct BackwardArgs {
   // Out, each null if not wanted.
   scalar_t* grad_weight_ih[2];  // [G*H, I]
   scalar_t* grad_weight_hh[2];  // [G*H, H]
-  scalar_t* grad_bias[2];       // [E*H]: the sums of grad_gates' columns
+  scalar_t* grad_bias_ih[2];    // [G*H]
+  scalar_t* grad_bias_hh[2];    // [G*H]
 };
 
-// One ISA's kernels. Each returns false when its scratch memory could not be had, having done nothing.
+// One ISA's kernels. Each returns false, having done nothing, when its scratch memory could not be
+// had.
 template <class scalar_t>
 struct KernelsOf {
   bool (*forward[kNumCells])(const ForwardArgs<scalar_t>&);

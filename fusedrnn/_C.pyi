@@ -1,4 +1,4 @@
-"""The compiled kernels, over addresses (csrc/bindings.cpp); csrc/sequence.h says what each points to."""
+"""The compiled kernels, over addresses; csrc/sequence.h says what each points to."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ def forward_f32(
     cell: int,
     T: int,
     B: int,
-    I: int,  # noqa: E741
+    I: int,
     H: int,
     D: int,
     num_threads: int,
@@ -33,7 +33,7 @@ def backward_f32(
     cell: int,
     T: int,
     B: int,
-    I: int,  # noqa: E741
+    I: int,
     H: int,
     D: int,
     num_threads: int,
@@ -48,7 +48,7 @@ def backward_f32(
     grad_h_n: int,
     carry: int,
     grad_gates: int,
-    grad_weights: Sequence[int],  # 6: grad_weight_ih, grad_weight_hh, grad_bias of each direction
+    grad_weights: Sequence[int],  # 8, as forward's; 0: not wanted
     /,
 ) -> None: ...
 

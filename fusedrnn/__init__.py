@@ -1,7 +1,7 @@
 """Fused LSTM, GRU and RNN for PyTorch: drop-in modules over hand-written kernels.
 
-`replace(model)` swaps the recurrent modules inside a model; LSTM, GRU, RNN, LSTMCell, GRUCell and RNNCell
-are the modules themselves, with torch.nn's signatures and results.
+`replace(model)` swaps the recurrent modules inside a model; LSTM, GRU, RNN, LSTMCell, GRUCell and
+RNNCell are the modules themselves, with torch.nn's signatures and results.
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -1,13 +1,14 @@
 """One layer of LSTM, GRU or RNN as a differentiable function, and the autograd Functions under it.
 
-Shapes, for one layer with D directions: input [T, B, I] of any strides, h0 and c0 [D, B, H] (expanded
-ones too), output [T, B, D*H]. `weights` holds four entries per direction: weight_ih [G*H, I], weight_hh
-[G*H, H], bias_ih and bias_hh [G*H] or None. G is 4 for LSTM (gate order i, f, g, o), 3 for GRU (r, z,
-n), 1 for RNN. Definitions, and their sources, are torch.nn's: see reference.py.
+Shapes, for one layer with D directions: input [T, B, I] of any strides, h0 and c0 [D, B, H]
+(expanded ones too), output [T, B, D*H]. `weights` holds four entries per direction: weight_ih
+[G*H, I], weight_hh [G*H, H], bias_ih and bias_hh [G*H] or None. G is 4 for LSTM (gate order i, f,
+g, o), 3 for GRU (r, z, n), 1 for RNN. Definitions, and their sources, are torch.nn's: see
+reference.py.
 
-float32 and float64 on the CPU run in the kernels, first derivatives included. Whatever else torch can
-do with such a function (other dtypes and devices, double backward, forward mode, torch.func) is
-computed by reference.py, and counted: `ops.counts`.
+float32 and float64 on the CPU run in the kernels, first derivatives included. Whatever else torch
+can do with such a function (other dtypes and devices, double backward, forward mode, torch.func)
+is computed by reference.py, and counted: `ops.counts`.
 """
 
 from __future__ import annotations
@@ -85,12 +86,10 @@ def kernel_layer(
 ) -> tuple[Tensor, ...]:
     """`layer`, for arguments that are known to have passed ops.check_layer and `supported`."""
     if torch.is_grad_enabled():
+        function: Any = _FUNCTIONS[cell]
         for t in (input, *initial, *weights):
             if t is not None and t.requires_grad:
-                results: tuple[Tensor, ...] = _FUNCTIONS[cell].apply(
-                    cell, input, *initial, *weights
-                )
-                return results
+                return function.apply(cell, input, *initial, *weights)  # type: ignore[no-any-return]
     return ops.forward(cell, input, initial, weights, save=False)[0]
 
 
@@ -105,112 +104,53 @@ def reference_layer(
     return tuple(r.squeeze(0) for r in reference.scan(cell, input.unsqueeze(0), states, weights))
 
 
+def _unpack(
+    cell: str, tensors: Sequence[Any]
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Any, ...]]:
+    """(input, initial, weights) of a Function's tensors."""
+    states = 2 if ops.CELLS[cell].has_cell_state else 1
+    return tensors[0], tuple(tensors[1 : 1 + states]), tuple(tensors[1 + states :])
+
+
 class _SequenceFunction(Function):
-    """What the three Functions share. Inputs: cell, input, h0, [c0,] *weights.
+    """apply(cell, input, h0, [c0,] *weights) -> (output, h_n[, c_n]); arguments as kernel_layer's.
 
     The input projection is inside, not before it: so the pre-activations' memory is reused for the
     gates that backward needs, and double backward has everything it starts from.
     """
 
-    states = 1  # tensors of recurrent state: h, or h and c
-
-    @classmethod
-    def _unpack(cls, tensors: Sequence[Any]) -> tuple[Tensor, tuple[Tensor, ...], tuple[Any, ...]]:
-        """(input, initial, weights) of the tensors behind `cell`."""
-        return tensors[0], tuple(tensors[1 : 1 + cls.states]), tuple(tensors[1 + cls.states :])
-
-    @classmethod
-    def _forward(cls, ctx: Any, cell: str, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        results, saved = ops.forward(cell, *cls._unpack(tensors), save=True)
+    @staticmethod
+    def forward(ctx: Any, cell: str, *tensors: Tensor | None) -> Any:
+        results, saved = ops.forward(cell, *_unpack(cell, tensors), save=True)
         ctx.cell = cell
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, saved.gates, saved.extra)
         return results
 
-    @classmethod
-    def _backward(cls, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, gates, extra = ctx.saved_tensors
-        needed = ctx.needs_input_grad[1:]
-        if all(g is None for g in grads):
-            return (None,) * (1 + len(tensors))
-        given = [g for g in grads if g is not None]
-        if torch.is_grad_enabled() or not supported(given[0], *given[1:]):
-            return None, *cls._reference_backward(ctx.cell, tensors, grads, needed)
-        saved = ops.Saved(gates, extra)
-        return None, *_kernel_backward(ctx.cell, *cls._unpack(tensors), saved, grads, needed)
-
-    @classmethod
-    def _reference_backward(
-        cls,
-        cell: str,
-        tensors: Sequence[Tensor | None],
-        grads: Sequence[Tensor | None],
-        needed: Sequence[bool],
-    ) -> list[Tensor | None]:
-        """The gradients as differentiable functions of everything they depend on."""
-        differentiable = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # Views, so that a tensor passed twice (h0 as c0, say) is two inputs here.
-            inputs = [t if t is None else t.view_as(t) for t in tensors]
-            if not differentiable:
-                inputs = [
-                    t if t is None else t.detach().requires_grad_(n)
-                    for t, n in zip(inputs, needed, strict=True)
-                ]
-            results = reference_layer(cell, *cls._unpack(inputs))
-            wanted = [t for t, n in zip(inputs, needed, strict=True) if n and t is not None]
-            pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
-            found = iter(
-                torch.autograd.grad(
-                    [r for r, _ in pairs],
-                    wanted,
-                    [g for _, g in pairs],
-                    create_graph=differentiable,
-                    allow_unused=True,
-                )
-            )
-        return [
-            next(found) if n and t is not None else None
-            for t, n in zip(tensors, needed, strict=True)
-        ]
-
-
-class LSTMFunction(_SequenceFunction):
-    """apply("lstm", input, h0, c0, *weights) -> (output, h_n, c_n)."""
-
-    states = 2
-
-    @staticmethod
-    def forward(ctx: Any, cell: str, *tensors: Tensor | None) -> Any:
-        return LSTMFunction._forward(ctx, cell, *tensors)
-
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return LSTMFunction._backward(ctx, *grads)
+        *tensors, gates, extra = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:]
+        given = [g for g in grads if g is not None]
+        if not given:
+            return (None,) * (1 + len(tensors))
+        if torch.is_grad_enabled() or not supported(*given):
+            return None, *_reference_backward(ctx.cell, tensors, grads, needed)
+        saved = ops.Saved(gates, extra)
+        return None, *_kernel_backward(ctx.cell, *_unpack(ctx.cell, tensors), saved, grads, needed)
+
+
+# One name each, as autograd's graph and torch.profiler show them.
+class LSTMFunction(_SequenceFunction):
+    """apply("lstm", input, h0, c0, *weights) -> (output, h_n, c_n)."""
 
 
 class GRUFunction(_SequenceFunction):
     """apply("gru", input, h0, *weights) -> (output, h_n)."""
 
-    @staticmethod
-    def forward(ctx: Any, cell: str, *tensors: Tensor | None) -> Any:
-        return GRUFunction._forward(ctx, cell, *tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return GRUFunction._backward(ctx, *grads)
-
 
 class RNNFunction(_SequenceFunction):
     """apply("rnn_tanh" or "rnn_relu", input, h0, *weights) -> (output, h_n)."""
-
-    @staticmethod
-    def forward(ctx: Any, cell: str, *tensors: Tensor | None) -> Any:
-        return RNNFunction._forward(ctx, cell, *tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return RNNFunction._backward(ctx, *grads)
 
 
 _FUNCTIONS: dict[str, type[_SequenceFunction]] = {
@@ -234,9 +174,7 @@ def _kernel_backward(
     spec = ops.CELLS[cell]
     _, batch, hidden, directions = ops.dimensions(input, initial)
     need_input, need_h0 = needed[0], needed[1]
-    result = ops.backward(
-        cell, input, initial, weights, saved, grads, needed[1 + len(initial) :]
-    )
+    result = ops.backward(cell, input, initial, weights, saved, grads, needed[1 + len(initial) :])
 
     grad_input = grad_h0 = None
     if need_input:
@@ -262,3 +200,36 @@ def _kernel_backward(
     if spec.has_cell_state:
         grad_states.append(result.carry if needed[2] else None)
     return [grad_input, *grad_states, *result.weights]
+
+
+def _reference_backward(
+    cell: str,
+    tensors: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients as differentiable functions of everything they depend on."""
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that a tensor passed twice (h0 as c0, say) is two inputs here.
+        inputs = [t if t is None else t.view_as(t) for t in tensors]
+        if not differentiable:
+            inputs = [
+                t if t is None else t.detach().requires_grad_(n)
+                for t, n in zip(inputs, needed, strict=True)
+            ]
+        results = reference_layer(cell, *_unpack(cell, inputs))
+        wanted = [t for t, n in zip(inputs, needed, strict=True) if n and t is not None]
+        pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
+        found = iter(
+            torch.autograd.grad(
+                [r for r, _ in pairs],
+                wanted,
+                [g for _, g in pairs],
+                create_graph=differentiable,
+                allow_unused=True,
+            )
+        )
+    return [
+        next(found) if n and t is not None else None for t, n in zip(tensors, needed, strict=True)
+    ]

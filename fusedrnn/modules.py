@@ -382,9 +382,7 @@ class RNNCell(_Cell, nn.RNNCell):
         if is_compiling():
             return nn.RNNCell.forward(self, input, hx)
         if (hx is None or isinstance(hx, Tensor)) and self.nonlinearity in ("tanh", "relu"):
-            new = self._kernel(
-                f"rnn_{self.nonlinearity}", input, () if hx is None else (hx,)
-            )
+            new = self._kernel(f"rnn_{self.nonlinearity}", input, () if hx is None else (hx,))
             if new is not None:
                 return new[0]
         return self._torch_forward(input, hx)  # type: ignore[no-any-return]

@@ -74,8 +74,8 @@ _NO_WEIGHTS = [0] * 8
 def supported(input: Tensor, *tensors: Tensor | None) -> bool:
     """Whether the kernels take these tensors as they are, here and now.
 
-    They do when all are ordinary dense CPU tensors of one dtype, float32 or float64, and no transform
-    (functorch, forward-mode AD, autocast) is active.
+    They do when all are ordinary dense CPU tensors of one dtype, float32 or float64, and no
+    transform (functorch, forward-mode AD, autocast) is active.
     """
     if (
         input.dtype not in _FORWARD
@@ -101,7 +101,7 @@ def supported(input: Tensor, *tensors: Tensor | None) -> bool:
 def check_layer(
     cell: str, input: Tensor, initial: Sequence[Tensor], weights: Sequence[Tensor | None]
 ) -> None:
-    """Raises a RuntimeError unless the shapes are those of one layer, or of one step (input [B, I])."""
+    """RuntimeError unless the shapes are those of one layer, or of one step (input [B, I])."""
     gates = CELLS[cell].gates
     directions, rest = divmod(len(weights), 4)
     if rest or directions not in (1, 2):
@@ -117,9 +117,8 @@ def check_layer(
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     weight_hh = weights[1]
     if weight_hh is None or weight_hh.dim() != 2:
-        raise RuntimeError(
-            f"weight_hh must be [G*H, H], got {None if weight_hh is None else list(weight_hh.shape)}"
-        )
+        got = None if weight_hh is None else list(weight_hh.shape)
+        raise RuntimeError(f"weight_hh must be [G*H, H], got {got}")
     batch, features = input.shape[-2:]
     hidden = weight_hh.shape[1]
     expected_state = (directions, batch, hidden)[3 - input.dim() :]
@@ -144,8 +143,10 @@ def check_layer(
 def dimensions(input: Tensor, initial: Sequence[Tensor]) -> tuple[int, int, int, int]:
     """(T, B, H, D) of a layer, or of one step: input [B, I] and states [B, H]."""
     batch, hidden = initial[0].shape[-2:]
-    return (input.shape[0], batch, hidden, initial[0].shape[0]) if input.dim() == 3 else (
-        1, batch, hidden, 1
+    return (
+        (input.shape[0], batch, hidden, initial[0].shape[0])
+        if input.dim() == 3
+        else (1, batch, hidden, 1)
     )
 
 
@@ -196,12 +197,14 @@ def forward(
 
     gates: Tensor | None
     if steps == 1:
-        # Two products, torch's business: the kernel would have to lay out the weights anew for them.
+        # Two products, torch's business: the kernel would have to lay out the weights anew for
+        # them.
         rows = input.flatten(0, 1) if input.dim() == 3 else input
         h0_rows = [*h0] if h0.dim() == 3 else [h0]
         gates = _linear([rows] * directions, weights[::4], weights[2::4])
         gates_h = _linear(h0_rows, weights[1::4], weights[3::4])
-        input_address, strides, addresses = 0, (0, 0), _NO_WEIGHTS
+        input_address, addresses = 0, _NO_WEIGHTS
+        stride_t = stride_b = 0
     else:
         if input.stride(2) != 1:
             input = input.contiguous()
@@ -209,7 +212,8 @@ def forward(
         gates_h = None
         dense = [None if w is None else w.contiguous() for w in weights]  # live until the call ends
         addresses = [*map(_address, dense), *_NO_WEIGHTS[len(dense) :]]
-        input_address, strides = input.data_ptr(), input.stride()[:2]
+        input_address = input.data_ptr()
+        stride_t, stride_b, _ = input.stride()
     extra = h0.new_empty(directions, steps, batch, hidden) if save and spec.has_extra else None
     shape = (steps, batch, directions * hidden)
     output = h0.new_empty(shape[3 - input.dim() :])
@@ -224,7 +228,8 @@ def forward(
         torch.get_num_threads(),
         save,
         input_address,
-        *strides,
+        stride_t,
+        stride_b,
         addresses,
         _address(gates_h),
         _address(gates),
@@ -276,18 +281,9 @@ def backward(
         carry = torch.zeros_like(h0)
     grad_gates = h0.new_empty(directions, steps, batch, spec.grad_gates * hidden)
 
-    grad_weights: list[Tensor | None] = [None] * len(weights)
-    grad_biases: list[Tensor | None] = [None] * directions
-    for d in range(directions):
-        for i in (4 * d, 4 * d + 1):
-            if wanted[i]:
-                grad_weights[i] = h0.new_empty(weights[i].shape)
-        if wanted[4 * d + 2] or wanted[4 * d + 3]:
-            grad_biases[d] = h0.new_empty(spec.grad_gates * hidden)
-    addresses = [
-        _address(t)
-        for d in range(directions)
-        for t in (*grad_weights[4 * d : 4 * d + 2], grad_biases[d])
+    # One tensor each, also where two are equal (LSTM's biases): autograd may keep them as .grad.
+    grad_weights = [
+        h0.new_empty(w.shape) if want else None for w, want in zip(weights, wanted, strict=True)
     ]
     _BACKWARD[input.dtype](
         spec.index,
@@ -308,20 +304,13 @@ def backward(
         _address(grad_h_n),
         _address(carry),
         grad_gates.data_ptr(),
-        addresses if directions == 2 else [*addresses, 0, 0, 0],
+        [*map(_address, grad_weights), *_NO_WEIGHTS[len(grad_weights) :]],
     )
-    first_input_column = (spec.grad_gates - spec.gates) * hidden
-    for d, grad_bias in enumerate(grad_biases):
-        if grad_bias is not None and wanted[4 * d + 2]:
-            grad_weights[4 * d + 2] = grad_bias[first_input_column:]
-        if grad_bias is not None and wanted[4 * d + 3]:
-            parts = [grad_bias[columns] for columns, _ in recurrent_blocks(cell, hidden)]
-            grad_weights[4 * d + 3] = parts[0] if len(parts) == 1 else torch.cat(parts)
     return LayerGrads(grad_gates, carry, grad_weights)
 
 
 def recurrent_blocks(cell: str, hidden: int) -> list[tuple[slice, slice]]:
-    """Columns of grad_gates, and the rows of weight_hh and bias_hh that they belong to."""
+    """Columns of grad_gates, and the rows of weight_hh that they belong to."""
     return [
         (slice(e * hidden, (e + n) * hidden), slice(g * hidden, (g + n) * hidden))
         for e, g, n in CELLS[cell].recurrent_blocks

@@ -23,7 +23,9 @@ from torch.nn.functional import linear
 Weights = Sequence[Tensor | None]
 
 
-def lstm_step(gates_x: Tensor, state: tuple[Tensor, ...], weight_hh: Tensor, bias_hh: Tensor | None) -> tuple[Tensor, ...]:
+def lstm_step(
+    gates_x: Tensor, state: tuple[Tensor, ...], weight_hh: Tensor, bias_hh: Tensor | None
+) -> tuple[Tensor, ...]:
     h_prev, c_prev = state
     a_i, a_f, a_g, a_o = (gates_x + linear(h_prev, weight_hh, bias_hh)).chunk(4, -1)
     i, f, g, o = a_i.sigmoid(), a_f.sigmoid(), a_g.tanh(), a_o.sigmoid()
@@ -31,7 +33,9 @@ def lstm_step(gates_x: Tensor, state: tuple[Tensor, ...], weight_hh: Tensor, bia
     return o * c.tanh(), c
 
 
-def gru_step(gates_x: Tensor, state: tuple[Tensor, ...], weight_hh: Tensor, bias_hh: Tensor | None) -> tuple[Tensor, ...]:
+def gru_step(
+    gates_x: Tensor, state: tuple[Tensor, ...], weight_hh: Tensor, bias_hh: Tensor | None
+) -> tuple[Tensor, ...]:
     (h_prev,) = state
     a_xr, a_xz, a_xn = gates_x.chunk(3, -1)
     a_hr, a_hz, a_hn = linear(h_prev, weight_hh, bias_hh).chunk(3, -1)
@@ -40,11 +44,15 @@ def gru_step(gates_x: Tensor, state: tuple[Tensor, ...], weight_hh: Tensor, bias
     return ((1 - z) * n + z * h_prev,)
 
 
-def rnn_tanh_step(gates_x: Tensor, state: tuple[Tensor, ...], weight_hh: Tensor, bias_hh: Tensor | None) -> tuple[Tensor, ...]:
+def rnn_tanh_step(
+    gates_x: Tensor, state: tuple[Tensor, ...], weight_hh: Tensor, bias_hh: Tensor | None
+) -> tuple[Tensor, ...]:
     return ((gates_x + linear(state[0], weight_hh, bias_hh)).tanh(),)
 
 
-def rnn_relu_step(gates_x: Tensor, state: tuple[Tensor, ...], weight_hh: Tensor, bias_hh: Tensor | None) -> tuple[Tensor, ...]:
+def rnn_relu_step(
+    gates_x: Tensor, state: tuple[Tensor, ...], weight_hh: Tensor, bias_hh: Tensor | None
+) -> tuple[Tensor, ...]:
     return ((gates_x + linear(state[0], weight_hh, bias_hh)).relu(),)
 
 

@@ -1,12 +1,12 @@
-"""One layer at the level of functional.py, for the kernels' tests: inputs and comparison. No tests."""
+"""One layer as functional.py takes it: inputs and comparison, for the kernels' tests. No tests."""
 
 import torch
 
 LAYER_CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
-def layer_inputs(cell, T, B, I, H, D, dtype, seed=0):
-    """(input, initial states, weights) of one layer, as functional's _layer takes them, all leaves."""
+def layer_inputs(cell, T, B, I, H, D, dtype, seed=0):  # noqa: E741
+    """(input, initial states, weights) of one layer, all leaves."""
     torch.manual_seed(seed)
     rows = {"lstm": 4, "gru": 3}.get(cell, 1) * H
     weights = []

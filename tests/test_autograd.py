@@ -1,5 +1,6 @@
-"""The autograd Functions: first and second derivatives by finite differences, what is saved and what is
-computed, and every transform of torch that a layer can meet. Values are test_sequence.py's."""
+"""The autograd Functions: first and second derivatives by finite differences, what is saved and
+what is computed, and every transform of torch that a layer can meet. Values are
+test_sequence.py's."""
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ def flat_layer(cell, inputs, bias=True):
     def function(x, *rest):
         weights = list(rest[states:])
         if not bias:
-            weights = [w for i in range(0, len(weights), 2) for w in (*weights[i : i + 2], None, None)]
+            weights = [
+                w for i in range(0, len(weights), 2) for w in (*weights[i : i + 2], None, None)
+            ]
         return functional.layer(cell, x, rest[:states], weights)
 
     return function, (x, *initial, *kept)
@@ -242,13 +245,13 @@ def test_other_dtypes_run_through_the_reference(cell, dtype):
     narrow = [t.detach().to(dtype).requires_grad_() for t in (x, *initial, *weights)]
     states = len(initial)
     with ran("reference"):
-        results = functional.layer(
-            cell, narrow[0], narrow[1 : 1 + states], narrow[1 + states :]
-        )
+        results = functional.layer(cell, narrow[0], narrow[1 : 1 + states], narrow[1 + states :])
         results[0].abs().sum().backward()
     assert all(t.grad is not None and t.grad.dtype == dtype for t in narrow)
     wide = functional.layer(cell, x, initial, weights)
-    torch.testing.assert_close(results[0].to(torch.complex128), wide[0].to(torch.complex128), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(
+        results[0].to(torch.complex128), wide[0].to(torch.complex128), rtol=0.05, atol=0.05
+    )
 
 
 def test_counts_are_per_layer_call():
@@ -257,3 +260,13 @@ def test_counts_are_per_layer_call():
     functional.layer("lstm", x, initial, weights)[0].sum().backward()
     rose = {k: ops.counts[k] - before[k] for k in before}
     assert rose == {"kernel_forward": 1, "kernel_backward": 1, "reference": 0, "torch": 0}
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+def test_gradients_share_no_memory(cell):
+    # autograd keeps what backward returns as .grad, and optimizers change that in place.
+    x, initial, weights = layer_inputs(cell, 3, 2, 3, 4, 2, torch.float32)
+    leaves = (x, *initial, *weights)
+    sum(r.sum() for r in functional.layer(cell, x, initial, weights)).backward()
+    storages = {leaf.grad.untyped_storage().data_ptr() for leaf in leaves}
+    assert len(storages) == len(leaves)

@@ -1,7 +1,8 @@
 """The accuracy that csrc/cells/math.h states: tanh and sigmoid within 2 ULP in float, 4 in double.
 
-Measured through the kernels: with no recurrent weights an RNN step is tanh of its input projection, and
-an LSTM step whose c0 is 1 and whose cell gate is tanh(0) leaves sigmoid of the forget gate in c_n.
+Measured through the kernels: with no recurrent weights an RNN step is tanh of its input projection,
+and an LSTM step whose c0 is 1 and whose cell gate is tanh(0) leaves sigmoid of the forget gate in
+c_n.
 """
 
 import mpmath

@@ -28,7 +28,11 @@ def test_equals_torch_nn_in_float64(cell, bidirectional, bias):
     expected = [output, *finals] if cell == "lstm" else [output, finals]
 
     flat = list(module._flat_weights)
-    weights = flat if bias else [w for d in range(directions) for w in (*flat[2 * d : 2 * d + 2], None, None)]
+    weights = (
+        flat
+        if bias
+        else [w for d in range(directions) for w in (*flat[2 * d : 2 * d + 2], None, None)]
+    )
     ours = reference.scan(cell, x, tuple(states), weights)
 
     leaves = [x, *module.parameters()]

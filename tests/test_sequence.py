@@ -11,7 +11,8 @@ from layers import LAYER_CELLS, layer_inputs, relative_error
 
 from fusedrnn import functional, ops, reference
 
-# T, B, I, H, D: below, at and above the vector widths (2 to 16 lanes) and tile heights (1 to 8 rows).
+# T, B, I, H, D: below, at and above the vector widths (2 to 16 lanes) and tile heights (1 to 8
+# rows).
 SIZES = [
     (1, 1, 1, 1, 1),
     (1, 4, 3, 17, 2),
@@ -98,7 +99,7 @@ def test_inference_and_training_give_the_same_bits(cell, dtype, size):
     ids=str,
 )
 def test_the_kernels_give_the_same_bits_for_every_thread_count(cell, dtype, size, monkeypatch):
-    # The GEMMs around the kernels are torch's, and run on one thread throughout: only the kernels
+    # grad_input and grad_h0 are torch's GEMMs, which run on one thread throughout: only the kernels
     # are told another number.
     inputs = layer_inputs(cell, *size, dtype)
     grads = [torch.randn_like(r) for r in functional.layer(cell, *inputs)]
@@ -120,10 +121,8 @@ def test_the_kernels_give_the_same_bits_for_every_thread_count(cell, dtype, size
 
 @pytest.mark.parametrize("cell", LAYER_CELLS)
 def test_a_rows_bits_do_not_depend_on_its_batch(cell):
-    # Tiles of every height: row 0 alone, and in batches of 2 to 17. In torch's GEMM rows do depend
-    # on the batch, so the input projection is left at zero.
+    # Tiles of every height: row 0 alone, and in batches of 2 to 17.
     x, initial, weights = layer_inputs(cell, 6, 17, 3, 50, 1, torch.float32)
-    x = torch.zeros_like(x)
     with torch.no_grad():
         alone = functional.layer(cell, x[:, :1], [s[:, :1] for s in initial], weights)
         for batch in range(2, 18):

@@ -1,5 +1,6 @@
 // The GRU cell (Cho et al. 2014; torch.nn.GRU's definition, the reset gate after the recurrent
-// product), for V one number or a SIMD vector of hidden units. WHAT is computed; cpu/ and cuda/ say how.
+// product), for V one number or a SIMD vector of hidden units. WHAT is computed; cpu/ and cuda/ say
+// how.
 #pragma once
 
 #include "math.h"
@@ -10,7 +11,7 @@ namespace {
 struct Gru {
   static constexpr int kGates        = 3;  // r, z, n
   static constexpr int kGradGates    = 4;  // of n_h, r, z, n_x
-  static constexpr int kRecurrentRow = 2;  // grad_gates begins with n_h, weight_hh's third row block
+  static constexpr int kRecurrentRow = 2;  // grad_gates begins with n_h: weight_hh's row block 2
   static constexpr bool kHasCell     = false;
   static constexpr bool kHasExtra    = true;  // a_hn
   static constexpr bool kHasCarry    = true;  // grad_h z
@@ -32,7 +33,8 @@ struct Gru {
     return {{r, z, n}, a_hn, hidden(z, n, h_prev)};
   }
 
-  // h = (1 - z) n + z h_prev = n + z (h_prev - n). The backward pass recomputes h by it, bit for bit.
+  // h = (1 - z) n + z h_prev = n + z (h_prev - n). The backward pass recomputes h by it, bit for
+  // bit.
   template <class V>
   static FUSEDRNN_CELL V hidden(V z, V n, V h_prev) {
     return fma(z, h_prev - n, n);

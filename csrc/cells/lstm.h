@@ -1,5 +1,5 @@
-// The LSTM cell (Hochreiter and Schmidhuber 1997, with forget gate; torch.nn.LSTM's definition), for V
-// one number or a SIMD vector of hidden units. WHAT is computed; cpu/ and cuda/ say how.
+// The LSTM cell (Hochreiter and Schmidhuber 1997, with forget gate; torch.nn.LSTM's definition),
+// for V one number or a SIMD vector of hidden units. WHAT is computed; cpu/ and cuda/ say how.
 #pragma once
 
 #include "math.h"
@@ -10,7 +10,7 @@ namespace {
 struct Lstm {
   static constexpr int kGates        = 4;  // i, f, g, o
   static constexpr int kGradGates    = 4;  // of i, f, g, o
-  static constexpr int kRecurrentRow = 0;  // weight_hh's row block that grad_gates' first block meets
+  static constexpr int kRecurrentRow = 0;  // weight_hh's row block for grad_gates' first
   static constexpr bool kHasCell     = true;
   static constexpr bool kHasExtra    = true;   // c
   static constexpr bool kHasCarry    = true;   // grad_c
@@ -23,9 +23,8 @@ struct Lstm {
 
   template <class V>
   static FUSEDRNN_CELL Forward<V> forward(const V* gates_x, const V* gates_h, V c_prev) {
-    // i = sigmoid(a_i)   f = sigmoid(a_f)   g = tanh(a_g)   o = sigmoid(a_o),   a = gates_x + gates_h
-    // c = f c_prev + i g
-    // h = o tanh(c)
+    // i = sigmoid(a_i)   f = sigmoid(a_f)   g = tanh(a_g)   o = sigmoid(a_o),   a = gates_x +
+    // gates_h c = f c_prev + i g h = o tanh(c)
     const V i = sigmoid(gates_x[0] + gates_h[0]);
     const V f = sigmoid(gates_x[1] + gates_h[1]);
     const V g = tanh(gates_x[2] + gates_h[2]);

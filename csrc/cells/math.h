@@ -1,9 +1,10 @@
-// The nonlinearities of the cells, once for every kind of number: V is float, double, or a SIMD vector
-// of either. Needs, of V: the arithmetic operators, ?: on a comparison, and to_bits, from_bits, fma
-// and approximate_reciprocal (cpu/vec.h has them for vectors). Not a math library: two functions and what they share.
+// The nonlinearities of the cells, once for every kind of number: V is float, double, or a SIMD
+// vector of either. Needs, of V: the arithmetic operators, ?: on a comparison, and to_bits,
+// from_bits, fma and approximate_reciprocal (cpu/vec.h has them for vectors). Not a math library:
+// two functions and what they share.
 //
-// Maximum error, over all inputs whose result is a normal number: float 2 ULP, double 4 ULP (tested in
-// tests/test_nonlinearities.py). NaN gives NaN, infinities give the limits.
+// Maximum error, over all inputs whose result is a normal number: float 2 ULP, double 4 ULP (tested
+// in tests/test_nonlinearities.py). NaN gives NaN, infinities give the limits.
 #pragma once
 
 #include <cstdint>
@@ -47,39 +48,38 @@ struct Exp;
 
 template <>
 struct Exp<float> {  // relative error 1.3e-8, 0.11 ULP
-  static constexpr int kTerms         = 5;
-  static constexpr float kP[kTerms]   = {0.49999998153818844534f, 0.16666543617692724903f,
-                                         0.041667199942543189813f, 0.0083665208943056078172f,
-                                         0.0013882515775329425903f};
-  static constexpr float kLog2E       = 1.44269504088896340736f;
-  static constexpr float kLn2Hi       = 0.693145751953125f;  // 16 bits: n * kLn2Hi is exact
-  static constexpr float kLn2Lo       = 1.42860682030941723e-6f;
-  static constexpr float kRound       = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  static constexpr int kMantissa      = 23;
-  static constexpr int32_t kBias      = 127;
-  static constexpr int32_t kSign      = INT32_MIN;
-  static constexpr float kExpZero     = 88.0f;  // exp(-x) counts as 0 from here on: n is -127
-  static constexpr float kTanhOne     = 9.1f;   // tanh(x) rounds to 1 above
+  static constexpr int kTerms       = 5;
+  static constexpr float kP[kTerms] = {0.49999998153818844534f, 0.16666543617692724903f,
+                                       0.041667199942543189813f, 0.0083665208943056078172f,
+                                       0.0013882515775329425903f};
+  static constexpr float kLog2E     = 1.44269504088896340736f;
+  static constexpr float kLn2Hi     = 0.693145751953125f;  // 16 bits: n * kLn2Hi is exact
+  static constexpr float kLn2Lo     = 1.42860682030941723e-6f;
+  static constexpr float kRound     = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr int kMantissa    = 23;
+  static constexpr int32_t kBias    = 127;
+  static constexpr int32_t kSign    = INT32_MIN;
+  static constexpr float kExpZero   = 88.0f;  // exp(-x) counts as 0 from here on: n is -127
+  static constexpr float kTanhOne   = 9.1f;   // tanh(x) rounds to 1 above
 };
 
 template <>
 struct Exp<double> {  // relative error 2.6e-19
-  static constexpr int kTerms          = 11;
-  static constexpr double kP[kTerms]   = {0.50000000000000000085,    0.16666666666666676508,
-                                          0.041666666666666508766,   0.008333333333321691057,
-                                          0.0013888888888962377374,  0.00019841269885967032584,
-                                          0.000024801587172526841437, 2.7557244373150889153e-6,
-                                          2.755740265210362174e-7,   2.5108979223420803152e-8,
-                                          2.0875327238943049427e-9};
-  static constexpr double kLog2E       = 1.44269504088896340736;
-  static constexpr double kLn2Hi       = 0.69314718055989033;  // 33 bits
-  static constexpr double kLn2Lo       = 5.4979230187083711552e-14;
-  static constexpr double kRound       = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr int kMantissa       = 52;
-  static constexpr int64_t kBias       = 1023;
-  static constexpr int64_t kSign       = INT64_MIN;
-  static constexpr double kExpZero     = 709.0;  // n is -1023
-  static constexpr double kTanhOne     = 19.1;
+  static constexpr int kTerms        = 11;
+  static constexpr double kP[kTerms] = {
+      0.50000000000000000085,     0.16666666666666676508,   0.041666666666666508766,
+      0.008333333333321691057,    0.0013888888888962377374, 0.00019841269885967032584,
+      0.000024801587172526841437, 2.7557244373150889153e-6, 2.755740265210362174e-7,
+      2.5108979223420803152e-8,   2.0875327238943049427e-9};
+  static constexpr double kLog2E   = 1.44269504088896340736;
+  static constexpr double kLn2Hi   = 0.69314718055989033;  // 33 bits
+  static constexpr double kLn2Lo   = 5.4979230187083711552e-14;
+  static constexpr double kRound   = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr int kMantissa   = 52;
+  static constexpr int64_t kBias   = 1023;
+  static constexpr int64_t kSign   = INT64_MIN;
+  static constexpr double kExpZero = 709.0;  // n is -1023
+  static constexpr double kTanhOne = 19.1;
 };
 
 // exp(x) = 2^n (1 + expm1_r), n the integer nearest to x / ln(2), scale = 2^n.
@@ -97,8 +97,8 @@ FUSEDRNN_CELL ExpParts<V> exp_parts(V x) {
   V p             = splat<V>(C::kP[C::kTerms - 1]);
 #pragma GCC unroll 16
   for (int i = C::kTerms - 2; i >= 0; --i) p = fma(p, r, splat<V>(C::kP[i]));
-  // The low bits of `rounded` hold n: moved into the exponent field, biased, they are 2^n; n = -kBias
-  // gives 0.
+  // The low bits of `rounded` hold n: moved into the exponent field, biased, they are 2^n; n =
+  // -kBias gives 0.
   const V scale = from_bits((to_bits(rounded) + C::kBias) << C::kMantissa);
   return {scale, fma(r * r, p, r)};
 }

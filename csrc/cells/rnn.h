@@ -1,5 +1,5 @@
-// The vanilla RNN cell (Elman 1990; torch.nn.RNN's definition) with tanh or relu, for V one number or a
-// SIMD vector of hidden units. WHAT is computed; cpu/ and cuda/ say how.
+// The vanilla RNN cell (Elman 1990; torch.nn.RNN's definition) with tanh or relu, for V one number
+// or a SIMD vector of hidden units. WHAT is computed; cpu/ and cuda/ say how.
 #pragma once
 
 #include "math.h"

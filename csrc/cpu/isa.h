@@ -1,9 +1,10 @@
-// The body of every isa_*.cpp: the whole of the CPU kernels under that file's compiler flags, and one
-// function that hands them out. Define FUSEDRNN_ISA_NAME (avx2, ...) before including it.
+// The body of every isa_*.cpp: the whole of the CPU kernels under that file's compiler flags, and
+// one function that hands them out. Define FUSEDRNN_ISA_NAME (avx2, ...) before including it.
 //
-// Rules for what this includes: only our headers, <c*> headers and intrinsics; everything in an unnamed
-// namespace; no STL containers, no torch, no exceptions. An inline function of anybody else's, compiled
-// here with AVX-512, could be the copy that the linker keeps for the whole program.
+// Rules for what this includes: only our headers, <c*> headers and intrinsics; everything in an
+// unnamed namespace; no STL containers, no torch, no exceptions. An inline function of anybody
+// else's, compiled here with AVX-512, could be the copy that the linker keeps for the whole
+// program.
 #pragma once
 
 #include "vec.h"  // first: the numbers that the cells are written over

@@ -1,11 +1,12 @@
-// weight_ih and weight_hh, laid out once per call in the order in which the register tiles of step.h read it: panels
-// of V hidden units (V lanes of one vector), each dense, so that a step streams them front to back.
+// weight_ih and weight_hh, laid out once per call in the order in which the register tiles of
+// step.h read them: panels of V hidden units (V lanes of one vector), each dense, so that a step
+// streams them front to back.
 //
 //   forward   [H/V] x { bias row [G][V], then [K = I or H] rows of [G][V] }: all gates of V units
 //   backward  [H/V] x {                       [K = G*H]    rows of    [V] }
 //
-// Units beyond H are zero. Not a cache: a packed copy lives as long as the call (weights change in ways
-// that no version counter shows).
+// Units beyond H are zero. Not a cache: a packed copy lives as long as the call (weights change in
+// ways that no version counter shows).
 #pragma once
 
 #include "vec.h"
@@ -20,8 +21,8 @@ FUSEDRNN_INLINE void exchange_halves(Vec<T>& a, Vec<T>& b, std::integer_sequence
   constexpr int V      = kLanes<T>;
   const Vec<T> upper_a = __builtin_shufflevector(a, b, ((Is & kHalf) ? V + Is - kHalf : Is)...);
   const Vec<T> lower_b = __builtin_shufflevector(a, b, ((Is & kHalf) ? V + Is : Is + kHalf)...);
-  a = upper_a;
-  b = lower_b;
+  a                    = upper_a;
+  b                    = lower_b;
 }
 template <class T, int kHalf = kLanes<T> / 2>
 FUSEDRNN_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {

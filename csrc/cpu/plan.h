@@ -48,8 +48,9 @@ struct Shape {
 
 // How many of `threads` threads of one direction split rows; the others split units.
 FUSEDRNN_INLINE int row_shards_of(const Shape& s, int threads) {
-  // Rows are split where every thread still gets a full tile (a split of fewer rows would stream the
-  // same weights for less work) and the weights, which each thread then reads whole, fit its L2.
+  // Rows are split where every thread still gets a full tile (a split of fewer rows would stream
+  // the same weights for less work) and the weights, which each thread then reads whole, fit its
+  // L2.
   const int64_t by_rows = s.weight_bytes <= l2_bytes() ? s.B / s.max_rows : 1;
   return int(max64(1, min64(threads, by_rows)));
 }
@@ -71,12 +72,12 @@ FUSEDRNN_INLINE Shard shard_of(const Shape& s, int thread, int threads) {
   shard.direction_end = s.D;
   int rank = thread, size = threads;
   if (s.D == 2 && threads > 1) {  // the directions never wait for each other
-    const int first           = (threads + 1) / 2;
-    const bool second         = thread >= first;
-    shard.direction_begin     = second;
-    shard.direction_end       = second + 1;
-    rank                      = second ? thread - first : thread;
-    size                      = second ? threads - first : first;
+    const int first       = (threads + 1) / 2;
+    const bool second     = thread >= first;
+    shard.direction_begin = second;
+    shard.direction_end   = second + 1;
+    rank                  = second ? thread - first : thread;
+    size                  = second ? threads - first : first;
   }
   const int64_t blocks    = (s.H + s.lanes - 1) / s.lanes;
   const int row_shards    = row_shards_of(s, size);

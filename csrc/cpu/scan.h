@@ -1,5 +1,5 @@
-// WHEN: a layer's forward and backward pass over all time steps, in one parallel region. Instantiated
-// once per ISA through isa.h.
+// WHEN: a layer's forward and backward pass over all time steps, in one parallel region.
+// Instantiated once per ISA through isa.h.
 #pragma once
 
 #include <cstdlib>
@@ -13,8 +13,8 @@
 namespace fusedrnn {
 namespace {
 
-// Scratch of one call, shared by its threads: for each direction `elements` numbers, on a cache line
-// boundary, and barrier counters.
+// Scratch of one call, shared by its threads: for each direction `elements` numbers, on a cache
+// line boundary, and barrier counters.
 template <class T>
 class Scratch {
  public:
@@ -67,7 +67,8 @@ void pack_shared(const Shard& s, int64_t blocks, Barrier& barrier, const PackBlo
   }
 }
 
-// Calls copy(offset, n) for each row of the shard: its units as a run of n elements of a dense [B, H].
+// Calls copy(offset, n) for each row of the shard: its units as a run of n elements of a dense [B,
+// H].
 template <class T, class Copy>
 void for_each_row(const Shard& s, int64_t H, const Copy& copy) {
   const int64_t begin = s.block_begin * kLanes<T>;
@@ -77,8 +78,14 @@ void for_each_row(const Shard& s, int64_t H, const Copy& copy) {
 
 template <class Cell, class T, class Args>
 Shape shape_of(const Args& a, int max_rows) {
-  return {a.T, a.B, a.H, a.D, Cell::kGates, kLanes<T>,
-          int64_t(sizeof(T)) * blocks_of<T>(a.H) * forward_panel_size<Cell, T>(a.H), max_rows};
+  return {a.T,
+          a.B,
+          a.H,
+          a.D,
+          Cell::kGates,
+          kLanes<T>,
+          int64_t(sizeof(T)) * blocks_of<T>(a.H) * forward_panel_size<Cell, T>(a.H),
+          max_rows};
 }
 
 // How a forward call lays out a direction's scratch, and how it walks time: the input of a chunk of
@@ -94,8 +101,8 @@ struct ForwardLayout {
   explicit ForwardLayout(const ForwardArgs<T>& a) {
     if (a.T == 1) return;
     const auto round_up = [](int64_t elements) { return (elements + 15) / 16 * 16; };
-    recurrent = round_up(blocks_of<T>(a.H) * forward_panel_size<Cell, T>(a.H));
-    input     = round_up(blocks_of<T>(a.H) * forward_panel_size<Cell, T>(a.I));
+    recurrent           = round_up(blocks_of<T>(a.H) * forward_panel_size<Cell, T>(a.H));
+    input               = round_up(blocks_of<T>(a.H) * forward_panel_size<Cell, T>(a.I));
     // Rows of consecutive steps are one matrix: then a chunk is one product.
     uniform = a.B == 1 || a.input_stride_t == a.B * a.input_stride_b;
     if (uniform) chunk = max64(1, min64(a.T, kChunkRows / max64(1, a.B)));
@@ -127,8 +134,8 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   project.input_stride = a.B == 1 ? a.input_stride_t : a.input_stride_b;
   T* const chunk_gates = scratch.numbers(d) + layout.recurrent + layout.input;
   if (a.T > 1) {
-    T* const recurrent = scratch.numbers(d);
-    T* const input     = recurrent + layout.recurrent;
+    T* const recurrent        = scratch.numbers(d);
+    T* const input            = recurrent + layout.recurrent;
     Barrier direction_barrier = scratch.direction_barrier(d, shard);
     pack_shared(shard, blocks_of<T>(H), direction_barrier, [&](int64_t begin, int64_t end) {
       pack_forward<Cell, T>(recurrent, a.weight_hh[d], a.bias_hh[d], H, H, begin, end);
@@ -240,7 +247,8 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
       std::memcpy(h_prev(0) + row * H + unit, h0 + row * H + unit, n * sizeof(T));
     });
   }
-  if constexpr (Cell::kPrevIsH) {  // GRU: from the saved gates, forwards; a thread's units are its own
+  if constexpr (
+      Cell::kPrevIsH) {  // GRU: from the saved gates, forwards; a thread's units are its own
     for (int64_t i = 0; i + 1 < a.T; ++i) {
       const T* const gates = a.gates + (seq + time(i) * BH) * G;
       for (int64_t row = shard.row_begin; row < shard.row_end; ++row) {
@@ -283,33 +291,31 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     barrier.wait();
   }
 
-  direction_barrier.wait();  // grad_gates and h_prev are whole: each thread now takes some rows of them
-  const int64_t begin   = H * shard.direction_rank / shard.direction_threads;
-  const int64_t end     = H * (shard.direction_rank + 1) / shard.direction_threads;
-  const T* const grads  = a.grad_gates + seq * E;
-  const int64_t rows    = a.T * a.B;
-  const int64_t of_ih   = (E - G) * H;  // the first column of grad_gates that belongs to weight_ih
+  direction_barrier
+      .wait();  // grad_gates and h_prev are whole: each thread now takes some rows of them
+  const int64_t begin = H * shard.direction_rank / shard.direction_threads;
+  const int64_t end   = H * (shard.direction_rank + 1) / shard.direction_threads;
+  const int64_t rows  = a.T * a.B;
   for (int g = 0; g < G; ++g) {
-    if (a.grad_weight_ih[d]) {
-      transposed_product(a.grad_weight_ih[d] + g * H * a.I, grads + of_ih + g * H, E * H, a.input,
-                         a.I, rows, begin, end);
+    // The columns of grad_gates that belong to row block g of weight_ih, and of weight_hh.
+    const T* const of_ih = a.grad_gates + seq * E + (E - G + g) * H;
+    const T* const of_hh = a.grad_gates + seq * E + (g - Cell::kRecurrentRow + G) % G * H;
+    if (T* const out = a.grad_weight_ih[d]) {
+      transposed_product(out + g * H * a.I, of_ih, E * H, a.input, a.I, rows, begin, end);
     }
-    if (a.grad_weight_hh[d]) {
-      transposed_product(a.grad_weight_hh[d] + (g + Cell::kRecurrentRow) % G * H * H, grads + g * H,
-                         E * H, static_cast<const T*>(all_h_prev), H, rows, begin, end);
+    if (T* const out = a.grad_weight_hh[d]) {
+      const T* const all = all_h_prev;
+      transposed_product(out + g * H * H, of_hh, E * H, all, H, rows, begin, end);
     }
-  }
-  if (a.grad_bias[d]) {
-    for (int e = 0; e < E; ++e) {
-      column_sums(a.grad_bias[d] + e * H, grads + e * H, E * H, rows, begin, end);
-    }
+    if (T* const out = a.grad_bias_ih[d]) column_sums(out + g * H, of_ih, E * H, rows, begin, end);
+    if (T* const out = a.grad_bias_hh[d]) column_sums(out + g * H, of_hh, E * H, rows, begin, end);
   }
 }
 
 template <class Cell, class T>
 bool forward(const ForwardArgs<T>& a) {
-  const Shape shape  = shape_of<Cell, T>(a, kMaxRows<Cell::kGates>);
-  const int threads  = useful_threads(shape, a.num_threads);
+  const Shape shape = shape_of<Cell, T>(a, kMaxRows<Cell::kGates>);
+  const int threads = useful_threads(shape, a.num_threads);
   const Scratch<T> scratch(ForwardLayout<Cell, T>(a).elements(), a.D, threads);
   if (!scratch.ok()) return false;
   parallel(threads, [&](int thread, int running) {
@@ -324,8 +330,8 @@ bool forward(const ForwardArgs<T>& a) {
 
 template <class Cell, class T>
 bool backward(const BackwardArgs<T>& a) {
-  const Shape shape  = shape_of<Cell, T>(a, kMaxRows<1>);
-  const int threads  = useful_threads(shape, a.num_threads);
+  const Shape shape = shape_of<Cell, T>(a, kMaxRows<1>);
+  const int threads = useful_threads(shape, a.num_threads);
   const Scratch<T> scratch(BackwardLayout<Cell, T>(a).elements(), a.D, threads);
   if (!scratch.ok()) return false;
   parallel(threads, [&](int thread, int running) {

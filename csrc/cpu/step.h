@@ -1,6 +1,6 @@
-// HOW one time step runs on the CPU: register tiles of M batch rows x P panels (V hidden units each)
-// that hold the product of all gates in registers and, in the recurrence, apply the cell there. Not
-// when steps run, nor who runs which: that is scan.h.
+// HOW one time step runs on the CPU: register tiles of M batch rows x P panels (V hidden units
+// each) that hold the product of all gates in registers and, in the recurrence, apply the cell
+// there. Not when steps run, nor who runs which: that is scan.h.
 #pragma once
 
 #include "pack.h"
@@ -23,8 +23,8 @@ constexpr int max_panels(int M) {
   return P;
 }
 
-// acc[m][p*Q + q] += sum_k a[m*lda + k] panel_p[k][q], k ascending whatever M and P are: a row's bits
-// do not depend on the tile that it falls into.
+// acc[m][p*Q + q] += sum_k a[m*lda + k] panel_p[k][q], k ascending whatever M and P are: a row's
+// bits do not depend on the tile that it falls into.
 template <int M, int P, int Q, class T>
 FUSEDRNN_INLINE void product(Vec<T> (&acc)[M][P * Q], const T* a, int64_t lda, int64_t K,
                              const T* panels, int64_t panel_size) {
@@ -40,9 +40,8 @@ FUSEDRNN_INLINE void product(Vec<T> (&acc)[M][P * Q], const T* a, int64_t lda, i
       });
     } else {
       Vec<T> w[P * Q];
-      unroll<P * Q>([&](auto pq) FUSEDRNN_LAMBDA {
-        w[pq] = load(row + pq / Q * panel_size + pq % Q * V);
-      });
+      unroll<P * Q>([&](auto pq)
+                        FUSEDRNN_LAMBDA { w[pq] = load(row + pq / Q * panel_size + pq % Q * V); });
       unroll<M>([&](auto m) FUSEDRNN_LAMBDA {
         const Vec<T> a_k = broadcast(a[m * lda + k]);
         unroll<P * Q>([&](auto pq) FUSEDRNN_LAMBDA { acc[m][pq] = fma(a_k, w[pq], acc[m][pq]); });
@@ -82,7 +81,7 @@ void project_tile(const ProjectStep<T>& s, int64_t row, int64_t block) {
   Vec<T> acc[M][P * G];
   affine<Cell, M, P>(acc, s.input + row * s.input_stride, s.input_stride, s.I, s.panels, block);
   unroll<M * P>([&](auto mp) FUSEDRNN_LAMBDA {
-    constexpr int m    = mp / P, p = mp % P;
+    constexpr int m = mp / P, p = mp % P;
     const int64_t unit = (block + p) * kLanes<T>;
     const int lanes    = int(s.H - unit < kLanes<T> ? s.H - unit : kLanes<T>);
     unroll<G>([&](auto g) FUSEDRNN_LAMBDA {
@@ -91,8 +90,8 @@ void project_tile(const ProjectStep<T>& s, int64_t row, int64_t block) {
   });
 }
 
-// One direction at one time step; a row is one batch element. Strides are in elements per row; gates
-// and extra are dense.
+// One direction at one time step; a row is one batch element. Strides are in elements per row;
+// gates and extra are dense.
 template <class T>
 struct ForwardStep {
   int64_t H;
@@ -105,19 +104,20 @@ struct ForwardStep {
   int64_t prev_stride;
   T* h;  // [B, H]
   int64_t h_stride;
-  const T* panels;   // pack_forward's
-  const T* gates_h;  // [B, G*H]: the recurrent product, if the caller did it; panels are not read then
+  const T* panels;  // pack_forward's
+  const T*
+      gates_h;  // [B, G*H]: the recurrent product, if the caller did it; panels are not read then
 };
 
 // The cell for V units of one row, the recurrent product in registers.
 template <class Cell, class T>
 FUSEDRNN_INLINE void forward_units(const ForwardStep<T>& s, int64_t row, int64_t block,
                                    const Vec<T>* gates_h) {
-  constexpr int G     = Cell::kGates;
-  const int64_t H     = s.H;
-  const int64_t unit  = block * kLanes<T>;
-  const int lanes     = int(H - unit < kLanes<T> ? H - unit : kLanes<T>);
-  T* const gates      = s.gates + row * G * H + unit;
+  constexpr int G    = Cell::kGates;
+  const int64_t H    = s.H;
+  const int64_t unit = block * kLanes<T>;
+  const int lanes    = int(H - unit < kLanes<T> ? H - unit : kLanes<T>);
+  T* const gates     = s.gates + row * G * H + unit;
   Vec<T> gates_x[G];
   unroll<G>([&](auto g) FUSEDRNN_LAMBDA { gates_x[g] = load(gates + g * H, lanes); });
   Vec<T> prev{};
@@ -160,10 +160,10 @@ void forward_from_gates_h(const ForwardStep<T>& s, int64_t row, int64_t block) {
 template <class T>
 struct BackwardStep {
   int64_t H;
-  const T* gates;          // [B, G*H]
-  const T* extra;          // [B, H]: LSTM c, GRU a_hn
-  const T* prev;           // [B, H]: LSTM c_prev, GRU h_prev; dense
-  const T* grad_output;    // [B, H] or null
+  const T* gates;        // [B, G*H]
+  const T* extra;        // [B, H]: LSTM c, GRU a_hn
+  const T* prev;         // [B, H]: LSTM c_prev, GRU h_prev; dense
+  const T* grad_output;  // [B, H] or null
   int64_t grad_output_stride;
   const T* grad_h_n;         // [B, H] or null: added at the first step that runs
   const T* grad_gates_next;  // [B, E*H] of the step after, or null at the first step that runs
@@ -184,9 +184,8 @@ FUSEDRNN_INLINE void backward_units(const BackwardStep<T>& s, int64_t row, int64
   const int64_t at   = row * H + unit;
   const int lanes    = int(H - unit < kLanes<T> ? H - unit : kLanes<T>);
   Vec<T> gates[G];
-  unroll<G>([&](auto g) FUSEDRNN_LAMBDA {
-    gates[g] = load(s.gates + row * G * H + g * H + unit, lanes);
-  });
+  unroll<G>([&](auto g)
+                FUSEDRNN_LAMBDA { gates[g] = load(s.gates + row * G * H + g * H + unit, lanes); });
   if (s.grad_output) {
     grad_h = grad_h + load(s.grad_output + row * s.grad_output_stride + unit, lanes);
   }
@@ -283,15 +282,15 @@ Tile<typename Tiles::Step> tile_of(int rows, int log2_panels) {
 }
 
 // All units [block_begin, block_end) of rows [row_begin, row_end), in tiles of nearly equal height.
-// `descending` walks the panels from the last to the first: when every second step does, what of the
-// weights does not fit the cache is still half there (1.6x a step at B=1, H=512).
+// `descending` walks the panels from the last to the first: when every second step does, what of
+// the weights does not fit the cache is still half there (1.6x a step at B=1, H=512).
 template <class Tiles>
 void run_tiles(const typename Tiles::Step& step, int64_t row_begin, int64_t row_end,
                int64_t block_begin, int64_t block_end, bool descending) {
   const int64_t rows = row_end - row_begin;
   if (rows <= 0) return;
-  const int64_t tiles = (rows + kMaxRows<Tiles::Q> - 1) / kMaxRows<Tiles::Q>;
-  const int low       = int(rows / tiles);  // `taller` tiles have one row more
+  const int64_t tiles  = (rows + kMaxRows<Tiles::Q> - 1) / kMaxRows<Tiles::Q>;
+  const int low        = int(rows / tiles);  // `taller` tiles have one row more
   const int64_t taller = rows % tiles;
   int log2_panels      = 0;
   while ((2 << log2_panels) <= max_panels<Tiles::Q>(low + (taller > 0))) ++log2_panels;

@@ -47,7 +47,8 @@ struct alignas(64) BarrierCounter {
   uint32_t arrived;
 };
 
-// One thread's view of a barrier among `threads` threads, over a shared counter that only ever grows.
+// One thread's view of a barrier among `threads` threads, over a shared counter that only ever
+// grows.
 class Barrier {
  public:
   Barrier(BarrierCounter* counter, int threads) : counter_(counter), threads_(unsigned(threads)) {}
@@ -56,8 +57,8 @@ class Barrier {
     if (threads_ == 1) return;
     target_ += threads_;
     __atomic_fetch_add(&counter_->arrived, 1u, __ATOMIC_ACQ_REL);
-    // Spin for tens of microseconds, longer than any balanced step takes; then give the core away, so
-    // that a machine with more runnable threads than cores slows down instead of standing still.
+    // Spin for tens of microseconds, longer than any balanced step takes; then give the core away,
+    // so that a machine with more runnable threads than cores slows down instead of standing still.
     for (int spins = 0; !reached(); ++spins) {
       if (spins < 1000) {
         cpu_relax();

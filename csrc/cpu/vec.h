@@ -1,9 +1,10 @@
-// One SIMD vector per translation unit's ISA, on GCC's and Clang's vector extensions: +, -, *, / and
-// comparisons are the compiler's; here stand only the few operations that have no operator. Not a SIMD
-// library: what the kernels do not use is not here.
+// One SIMD vector per translation unit's ISA, on GCC's and Clang's vector extensions: +, -, *, /
+// and comparisons are the compiler's; here stand only the few operations that have no operator. Not
+// a SIMD library: what the kernels do not use is not here.
 //
-// Everything lives in an unnamed namespace: each ISA file compiles its own copy, so that no function
-// built with one file's flags can be linked into another's (a program's "illegal instruction").
+// Everything lives in an unnamed namespace: each ISA file compiles its own copy, so that no
+// function built with one file's flags can be linked into another's (a program's "illegal
+// instruction").
 #pragma once
 
 #include <cstdint>
@@ -31,8 +32,8 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-// Accumulators of a register tile: what is left of the register file for one broadcast per row (6) and
-// one weight vector (1) on 32 registers, likewise (3 and 1) on 16.
+// Accumulators of a register tile: what is left of the register file for one broadcast per row (6)
+// and one weight vector (1) on 32 registers, likewise (3 and 1) on 16.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kAccumulators = 24;
 #else
@@ -52,8 +53,8 @@ using Vec = typename VecOf<T>::type;
 using Bits32 = Vec<int32_t>;
 using Bits64 = Vec<int64_t>;
 
-// f(0), f(1), ... f(N-1), the index a compile-time constant: unrolled whatever the optimizer thinks,
-// so that arrays indexed by it live in registers.
+// f(0), f(1), ... f(N-1), the index a compile-time constant: unrolled whatever the optimizer
+// thinks, so that arrays indexed by it live in registers.
 template <class F, int... Is>
 FUSEDRNN_INLINE void unroll_impl(std::integer_sequence<int, Is...>, F&& f) {
   (f(std::integral_constant<int, Is>{}), ...);
@@ -116,9 +117,9 @@ FUSEDRNN_INLINE void store(T* p, Vec<T> v, int n) {
   n == kLanes<T> ? store(p, v) : store_first(p, v, n);
 }
 
-// a*b + c with one rounding where the ISA has it. Explicit, and contraction is off (CMakeLists.txt):
-// the compiler must not choose, differently from one tile shape to the next, which product of a sum to
-// fuse, or results would depend on how rows fall into tiles.
+// a*b + c with one rounding where the ISA has it. Explicit, and contraction is off
+// (CMakeLists.txt): the compiler must not choose, differently from one tile shape to the next,
+// which product of a sum to fuse, or results would depend on how rows fall into tiles.
 #if defined(__AVX512F__)
 FUSEDRNN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
   return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -147,7 +148,8 @@ FUSEDRNN_INLINE V fma(V a, V b, V c) {
 }
 #endif
 
-// 1 / x to 14 bits at least, and exactly where x is a power of two, for math.h's quotient to refine.
+// 1 / x to 14 bits at least, and exactly where x is a power of two, for math.h's quotient to
+// refine.
 #if defined(__AVX512F__)
 FUSEDRNN_INLINE Vec<float> approximate_reciprocal(Vec<float> x) {
   // The masked form, all lanes: the plain one's header in gcc 12 warns of its own undefined value.
@@ -203,7 +205,7 @@ class FlushDenormals {
   FlushDenormals() {}
   ~FlushDenormals() {}
 #endif
-  FlushDenormals(const FlushDenormals&) = delete;
+  FlushDenormals(const FlushDenormals&)            = delete;
   FlushDenormals& operator=(const FlushDenormals&) = delete;
 };
 

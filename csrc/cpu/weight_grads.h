@@ -12,8 +12,8 @@ namespace {
 // (a tile's columns) stay in L1 while all tiles of a column pass over them.
 constexpr int64_t kPartialRows = 128;
 
-// out[u][k] (+)= sum over `rows` rows r of a[r][u] b[r][k]: one chunk of a^T b. A tile's row is u, its
-// panel V columns k.
+// out[u][k] (+)= sum over `rows` rows r of a[r][u] b[r][k]: one chunk of a^T b. A tile's row is u,
+// its panel V columns k.
 template <class T>
 struct OuterStep {
   int64_t rows;
@@ -28,10 +28,8 @@ struct OuterStep {
 template <class T, int M, int P, bool kWhole>
 FUSEDRNN_INLINE void outer_product(const OuterStep<T>& s, const T* a, const T* b, T* out,
                                    int last_lanes) {
-  constexpr int V        = kLanes<T>;
-  const auto lanes       = [&](int p) FUSEDRNN_LAMBDA {
-    return kWhole || p < P - 1 ? V : last_lanes;
-  };
+  constexpr int V  = kLanes<T>;
+  const auto lanes = [&](int p) FUSEDRNN_LAMBDA { return kWhole || p < P - 1 ? V : last_lanes; };
   Vec<T> acc[M][P] = {};
   for (int64_t r = 0; r < s.rows; ++r, a += s.a_stride, b += s.columns) {
     Vec<T> b_r[P];
@@ -80,8 +78,8 @@ void transposed_product(T* out, const T* a, int64_t a_stride, const T* b, int64_
   }
   for (int64_t r = 0; r < rows; r += kPartialRows) {
     const int64_t partial = rows - r < kPartialRows ? rows - r : kPartialRows;
-    const OuterStep<T> step{partial, a + r * a_stride, a_stride, b + r * columns, columns,
-                            out,     r > 0};
+    const OuterStep<T> step{partial, a + r * a_stride, a_stride, b + r * columns, columns, out,
+                            r > 0};
     run_tiles<OuterTiles<T>>(step, u_begin, u_end, 0, blocks_of<T>(columns), false);
   }
 }
