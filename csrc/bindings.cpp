@@ -54,8 +54,8 @@ void forward(int cell, int64_t t, int64_t b, int64_t i, int64_t h, int64_t d, in
   args.input          = pointer<T>(input);
   args.input_stride_t = input_stride_t;
   args.input_stride_b = input_stride_b;
-  for (int direction = 0; direction < 2; ++direction) {
-    const Address* of_direction = &weights[size_t(4 * direction)];
+  for (size_t direction = 0; direction < 2; ++direction) {
+    const Address* of_direction = &weights[4 * direction];
     args.weight_ih[direction]   = pointer<T>(of_direction[0]);
     args.weight_hh[direction]   = pointer<T>(of_direction[1]);
     args.bias_ih[direction]     = pointer<T>(of_direction[2]);
@@ -97,8 +97,8 @@ void backward(int cell, int64_t t, int64_t b, int64_t i, int64_t h, int64_t d, i
   args.grad_h_n     = pointer<T>(grad_h_n);
   args.carry        = pointer<T>(carry);
   args.grad_gates   = pointer<T>(grad_gates);
-  for (int direction = 0; direction < 2; ++direction) {
-    const Address* of_direction    = &grad_weights[size_t(4 * direction)];
+  for (size_t direction = 0; direction < 2; ++direction) {
+    const Address* of_direction    = &grad_weights[4 * direction];
     args.grad_weight_ih[direction] = pointer<T>(of_direction[0]);
     args.grad_weight_hh[direction] = pointer<T>(of_direction[1]);
     args.grad_bias_ih[direction]   = pointer<T>(of_direction[2]);
