@@ -180,7 +180,7 @@ def _kernel_backward(
     if need_input:
         first_input_column = (spec.grad_gates - spec.gates) * hidden
         grad_input = torch.empty_like(input, memory_format=torch.contiguous_format)
-        grad_rows = grad_input.view(-1, input.shape[-1]) if input.numel() else grad_input[0]
+        grad_rows = grad_input.flatten(0, 1) if input.dim() == 3 else grad_input
         for d in range(directions):
             of_input = result.grad_gates[d].flatten(0, 1)[:, first_input_column:]  # [T*B, G*H]
             # beta=0 writes, beta=1 adds the second direction's share

@@ -54,7 +54,7 @@ def test_metadata_is_made_without_torch(tmp_path):
     (path,) = tmp_path.rglob("METADATA")
     metadata = HeaderParser().parsestr(path.read_text())
     assert metadata["Version"] == fusedrnn.__version__
-    assert "torch>=2.6" in metadata.get_all("Requires-Dist")
+    assert "torch>=2.7" in metadata.get_all("Requires-Dist")
     (requires,) = re.findall(r"^requires = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.M)
     assert "pybind11" in requires
     assert "torch" not in requires
