@@ -129,12 +129,15 @@ class _SequenceFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_autocast_enabled("cpu"):  # it is for forward passes
+            with torch.autocast("cpu", enabled=False):
+                return _SequenceFunction.backward(ctx, *grads)
         *tensors, gates, extra = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:]
         given = [g for g in grads if g is not None]
         if not given:
             return (None,) * (1 + len(tensors))
-        if torch.is_grad_enabled() or not supported(*given):
+        if torch.is_grad_enabled() or ops.transformed() or not ops.ordinary(*given):
             return None, *_reference_backward(ctx.cell, tensors, grads, needed)
         saved = ops.Saved(gates, extra)
         return None, *_kernel_backward(ctx.cell, *_unpack(ctx.cell, tensors), saved, grads, needed)

@@ -15,14 +15,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._C import (
-    _are_functorch_transforms_active,
-    _get_tracing_state,
-    _is_any_autocast_enabled,
-    _len_torch_dispatch_stack,
-)
+from torch._C import _is_any_autocast_enabled
 from torch._compile import _disable_dynamo
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_exporting
 from torch.nn.utils.rnn import PackedSequence
 
@@ -30,11 +24,6 @@ from . import ops
 from .functional import kernel_layer, reference_layer, supported
 
 States = Sequence[Tensor]  # (h,) or, for LSTM, (h, c)
-
-
-def _unobserved() -> bool:
-    """Nobody rewrites or records torch's operations: what the kernels do inside would be missed."""
-    return not (_is_any_autocast_enabled() or _get_tracing_state() or _len_torch_dispatch_stack())
 
 
 Compute = Callable[[str, Tensor, States, Sequence[Tensor | None]], Sequence[Tensor]]
@@ -45,11 +34,11 @@ def _who_computes(input: Any, *tensors: Tensor | None) -> Compute | None:
     if not isinstance(input, Tensor):
         return None
     if supported(input, *tensors):
-        return kernel_layer if _unobserved() else None
+        return kernel_layer
     # Under torch.func and forward-mode AD functional.py computes by the reference, in operations
     # that have the rules that torch's fused ones lack.
     if (
-        (_are_functorch_transforms_active() or forward_ad._current_level >= 0)
+        ops.transformed()
         and not _is_any_autocast_enabled()
         and all(t is None or t.dtype == input.dtype for t in tensors)
     ):
@@ -123,8 +112,10 @@ class _Layers(_Fused, nn.RNNBase):
         num_directions = 2 if self.bidirectional else 1
         per_layer = 4 * num_directions
         compute = _who_computes(input, *states, *weights)
-        if compute is None or len(weights) != num_layers * (
-            per_layer if self.bias else per_layer // 2
+        if (
+            compute is None
+            or any(w is None for w in weights)
+            or len(weights) != num_layers * (per_layer if self.bias else per_layer // 2)
         ):
             return None
 
@@ -143,17 +134,20 @@ class _Layers(_Fused, nn.RNNBase):
         for state in states:
             if state.shape != expected:
                 return None
-
+        cell = self.mode.lower()  # "lstm", "gru", "rnn_tanh", "rnn_relu"
         if not self.bias:
             pairs = zip(weights[::2], weights[1::2], strict=True)
             weights = [w for pair in pairs for w in (*pair, None, None)]
+        for layer in range(num_layers):
+            features = input_size if layer == 0 else num_directions * hidden_size
+            start = layer * per_layer
+            ops.check_weights(cell, features, hidden_size, weights[start : start + per_layer])
         # Without states, one layer's zeros serve every layer, and LSTM's c0 too.
         zeros = (
             ()
             if states
             else (input.new_zeros(num_directions, batch, hidden_size),) * self._num_states
         )
-        cell = self.mode.lower()  # "lstm", "gru", "rnn_tanh", "rnn_relu"
         if num_layers == 1:
             input, *final = compute(cell, input, zeros or states, weights)
         else:
@@ -316,6 +310,7 @@ class _Cell(_Fused, nn.RNNCellBase):
         for state in states:
             if state.shape != expected:
                 return None
+        ops.check_weights(cell, input_size, self.hidden_size, weights)
         states = states or (input.new_zeros(expected),) * self._num_states
         _, *new = compute(cell, input, states, weights)
         return new if batched else [s.squeeze(0) for s in new]

@@ -11,12 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _has_storage
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _has_storage,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+)
 from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 try:
-    from fusedrnn import _C
+    import fusedrnn._C as _C
 except ImportError as error:
     raise RuntimeError(
         "fusedrnn's compiled extension fusedrnn._C cannot be loaded "
@@ -53,16 +59,17 @@ class Cell:
     grad_gates: int  # column blocks of grad_gates
     has_cell_state: bool
     has_extra: bool
+    has_carry: bool
     # (block of grad_gates, row block of weight_hh, number of blocks): what belongs together in the
     # recurrent weight's gradient. GRU's grad_gates are n_h, r, z, n_x.
     recurrent_blocks: tuple[tuple[int, int, int], ...]
 
 
 CELLS = {
-    "lstm": Cell(0, 4, 4, True, True, ((0, 0, 4),)),
-    "gru": Cell(1, 3, 4, False, True, ((1, 0, 2), (0, 2, 1))),
-    "rnn_tanh": Cell(2, 1, 1, False, False, ((0, 0, 1),)),
-    "rnn_relu": Cell(3, 1, 1, False, False, ((0, 0, 1),)),
+    "lstm": Cell(0, 4, 4, True, True, True, ((0, 0, 4),)),
+    "gru": Cell(1, 3, 4, False, True, True, ((1, 0, 2), (0, 2, 1))),
+    "rnn_tanh": Cell(2, 1, 1, False, False, False, ((0, 0, 1),)),
+    "rnn_relu": Cell(3, 1, 1, False, False, False, ((0, 0, 1),)),
 }
 
 _FORWARD = {torch.float32: _C.forward_f32, torch.float64: _C.forward_f64}
@@ -74,18 +81,29 @@ _NO_WEIGHTS = [0] * 8
 def supported(input: Tensor, *tensors: Tensor | None) -> bool:
     """Whether the kernels take these tensors as they are, here and now.
 
-    They do when all are ordinary dense CPU tensors of one dtype, float32 or float64, and no
-    transform (functorch, forward-mode AD, autocast) is active.
+    They do when all are ordinary dense CPU tensors of one dtype, float32 or float64, and nobody
+    transforms, rewrites or records torch's operations (functorch, forward-mode AD, autocast,
+    torch.jit.trace, dispatch modes): what the kernels do inside would be missed.
     """
-    if (
-        input.dtype not in _FORWARD
-        or _are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch.is_autocast_enabled("cpu")
-    ):
+    return not (
+        transformed()
+        or _is_any_autocast_enabled()
+        or _get_tracing_state()
+        or _len_torch_dispatch_stack()
+    ) and ordinary(input, *tensors)
+
+
+def transformed() -> bool:
+    """Whether a functorch transform or forward-mode AD is active."""
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def ordinary(first: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether all are dense CPU tensors with memory of their own, of one dtype of the kernels'."""
+    dtype = first.dtype
+    if dtype not in _FORWARD:
         return False
-    dtype = input.dtype
-    for t in (input, *tensors):
+    for t in (first, *tensors):
         if t is not None and not (
             type(t) in _PLAIN
             and t.dtype is dtype
@@ -98,11 +116,25 @@ def supported(input: Tensor, *tensors: Tensor | None) -> bool:
     return True
 
 
+def check_weights(cell: str, features: int, hidden: int, weights: Sequence[Tensor | None]) -> None:
+    """RuntimeError unless the weights' shapes are those of one layer, [G*H, features] and so on."""
+    rows = CELLS[cell].gates * hidden
+    expected = ((rows, features), (rows, hidden), (rows,), (rows,))
+    for i, weight in enumerate(weights):
+        if (weight is None and i % 4 < 2) or (
+            weight is not None and weight.shape != expected[i % 4]
+        ):
+            got = None if weight is None else list(weight.shape)
+            raise RuntimeError(f"{_WEIGHTS[i % 4]} must be {list(expected[i % 4])}, got {got}")
+
+
+_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
 def check_layer(
     cell: str, input: Tensor, initial: Sequence[Tensor], weights: Sequence[Tensor | None]
 ) -> None:
     """RuntimeError unless the shapes are those of one layer, or of one step (input [B, I])."""
-    gates = CELLS[cell].gates
     directions, rest = divmod(len(weights), 4)
     if rest or directions not in (1, 2):
         raise RuntimeError(
@@ -125,19 +157,7 @@ def check_layer(
     for name, tensor in zip(("h0", "c0"), initial, strict=False):
         if tensor.shape != expected_state:
             raise RuntimeError(f"{name} must be {list(expected_state)}, got {list(tensor.shape)}")
-    rows = gates * hidden
-    expected = {
-        "weight_ih": (rows, features),
-        "weight_hh": (rows, hidden),
-        "bias_ih": (rows,),
-        "bias_hh": (rows,),
-    }
-    for (name, shape), weight in zip([*expected.items()] * directions, weights, strict=True):
-        if weight is None:
-            if name.startswith("weight"):
-                raise RuntimeError(f"{name} must be {list(shape)}, got None")
-        elif weight.shape != shape:
-            raise RuntimeError(f"{name} must be {list(shape)}, got {list(weight.shape)}")
+    check_weights(cell, features, hidden, weights)
 
 
 def dimensions(input: Tensor, initial: Sequence[Tensor]) -> tuple[int, int, int, int]:
@@ -173,7 +193,7 @@ def _linear(
 class Saved:
     """What the forward kernel leaves for the backward one; csrc/sequence.h says what is in them."""
 
-    gates: Tensor | None  # [D, T, B, G*H] in memory
+    gates: Tensor | None  # [D, T, B, G*H] in memory; None if nothing is saved
     extra: Tensor | None  # [D, T, B, H]
 
 
@@ -240,7 +260,7 @@ def forward(
         finals[0].data_ptr(),
         finals[1].data_ptr() if spec.has_cell_state else 0,
     )
-    return (output, *finals), Saved(gates, extra)
+    return (output, *finals), Saved(gates if save else None, extra)
 
 
 @dataclass
@@ -265,9 +285,22 @@ def backward(
 
     grads: of output, h_n and, for LSTM, c_n, None for zero. wanted: which weights' gradients.
     """
-    counts["kernel_backward"] += 1
     spec = CELLS[cell]
     steps, batch, hidden, directions = dimensions(input, initial)
+    gates, extra = saved.gates, saved.extra
+    # What comes back may have passed a user's saved_tensors_hooks.
+    if (
+        gates is None
+        or gates.numel() != directions * steps * batch * spec.gates * hidden
+        or (extra is not None and extra.numel() != directions * steps * batch * hidden)
+        or not ordinary(input, gates, extra, *initial, *weights)
+    ):
+        raise RuntimeError(
+            "saved_tensors_hooks must give back tensors of the shape, dtype and device that they "
+            f"were given: a {input.dtype} layer on the CPU got something else"
+        )
+    counts["kernel_backward"] += 1
+    gates, extra = gates.contiguous(), None if extra is None else extra.contiguous()
     input = input.contiguous()
     initial = [s.contiguous() for s in initial]
     h0 = initial[0]
@@ -277,7 +310,7 @@ def backward(
     if grad_c_n and grad_c_n[0] is not None:
         # A copy: the kernel works in place, and the caller's gradient is not ours.
         carry = grad_c_n[0].clone()
-    elif spec.has_extra:
+    elif spec.has_carry:
         carry = torch.zeros_like(h0)
     grad_gates = h0.new_empty(directions, steps, batch, spec.grad_gates * hidden)
 
@@ -293,8 +326,8 @@ def backward(
         hidden,
         directions,
         torch.get_num_threads(),
-        _address(saved.gates),
-        _address(saved.extra),
+        gates.data_ptr(),
+        _address(extra),
         input.data_ptr(),
         weights_hh[0].data_ptr(),
         weights_hh[1].data_ptr() if directions == 2 else 0,

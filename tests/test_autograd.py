@@ -4,6 +4,7 @@ test_sequence.py's."""
 
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
 from helpers import ran
 from layers import LAYER_CELLS, layer_inputs
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -270,3 +271,62 @@ def test_gradients_share_no_memory(cell):
     sum(r.sum() for r in functional.layer(cell, x, initial, weights)).backward()
     storages = {leaf.grad.untyped_storage().data_ptr() for leaf in leaves}
     assert len(storages) == len(leaves)
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+def test_backward_inside_autocast_is_exact(cell):
+    x, initial, weights = layer_inputs(cell, 4, 3, 5, 6, 1, torch.float32)
+    leaves = (x, *initial, *weights)
+    expected = torch.autograd.grad(functional.layer(cell, x, initial, weights)[0].sum(), leaves)
+    loss = functional.layer(cell, x, initial, weights)[0].sum()
+    with torch.autocast("cpu"), ran("kernel_backward"):
+        grads = torch.autograd.grad(loss, leaves)
+    for a, b in zip(grads, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+def test_saved_tensors_that_come_back_in_another_layout(cell):
+    x, initial, weights = layer_inputs(cell, 4, 3, 5, 6, 1, torch.float64)
+    leaves = (x, *initial, *weights)
+    expected = torch.autograd.grad(functional.layer(cell, x, initial, weights)[0].sum(), leaves)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.transpose(0, -1).contiguous(), lambda t: t.transpose(0, -1)
+    ):
+        loss = functional.layer(cell, x, initial, weights)[0].sum()
+    with ran("kernel_backward"):
+        grads = torch.autograd.grad(loss, leaves)
+    for a, b in zip(grads, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+@pytest.mark.parametrize(
+    "change", [torch.Tensor.half, lambda t: t[..., :1]], ids=["dtype", "shape"]
+)
+def test_saved_tensors_that_come_back_wrong(cell, change):
+    x, initial, weights = layer_inputs(cell, 4, 3, 5, 6, 1, torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t,
+        lambda t: change(t) if t.dim() == 4 else t,  # the kernel's own: [D, T, B, ...]
+    ):
+        loss = functional.layer(cell, x, initial, weights)[0].sum()
+    with pytest.raises(RuntimeError, match="saved_tensors_hooks must give back"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+def test_a_traced_layer_is_recorded_in_operations_of_torch(cell):
+    x, initial, weights = layer_inputs(cell, 3, 2, 4, 5, 1, torch.float64)
+    x, weights = x.detach(), [w.detach() for w in weights]
+    initial = [s.detach() for s in initial]
+
+    def function(x):
+        return functional.layer(cell, x, initial, weights)[0]
+
+    with ran("reference"):
+        traced = torch.jit.trace(function, x, check_trace=False)
+        made = torch.fx.experimental.proxy_tensor.make_fx(function)(x)
+    other = torch.randn_like(x)
+    torch.testing.assert_close(traced(other), function(other))
+    torch.testing.assert_close(made(other), function(other))

@@ -948,3 +948,35 @@ def test_first_and_second_derivatives(kind):
     arguments = [t.detach().requires_grad_() for t in (*inputs, *module.parameters())]
     assert torch.autograd.gradcheck(function, arguments, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, arguments, fast_mode=True)
+
+
+WRONG_WEIGHTS = {
+    "weight_ih of another input size": ("weight_ih_l0", lambda w: w[:, :1]),
+    "weight_hh of another hidden size": ("weight_hh_l0", lambda w: w[:-1, :-1]),
+    "one element for weight_hh": ("weight_hh_l0", lambda w: w[:1, 0]),
+    "short bias_ih": ("bias_ih_l0", lambda w: w[:1]),
+    "short bias_hh": ("bias_hh_l0", lambda w: w[:-1]),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("case", WRONG_WEIGHTS)
+def test_weights_of_a_wrong_shape_never_reach_a_kernel(kind, case):
+    name, change = WRONG_WEIGHTS[case]
+    _, ours = pair(kind, I, H)
+    setattr(ours, name, nn.Parameter(change(getattr(ours, name).detach())))
+    with ran(), pytest.raises(RuntimeError, match=rf"{name[:-3]} must be \[.*\], got \["):
+        ours(torch.randn(T, B, I))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_missing_weight_and_a_changed_hidden_size_are_errors(kind):
+    _, ours = pair(kind, I, H)
+    ours.weight_hh_l0 = None
+    with ran(), pytest.raises((TypeError, RuntimeError)):
+        ours(torch.randn(T, B, I))
+    for hidden_size in (3, 60, 100000):
+        _, ours = pair(kind, I, H)
+        ours.hidden_size = hidden_size
+        with ran(), pytest.raises(RuntimeError):
+            ours(torch.randn(T, B, I))

@@ -98,25 +98,27 @@ def test_inference_and_training_give_the_same_bits(cell, dtype, size):
     ],
     ids=str,
 )
-def test_the_kernels_give_the_same_bits_for_every_thread_count(cell, dtype, size, monkeypatch):
-    # grad_input and grad_h0 are torch's GEMMs, which run on one thread throughout: only the kernels
-    # are told another number.
+def test_the_same_bits_for_every_thread_count(cell, dtype, size):
     inputs = layer_inputs(cell, *size, dtype)
     grads = [torch.randn_like(r) for r in functional.layer(cell, *inputs)]
     runs = []
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
         for threads in (1, 2, 3, 5):
-            monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+            torch.set_num_threads(threads)
             with ran("kernel_forward", "kernel_backward"):
                 runs.append(run(functional.layer, cell, inputs, grads))
     finally:
-        monkeypatch.undo()
         torch.set_num_threads(before)
+    # The gradients of input and h0 end in a GEMM of torch's, which promises nothing.
+    results = len(grads)
+    gemms = (results, results + 1)
     for other in runs[1:]:
-        for a, b in zip(runs[0], other, strict=True):
-            assert torch.equal(a, b)
+        for i, (a, b) in enumerate(zip(runs[0], other, strict=True)):
+            if i in gemms:
+                torch.testing.assert_close(a, b)
+            else:
+                assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("cell", LAYER_CELLS)

@@ -23,8 +23,9 @@ struct Lstm {
 
   template <class V>
   static FUSEDRNN_CELL Forward<V> forward(const V* gates_x, const V* gates_h, V c_prev) {
-    // i = sigmoid(a_i)   f = sigmoid(a_f)   g = tanh(a_g)   o = sigmoid(a_o),   a = gates_x +
-    // gates_h c = f c_prev + i g h = o tanh(c)
+    // i = sigmoid(a_i)   f = sigmoid(a_f)   g = tanh(a_g)   o = sigmoid(a_o)
+    // c = f c_prev + i g                                    (a = gates_x + gates_h)
+    // h = o tanh(c)
     const V i = sigmoid(gates_x[0] + gates_h[0]);
     const V f = sigmoid(gates_x[1] + gates_h[1]);
     const V g = tanh(gates_x[2] + gates_h[2]);

@@ -43,6 +43,7 @@ struct Shape {
   int64_t gates;         // G
   int64_t lanes;         // V
   int64_t weight_bytes;  // of one direction, packed
+  int64_t l2_bytes;      // asked once: all threads of a call must plan alike
   int max_rows;          // of a tile
 };
 
@@ -51,7 +52,7 @@ FUSEDRNN_INLINE int row_shards_of(const Shape& s, int threads) {
   // Rows are split where every thread still gets a full tile (a split of fewer rows would stream
   // the same weights for less work) and the weights, which each thread then reads whole, fit its
   // L2.
-  const int64_t by_rows = s.weight_bytes <= l2_bytes() ? s.B / s.max_rows : 1;
+  const int64_t by_rows = s.weight_bytes <= s.l2_bytes ? s.B / s.max_rows : 1;
   return int(max64(1, min64(threads, by_rows)));
 }
 

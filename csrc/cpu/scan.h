@@ -77,15 +77,10 @@ void for_each_row(const Shard& s, int64_t H, const Copy& copy) {
 }
 
 template <class Cell, class T, class Args>
-Shape shape_of(const Args& a, int max_rows) {
-  return {a.T,
-          a.B,
-          a.H,
-          a.D,
-          Cell::kGates,
-          kLanes<T>,
-          int64_t(sizeof(T)) * blocks_of<T>(a.H) * forward_panel_size<Cell, T>(a.H),
-          max_rows};
+Shape shape_of(const Args& a, int64_t weight_elements, int max_rows) {
+  return {
+      a.T,        a.B,     a.H, a.D, Cell::kGates, kLanes<T>, int64_t(sizeof(T)) * weight_elements,
+      l2_bytes(), max_rows};
 }
 
 // How a forward call lays out a direction's scratch, and how it walks time: the input of a chunk of
@@ -291,8 +286,8 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     barrier.wait();
   }
 
-  direction_barrier
-      .wait();  // grad_gates and h_prev are whole: each thread now takes some rows of them
+  // Once grad_gates and h_prev are whole, each thread takes some rows of the weights.
+  direction_barrier.wait();
   const int64_t begin = H * shard.direction_rank / shard.direction_threads;
   const int64_t end   = H * (shard.direction_rank + 1) / shard.direction_threads;
   const int64_t rows  = a.T * a.B;
@@ -314,9 +309,10 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
 
 template <class Cell, class T>
 bool forward(const ForwardArgs<T>& a) {
-  const Shape shape = shape_of<Cell, T>(a, kMaxRows<Cell::kGates>);
+  const ForwardLayout<Cell, T> layout(a);
+  const Shape shape = shape_of<Cell, T>(a, layout.recurrent + layout.input, kMaxRows<Cell::kGates>);
   const int threads = useful_threads(shape, a.num_threads);
-  const Scratch<T> scratch(ForwardLayout<Cell, T>(a).elements(), a.D, threads);
+  const Scratch<T> scratch(layout.elements(), a.D, threads);
   if (!scratch.ok()) return false;
   parallel(threads, [&](int thread, int running) {
     const FlushDenormals<T> flush;
@@ -330,9 +326,10 @@ bool forward(const ForwardArgs<T>& a) {
 
 template <class Cell, class T>
 bool backward(const BackwardArgs<T>& a) {
-  const Shape shape = shape_of<Cell, T>(a, kMaxRows<1>);
+  const BackwardLayout<Cell, T> layout(a);
+  const Shape shape = shape_of<Cell, T>(a, layout.recurrent, kMaxRows<1>);
   const int threads = useful_threads(shape, a.num_threads);
-  const Scratch<T> scratch(BackwardLayout<Cell, T>(a).elements(), a.D, threads);
+  const Scratch<T> scratch(layout.elements(), a.D, threads);
   if (!scratch.ok()) return false;
   parallel(threads, [&](int thread, int running) {
     const FlushDenormals<T> flush;

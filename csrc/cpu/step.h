@@ -3,11 +3,18 @@
 // there. Not when steps run, nor who runs which: that is scan.h.
 #pragma once
 
+#include "../cells/math.h"
 #include "pack.h"
 #include "vec.h"
 
 namespace fusedrnn {
 namespace {
+
+// Lanes of a vector of units (or columns) that begins at `unit`, of H in all.
+template <class T>
+FUSEDRNN_INLINE int lanes_of(int64_t H, int64_t unit) {
+  return int(H - unit < kLanes<T> ? H - unit : kLanes<T>);
+}
 
 // Rows of the tallest tile whose product has Q vectors per panel row. Chosen for few loads per FMA:
 // 24 accumulators as 6 x 4 (LSTM: one panel of 4 gates; backward and RNN: 4 panels), GRU 8 x 3.
@@ -33,7 +40,7 @@ FUSEDRNN_INLINE void product(Vec<T> (&acc)[M][P * Q], const T* a, int64_t lda, i
     const T* row = panels + k * Q * V;
     if constexpr (M <= P * Q) {
       Vec<T> a_k[M];
-      unroll<M>([&](auto m) FUSEDRNN_LAMBDA { a_k[m] = broadcast(a[m * lda + k]); });
+      unroll<M>([&](auto m) FUSEDRNN_LAMBDA { a_k[m] = splat<Vec<T>>(a[m * lda + k]); });
       unroll<P * Q>([&](auto pq) FUSEDRNN_LAMBDA {
         const Vec<T> w = load(row + pq / Q * panel_size + pq % Q * V);
         unroll<M>([&](auto m) FUSEDRNN_LAMBDA { acc[m][pq] = fma(a_k[m], w, acc[m][pq]); });
@@ -43,7 +50,7 @@ FUSEDRNN_INLINE void product(Vec<T> (&acc)[M][P * Q], const T* a, int64_t lda, i
       unroll<P * Q>([&](auto pq)
                         FUSEDRNN_LAMBDA { w[pq] = load(row + pq / Q * panel_size + pq % Q * V); });
       unroll<M>([&](auto m) FUSEDRNN_LAMBDA {
-        const Vec<T> a_k = broadcast(a[m * lda + k]);
+        const Vec<T> a_k = splat<Vec<T>>(a[m * lda + k]);
         unroll<P * Q>([&](auto pq) FUSEDRNN_LAMBDA { acc[m][pq] = fma(a_k, w[pq], acc[m][pq]); });
       });
     }
@@ -83,7 +90,7 @@ void project_tile(const ProjectStep<T>& s, int64_t row, int64_t block) {
   unroll<M * P>([&](auto mp) FUSEDRNN_LAMBDA {
     constexpr int m = mp / P, p = mp % P;
     const int64_t unit = (block + p) * kLanes<T>;
-    const int lanes    = int(s.H - unit < kLanes<T> ? s.H - unit : kLanes<T>);
+    const int lanes    = lanes_of<T>(s.H, unit);
     unroll<G>([&](auto g) FUSEDRNN_LAMBDA {
       store(s.gates + ((row + m) * G + g) * s.H + unit, acc[m][p * G + g], lanes);
     });
@@ -104,9 +111,8 @@ struct ForwardStep {
   int64_t prev_stride;
   T* h;  // [B, H]
   int64_t h_stride;
-  const T* panels;  // pack_forward's
-  const T*
-      gates_h;  // [B, G*H]: the recurrent product, if the caller did it; panels are not read then
+  const T* panels;   // pack_forward's
+  const T* gates_h;  // [B, G*H]: the recurrent product, if the caller did it, instead of panels
 };
 
 // The cell for V units of one row, the recurrent product in registers.
@@ -116,7 +122,7 @@ FUSEDRNN_INLINE void forward_units(const ForwardStep<T>& s, int64_t row, int64_t
   constexpr int G    = Cell::kGates;
   const int64_t H    = s.H;
   const int64_t unit = block * kLanes<T>;
-  const int lanes    = int(H - unit < kLanes<T> ? H - unit : kLanes<T>);
+  const int lanes    = lanes_of<T>(H, unit);
   T* const gates     = s.gates + row * G * H + unit;
   Vec<T> gates_x[G];
   unroll<G>([&](auto g) FUSEDRNN_LAMBDA { gates_x[g] = load(gates + g * H, lanes); });
@@ -149,7 +155,7 @@ template <class Cell, class T>
 void forward_from_gates_h(const ForwardStep<T>& s, int64_t row, int64_t block) {
   constexpr int G    = Cell::kGates;
   const int64_t unit = block * kLanes<T>;
-  const int lanes    = int(s.H - unit < kLanes<T> ? s.H - unit : kLanes<T>);
+  const int lanes    = lanes_of<T>(s.H, unit);
   Vec<T> gates_h[G];
   unroll<G>([&](auto g) FUSEDRNN_LAMBDA {
     gates_h[g] = load(s.gates_h + row * G * s.H + g * s.H + unit, lanes);
@@ -182,7 +188,7 @@ FUSEDRNN_INLINE void backward_units(const BackwardStep<T>& s, int64_t row, int64
   const int64_t H    = s.H;
   const int64_t unit = block * kLanes<T>;
   const int64_t at   = row * H + unit;
-  const int lanes    = int(H - unit < kLanes<T> ? H - unit : kLanes<T>);
+  const int lanes    = lanes_of<T>(H, unit);
   Vec<T> gates[G];
   unroll<G>([&](auto g)
                 FUSEDRNN_LAMBDA { gates[g] = load(s.gates + row * G * H + g * H + unit, lanes); });
@@ -228,7 +234,7 @@ void recompute_h(int64_t H, int64_t block_begin, int64_t block_end, const T* gat
                  T* h) {
   for (int64_t block = block_begin; block < block_end; ++block) {
     const int64_t unit = block * kLanes<T>;
-    const int lanes    = int(H - unit < kLanes<T> ? H - unit : kLanes<T>);
+    const int lanes    = lanes_of<T>(H, unit);
     const Vec<T> z     = load(gates + H + unit, lanes);
     const Vec<T> n     = load(gates + 2 * H + unit, lanes);
     store(h + unit, Cell::hidden(z, n, load(h_prev + unit, lanes)), lanes);

@@ -65,11 +65,6 @@ FUSEDRNN_INLINE void unroll(F&& f) {
 }
 
 template <class T>
-FUSEDRNN_INLINE Vec<T> broadcast(T x) {
-  return x - Vec<T>{};  // x - 0 is x for every x, -0 and NaN included: folded into one broadcast
-}
-
-template <class T>
 FUSEDRNN_INLINE Vec<T> load(const T* p) {
   Vec<T> v;
   std::memcpy(&v, p, sizeof v);

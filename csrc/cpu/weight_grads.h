@@ -35,7 +35,7 @@ FUSEDRNN_INLINE void outer_product(const OuterStep<T>& s, const T* a, const T* b
     Vec<T> b_r[P];
     unroll<P>([&](auto p) FUSEDRNN_LAMBDA { b_r[p] = load(b + p * V, lanes(p)); });
     unroll<M>([&](auto m) FUSEDRNN_LAMBDA {
-      const Vec<T> a_r = broadcast(a[m]);
+      const Vec<T> a_r = splat<Vec<T>>(a[m]);
       unroll<P>([&](auto p) FUSEDRNN_LAMBDA { acc[m][p] = fma(a_r, b_r[p], acc[m][p]); });
     });
   }
