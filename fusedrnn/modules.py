@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import is_
+from types import NoneType
 from typing import Any, ClassVar
 
 import torch
@@ -114,7 +115,7 @@ class _Layers(_Fused, nn.RNNBase):
         compute = _who_computes(input, *states, *weights)
         if (
             compute is None
-            or any(w is None for w in weights)
+            or NoneType in map(type, weights)
             or len(weights) != num_layers * (per_layer if self.bias else per_layer // 2)
         ):
             return None

@@ -75,6 +75,7 @@ CELLS = {
 _FORWARD = {torch.float32: _C.forward_f32, torch.float64: _C.forward_f64}
 _BACKWARD = {torch.float32: _C.backward_f32, torch.float64: _C.backward_f64}
 _PLAIN = (Tensor, torch.nn.Parameter)
+_STRIDED = torch.strided
 _NO_WEIGHTS = [0] * 8
 
 
@@ -108,7 +109,7 @@ def ordinary(first: Tensor, *tensors: Tensor | None) -> bool:
             type(t) in _PLAIN
             and t.dtype is dtype
             and t.is_cpu
-            and t.layout is torch.strided
+            and t.layout is _STRIDED
             and not t.is_neg()
             and _has_storage(t)  # what vmap passes has none
         ):
