@@ -84,19 +84,25 @@ void transposed_product(T* out, const T* a, int64_t a_stride, const T* b, int64_
   }
 }
 
-// out[u] = sum_r a[r][u] for u in [u_begin, u_end).
+// out[u] = sum_r a[r][u] for u in [u_begin, u_end), from partial sums of every eighth row.
 template <class T>
 void column_sums(T* out, const T* a, int64_t a_stride, int64_t rows, int64_t u_begin,
                  int64_t u_end) {
   for (int64_t u = u_begin; u < u_end; u += kLanes<T>) {
-    const int lanes = int(u_end - u < kLanes<T> ? u_end - u : kLanes<T>);
+    const int lanes = lanes_of<T>(u_end, u);
     Vec<T> sum{};
     for (int64_t r = 0; r < rows; r += kPartialRows) {
-      Vec<T> partial{};
-      for (int64_t i = r; i < rows && i < r + kPartialRows; ++i) {
-        partial = partial + load(a + i * a_stride + u, lanes);
+      const int64_t end = rows - r < kPartialRows ? rows : r + kPartialRows;
+      Vec<T> partial[8] = {};
+      int64_t i         = r;
+      for (; i + 8 <= end; i += 8) {
+        unroll<8>([&](auto j) FUSEDRNN_LAMBDA {
+          partial[j] = partial[j] + load(a + (i + j) * a_stride + u, lanes);
+        });
       }
-      sum = sum + partial;
+      for (; i < end; ++i) partial[0] = partial[0] + load(a + i * a_stride + u, lanes);
+      sum = sum + (((partial[0] + partial[4]) + (partial[1] + partial[5])) +
+                   ((partial[2] + partial[6]) + (partial[3] + partial[7])));
     }
     store(out + u, sum, lanes);
   }
