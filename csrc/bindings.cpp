@@ -75,30 +75,30 @@ void forward(int cell, int64_t t, int64_t b, int64_t i, int64_t h, int64_t d, in
 
 template <class T>
 void backward(int cell, int64_t t, int64_t b, int64_t i, int64_t h, int64_t d, int num_threads,
-              Address gates, Address extra, Address input, Address weight_hh,
-              Address weight_hh_reverse, Address h0, Address c0, Address grad_output,
-              Address grad_h_n, Address carry, Address grad_gates,
-              std::array<Address, 8> grad_weights) {
+              Address gates, Address extra, Address input, std::array<Address, 8> weights,
+              Address h0, Address c0, Address grad_output, Address grad_h_n, Address carry,
+              Address grad_gates, Address grad_input, std::array<Address, 8> grad_weights) {
   BackwardArgs<T> args{};
-  args.T            = t;
-  args.B            = b;
-  args.I            = i;
-  args.H            = h;
-  args.D            = d;
-  args.num_threads  = num_threads;
-  args.gates        = pointer<T>(gates);
-  args.extra        = pointer<T>(extra);
-  args.input        = pointer<T>(input);
-  args.weight_hh[0] = pointer<T>(weight_hh);
-  args.weight_hh[1] = pointer<T>(weight_hh_reverse);
-  args.h0           = pointer<T>(h0);
-  args.c0           = pointer<T>(c0);
-  args.grad_output  = pointer<T>(grad_output);
-  args.grad_h_n     = pointer<T>(grad_h_n);
-  args.carry        = pointer<T>(carry);
-  args.grad_gates   = pointer<T>(grad_gates);
+  args.T           = t;
+  args.B           = b;
+  args.I           = i;
+  args.H           = h;
+  args.D           = d;
+  args.num_threads = num_threads;
+  args.gates       = pointer<T>(gates);
+  args.extra       = pointer<T>(extra);
+  args.input       = pointer<T>(input);
+  args.h0          = pointer<T>(h0);
+  args.c0          = pointer<T>(c0);
+  args.grad_output = pointer<T>(grad_output);
+  args.grad_h_n    = pointer<T>(grad_h_n);
+  args.carry       = pointer<T>(carry);
+  args.grad_gates  = pointer<T>(grad_gates);
+  args.grad_input  = pointer<T>(grad_input);
   for (size_t direction = 0; direction < 2; ++direction) {
     const Address* of_direction    = &grad_weights[4 * direction];
+    args.weight_ih[direction]      = pointer<T>(weights[4 * direction]);
+    args.weight_hh[direction]      = pointer<T>(weights[4 * direction + 1]);
     args.grad_weight_ih[direction] = pointer<T>(of_direction[0]);
     args.grad_weight_hh[direction] = pointer<T>(of_direction[1]);
     args.grad_bias_ih[direction]   = pointer<T>(of_direction[2]);

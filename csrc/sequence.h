@@ -60,6 +60,7 @@ struct BackwardArgs {
   const scalar_t* gates;         // [D, T, B, G*H], as ForwardArgs left it
   const scalar_t* extra;         // [D, T, B, H], as ForwardArgs left it
   const scalar_t* input;         // [T, B, I]
+  const scalar_t* weight_ih[2];  // [G*H, I]; not read without grad_input
   const scalar_t* weight_hh[2];  // [G*H, H]; not read if T == 1
   const scalar_t* h0;            // [D, B, H]
   const scalar_t* c0;            // [D, B, H], LSTM only
@@ -78,6 +79,7 @@ struct BackwardArgs {
   scalar_t* grad_gates;  // [D, T, B, E*H]
 
   // Out, each null if not wanted.
+  scalar_t* grad_input;         // [D, T, B, I]: each direction's share
   scalar_t* grad_weight_ih[2];  // [G*H, I]
   scalar_t* grad_weight_hh[2];  // [G*H, H]
   scalar_t* grad_bias_ih[2];    // [G*H]

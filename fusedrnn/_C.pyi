@@ -40,14 +40,14 @@ def backward_f32(
     gates: int,
     extra: int,
     input: int,
-    weight_hh: int,
-    weight_hh_reverse: int,
+    weights: Sequence[int],  # 8, as forward's; biases are not read
     h0: int,
     c0: int,
     grad_output: int,
     grad_h_n: int,
     carry: int,
     grad_gates: int,
+    grad_input: int,  # 0: not wanted
     grad_weights: Sequence[int],  # 8, as forward's; 0: not wanted
     /,
 ) -> None: ...

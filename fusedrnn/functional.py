@@ -173,21 +173,14 @@ def _kernel_backward(
     grads: Sequence[Tensor | None],
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of input, initial states and weights: the kernel's, and a GEMM for the input."""
+    """Gradients of input, initial states and weights: the kernel's, and a GEMM for h0."""
     spec = ops.CELLS[cell]
     _, batch, hidden, directions = ops.dimensions(input, initial)
     need_input, need_h0 = needed[0], needed[1]
-    result = ops.backward(cell, input, initial, weights, saved, grads, needed[1 + len(initial) :])
+    need_weights = needed[1 + len(initial) :]
+    result = ops.backward(cell, input, initial, weights, saved, grads, need_input, need_weights)
 
-    grad_input = grad_h0 = None
-    if need_input:
-        first_input_column = (spec.grad_gates - spec.gates) * hidden
-        grad_input = torch.empty_like(input, memory_format=torch.contiguous_format)
-        grad_rows = grad_input.flatten(0, 1) if input.dim() == 3 else grad_input
-        for d in range(directions):
-            of_input = result.grad_gates[d].flatten(0, 1)[:, first_input_column:]  # [T*B, G*H]
-            # beta=0 writes, beta=1 adds the second direction's share
-            torch.addmm(grad_rows, of_input, weights[4 * d], beta=int(d > 0), out=grad_rows)
+    grad_h0 = None
     if need_h0:
         # The products first, then the (larger) carry: small terms added to a large sum one by one
         # lose more.
@@ -202,7 +195,7 @@ def _kernel_backward(
     grad_states = [grad_h0]
     if spec.has_cell_state:
         grad_states.append(result.carry if needed[2] else None)
-    return [grad_input, *grad_states, *result.weights]
+    return [result.input, *grad_states, *result.weights]
 
 
 def _reference_backward(

@@ -266,9 +266,10 @@ def forward(
 
 @dataclass
 class LayerGrads:
-    """What the backward kernel computes; functional.py adds the gradients of input and h0."""
+    """What the backward kernel computes; functional.py adds the gradient of h0."""
 
     grad_gates: Tensor  # [D, T, B, E*H]
+    input: Tensor | None  # as the input
     carry: Tensor | None  # as h0: LSTM grad_c0; GRU what grad_h0 owes to h0 directly
     weights: list[Tensor | None]  # as the weights, None where not wanted
 
@@ -280,11 +281,13 @@ def backward(
     weights: Sequence[Any],
     saved: Saved,
     grads: Sequence[Tensor | None],
+    want_input: bool,
     wanted: Sequence[bool],
 ) -> LayerGrads:
     """The backward recurrence of one layer or step, from what `forward` saved.
 
-    grads: of output, h_n and, for LSTM, c_n, None for zero. wanted: which weights' gradients.
+    grads: of output, h_n and, for LSTM, c_n, None for zero. want_input: whether the input's
+    gradient is wanted; wanted: which of the weights'.
     """
     spec = CELLS[cell]
     steps, batch, hidden, directions = dimensions(input, initial)
@@ -305,7 +308,7 @@ def backward(
     input = input.contiguous()
     initial = [s.contiguous() for s in initial]
     h0 = initial[0]
-    weights_hh = [w.contiguous() for w in weights[1::4]]
+    dense = [None if w is None else w.contiguous() for w in weights]  # live until the call ends
     grad_output, grad_h_n, *grad_c_n = (None if g is None else g.contiguous() for g in grads)
     carry = None
     if grad_c_n and grad_c_n[0] is not None:
@@ -315,6 +318,7 @@ def backward(
         carry = torch.zeros_like(h0)
     grad_gates = h0.new_empty(directions, steps, batch, spec.grad_gates * hidden)
 
+    grad_input = input.new_empty(directions, *input.shape) if want_input else None
     # One tensor each, also where two are equal (LSTM's biases): autograd may keep them as .grad.
     grad_weights = [
         h0.new_empty(w.shape) if want else None for w, want in zip(weights, wanted, strict=True)
@@ -330,17 +334,19 @@ def backward(
         gates.data_ptr(),
         _address(extra),
         input.data_ptr(),
-        weights_hh[0].data_ptr(),
-        weights_hh[1].data_ptr() if directions == 2 else 0,
+        [*map(_address, dense), *_NO_WEIGHTS[len(dense) :]],
         h0.data_ptr(),
         initial[1].data_ptr() if spec.has_cell_state else 0,
         _address(grad_output),
         _address(grad_h_n),
         _address(carry),
         grad_gates.data_ptr(),
+        _address(grad_input),
         [*map(_address, grad_weights), *_NO_WEIGHTS[len(grad_weights) :]],
     )
-    return LayerGrads(grad_gates, carry, grad_weights)
+    if grad_input is not None:
+        grad_input = grad_input[0] if directions == 1 else grad_input.sum(0)
+    return LayerGrads(grad_gates, grad_input, carry, grad_weights)
 
 
 def recurrent_blocks(cell: str, hidden: int) -> list[tuple[slice, slice]]:

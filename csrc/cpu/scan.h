@@ -5,10 +5,10 @@
 #include <cstdlib>
 
 #include "../sequence.h"
+#include "layer_grads.h"
 #include "plan.h"
 #include "step.h"
 #include "threads.h"
-#include "weight_grads.h"
 
 namespace fusedrnn {
 namespace {
@@ -286,24 +286,39 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     barrier.wait();
   }
 
-  // Once grad_gates and h_prev are whole, each thread takes some rows of the weights.
+  // Once grad_gates and h_prev are whole, each thread takes some rows of every gradient.
   direction_barrier.wait();
-  const int64_t begin = H * shard.direction_rank / shard.direction_threads;
-  const int64_t end   = H * (shard.direction_rank + 1) / shard.direction_threads;
-  const int64_t rows  = a.T * a.B;
+  const auto mine = [&](int64_t rows) {
+    return rows * shard.direction_rank / shard.direction_threads;
+  };
+  const auto next = [&](int64_t rows) {
+    return rows * (shard.direction_rank + 1) / shard.direction_threads;
+  };
+  const int64_t rows   = a.T * a.B;
+  const T* const grads = a.grad_gates + seq * E;
+  if (a.grad_input) {  // = grad_gates_x weight_ih
+    T* const out = a.grad_input + d * rows * a.I;
+    matrix_product<T>({G * H, grads + (E - G) * H, E * H, 1, a.weight_ih[d], out, a.I, false},
+                      mine(rows), next(rows));
+  }
   for (int g = 0; g < G; ++g) {
     // The columns of grad_gates that belong to row block g of weight_ih, and of weight_hh.
-    const T* const of_ih = a.grad_gates + seq * E + (E - G + g) * H;
-    const T* const of_hh = a.grad_gates + seq * E + (g - Cell::kRecurrentRow + G) % G * H;
-    if (T* const out = a.grad_weight_ih[d]) {
-      transposed_product(out + g * H * a.I, of_ih, E * H, a.input, a.I, rows, begin, end);
+    const T* const of_ih = grads + (E - G + g) * H;
+    const T* const of_hh = grads + (g - Cell::kRecurrentRow + G) % G * H;
+    if (T* const out = a.grad_weight_ih[d]) {  // = grad_gates_x^T input
+      matrix_product<T>({rows, of_ih, 1, E * H, a.input, out + g * H * a.I, a.I, false}, mine(H),
+                        next(H));
     }
-    if (T* const out = a.grad_weight_hh[d]) {
-      const T* const all = all_h_prev;
-      transposed_product(out + g * H * H, of_hh, E * H, all, H, rows, begin, end);
+    if (T* const out = a.grad_weight_hh[d]) {  // = grad_gates_h^T h_prev
+      matrix_product<T>({rows, of_hh, 1, E * H, all_h_prev, out + g * H * H, H, false}, mine(H),
+                        next(H));
     }
-    if (T* const out = a.grad_bias_ih[d]) column_sums(out + g * H, of_ih, E * H, rows, begin, end);
-    if (T* const out = a.grad_bias_hh[d]) column_sums(out + g * H, of_hh, E * H, rows, begin, end);
+    if (T* const out = a.grad_bias_ih[d]) {
+      column_sums(out + g * H, of_ih, E * H, rows, mine(H), next(H));
+    }
+    if (T* const out = a.grad_bias_hh[d]) {
+      column_sums(out + g * H, of_hh, E * H, rows, mine(H), next(H));
+    }
   }
 }
 

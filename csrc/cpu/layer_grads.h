@@ -1,0 +1,119 @@
+// The gradients of a layer's input, weights and biases, after the backward recurrence has left
+// grad_gates: products in the register tiles of step.h, over operands as they lie in memory. Every
+// element is summed by one thread in one order, so that the bits do not depend on how many there are.
+#pragma once
+
+#include "step.h"
+
+namespace fusedrnn {
+namespace {
+
+// Terms of one partial sum. Sums of sums lose less than one long sum, and so many rows of 256 bytes
+// (b's under a tile) stay in L1 while all tiles of a column pass over them.
+constexpr int64_t kPartialTerms = 128;
+
+// out[m][n] (+)= sum_k a(m, k) b[k][n] over K terms. A tile's row is m, its panels V columns n each.
+template <class T>
+struct ProductStep {
+  int64_t K;
+  const T* a;  // a(m, k) = a[m * a_stride_m + k * a_stride_k]
+  int64_t a_stride_m, a_stride_k;
+  const T* b;       // [K, columns]
+  T* out;           // [..., columns]
+  int64_t columns;  // N
+  bool accumulate;
+};
+
+template <class T, int M, int P, bool kWhole>
+FUSEDRNN_INLINE void product_columns(const ProductStep<T>& s, const T* a, const T* b, T* out,
+                                     int last_lanes) {
+  constexpr int V  = kLanes<T>;
+  const auto lanes = [&](int p) FUSEDRNN_LAMBDA { return kWhole || p < P - 1 ? V : last_lanes; };
+  Vec<T> acc[M][P] = {};
+  for (int64_t k = 0; k < s.K; ++k, a += s.a_stride_k, b += s.columns) {
+    Vec<T> b_k[P];
+    unroll<P>([&](auto p) FUSEDRNN_LAMBDA { b_k[p] = load(b + p * V, lanes(p)); });
+    unroll<M>([&](auto m) FUSEDRNN_LAMBDA {
+      const Vec<T> a_k = splat<Vec<T>>(a[m * s.a_stride_m]);
+      unroll<P>([&](auto p) FUSEDRNN_LAMBDA { acc[m][p] = fma(a_k, b_k[p], acc[m][p]); });
+    });
+  }
+  unroll<M>([&](auto m) FUSEDRNN_LAMBDA {
+    unroll<P>([&](auto p) FUSEDRNN_LAMBDA {
+      T* const to = out + m * s.columns + p * V;
+      if (s.accumulate) acc[m][p] = acc[m][p] + load(to, lanes(p));
+      store(to, acc[m][p], lanes(p));
+    });
+  });
+}
+
+template <class T, int M, int P>
+void product_tile(const ProductStep<T>& s, int64_t m, int64_t block) {
+  constexpr int64_t V = kLanes<T>;
+  const int64_t n     = block * V;
+  const int64_t left  = s.columns - n - (P - 1) * V;
+  const T* const a    = s.a + m * s.a_stride_m;
+  T* const out        = s.out + m * s.columns + n;
+  if (left >= V) {
+    product_columns<T, M, P, true>(s, a, s.b + n, out, int(V));
+  } else {
+    product_columns<T, M, P, false>(s, a, s.b + n, out, int(left));
+  }
+}
+
+template <class T>
+struct ProductTiles {
+  using Step             = ProductStep<T>;
+  static constexpr int Q = 1;
+  template <int M, int P>
+  static constexpr Tile<Step> tile = product_tile<T, M, P>;
+};
+
+// Rows that take all their terms before the next ones do, so that the partial sums stay in L2.
+constexpr int64_t kBlockRows = 192;
+
+// s, with all its K terms, for m in [begin, end) and all columns; zero if there are no terms.
+template <class T>
+void matrix_product(const ProductStep<T>& s, int64_t begin, int64_t end) {
+  if (s.K == 0) {
+    std::memset(s.out + begin * s.columns, 0, sizeof(T) * size_t((end - begin) * s.columns));
+  }
+  for (int64_t m = begin; m < end; m += kBlockRows) {
+    const int64_t m_end = end - m < kBlockRows ? end : m + kBlockRows;
+    ProductStep<T> part = s;
+    for (int64_t k = 0; k < s.K; k += kPartialTerms) {
+      part.K          = s.K - k < kPartialTerms ? s.K - k : kPartialTerms;
+      part.accumulate = k > 0;
+      run_tiles<ProductTiles<T>>(part, m, m_end, 0, blocks_of<T>(s.columns), false);
+      part.a += part.K * s.a_stride_k;
+      part.b += part.K * s.columns;
+    }
+  }
+}
+
+// out[u] = sum_r a[r][u] for u in [u_begin, u_end), from partial sums of every eighth row.
+template <class T>
+void column_sums(T* out, const T* a, int64_t a_stride, int64_t rows, int64_t u_begin,
+                 int64_t u_end) {
+  for (int64_t u = u_begin; u < u_end; u += kLanes<T>) {
+    const int lanes = lanes_of<T>(u_end, u);
+    Vec<T> sum{};
+    for (int64_t r = 0; r < rows; r += kPartialTerms) {
+      const int64_t end = rows - r < kPartialTerms ? rows : r + kPartialTerms;
+      Vec<T> partial[8] = {};
+      int64_t i         = r;
+      for (; i + 8 <= end; i += 8) {
+        unroll<8>([&](auto j) FUSEDRNN_LAMBDA {
+          partial[j] = partial[j] + load(a + (i + j) * a_stride + u, lanes);
+        });
+      }
+      for (; i < end; ++i) partial[0] = partial[0] + load(a + i * a_stride + u, lanes);
+      sum = sum + (((partial[0] + partial[4]) + (partial[1] + partial[5])) +
+                   ((partial[2] + partial[6]) + (partial[3] + partial[7])));
+    }
+    store(out + u, sum, lanes);
+  }
+}
+
+}  // namespace
+}  // namespace fusedrnn
