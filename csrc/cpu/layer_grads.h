@@ -69,7 +69,8 @@ struct ProductTiles {
   static constexpr Tile<Step> tile = product_tile<T, M, P>;
 };
 
-// Rows that take all their terms before the next ones do, so that the partial sums stay in L2.
+// Rows that take all their terms before the next ones do, so that the partial sums stay in L2
+// (an estimate: no sweep has fitted it yet).
 constexpr int64_t kBlockRows = 192;
 
 // s, with all its K terms, for m in [begin, end) and all columns; zero if there are no terms.

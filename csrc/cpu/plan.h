@@ -1,5 +1,5 @@
 // Who does what: how a call's directions, batch rows and hidden units are split over threads. Every
-// threshold that depends on the machine stands here.
+// threshold of that split stands here. Those below are estimates: no sweep has fitted them yet.
 #pragma once
 
 #include <unistd.h>
