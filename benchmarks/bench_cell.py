@@ -4,16 +4,7 @@
 
 import pytest
 
-from .common import (
-    CELL_SHAPES,
-    IMPLEMENTATIONS,
-    MODES,
-    check,
-    cores,
-    grad_mode,
-    make_cases,
-    threads,
-)
+from .common import CELL_SHAPES, IMPLEMENTATIONS, MODES, run_benchmark
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -22,11 +13,4 @@ from .common import (
 @pytest.mark.parametrize(("batch", "size"), CELL_SHAPES)
 @pytest.mark.parametrize("cell", ["LSTMCell", "GRUCell", "RNNCell"])
 def test_cell(benchmark, cell, batch, size, count, mode, implementation):
-    if count > cores():
-        pytest.skip(f"{count} threads need {count} cores, this process has {cores()}")
-    benchmark.group = f"{cell} B={batch} H={size}, {mode}, threads: {count}"
-    cases = make_cases(cell, batch, size)
-    with threads(count):
-        check(cases, mode)
-        with grad_mode(mode):
-            benchmark(cases[implementation].call(mode))
+    run_benchmark(benchmark, cell, batch, size, count, mode, implementation)

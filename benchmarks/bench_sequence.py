@@ -5,7 +5,7 @@ quote, benchmarks/table.py times them in turns.
 
 import pytest
 
-from .common import IMPLEMENTATIONS, MODES, SHAPES, check, cores, grad_mode, make_cases, threads
+from .common import IMPLEMENTATIONS, MODES, SHAPES, run_benchmark
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -14,11 +14,4 @@ from .common import IMPLEMENTATIONS, MODES, SHAPES, check, cores, grad_mode, mak
 @pytest.mark.parametrize(("batch", "size"), SHAPES)
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
 def test_sequence(benchmark, cell, batch, size, count, mode, implementation):
-    if count > cores():
-        pytest.skip(f"{count} threads need {count} cores, this process has {cores()}")
-    benchmark.group = f"{cell} B={batch} H={size}, {mode}, threads: {count}"
-    cases = make_cases(cell, batch, size)
-    with threads(count):
-        check(cases, mode)
-        with grad_mode(mode):
-            benchmark(cases[implementation].call(mode))
+    run_benchmark(benchmark, cell, batch, size, count, mode, implementation)

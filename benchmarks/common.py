@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -176,3 +176,19 @@ def check(cases: dict[str, Case], mode: str) -> None:
                 f"tensor {i} of results and gradients is off by {error:.1e} where torch.nn is by "
                 f"{limit:.1e}"
             )
+
+
+def run_benchmark(
+    benchmark: Any, cell: str, batch: int, size: int, count: int, mode: str, implementation: str
+) -> None:
+    """One case of bench_*.py under pytest-benchmark's fixture, checked before it is timed."""
+    import pytest  # only here: table.py and the workloads do without
+
+    if count > cores():
+        pytest.skip(f"{count} threads need {count} cores, this process has {cores()}")
+    benchmark.group = f"{cell} B={batch} H={size}, {mode}, threads: {count}"
+    cases = make_cases(cell, batch, size)
+    with threads(count):
+        check(cases, mode)
+        with grad_mode(mode):
+            benchmark(cases[implementation].call(mode))

@@ -25,8 +25,6 @@ from . import ops
 from .functional import kernel_layer, reference_layer, supported
 
 States = Sequence[Tensor]  # (h,) or, for LSTM, (h, c)
-
-
 Compute = Callable[[str, Tensor, States, Sequence[Tensor | None]], Sequence[Tensor]]
 
 

@@ -207,8 +207,8 @@ def forward(
 ) -> tuple[tuple[Tensor, ...], Saved]:
     """One layer, or one step, through the kernel and outside autograd.
 
-    The arguments have passed `supported` and `check_layer`. Returns (output, h_n) or, for LSTM,
-    (output, h_n, c_n), and what `backward` needs if `save`.
+    The arguments are as `supported` and `check_layer` want them. Returns (output, h_n) or, for
+    LSTM, (output, h_n, c_n), and what `backward` needs if `save`.
     """
     counts["kernel_forward"] += 1
     spec = CELLS[cell]

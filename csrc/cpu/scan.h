@@ -67,8 +67,7 @@ void pack_shared(const Shard& s, int64_t blocks, Barrier& barrier, const PackBlo
   }
 }
 
-// Calls copy(offset, n) for each row of the shard: its units as a run of n elements of a dense [B,
-// H].
+// Calls copy(row, unit, n) for each row of the shard, whose units are the n from `unit` on.
 template <class T, class Copy>
 void for_each_row(const Shard& s, int64_t H, const Copy& copy) {
   const int64_t begin = s.block_begin * kLanes<T>;
@@ -91,7 +90,6 @@ struct ForwardLayout {
   int64_t input     = 0;  // packed weight_ih,
   int64_t gates     = 0;  // gates_x of a chunk, unless it goes to the saved gates
   int64_t chunk     = 1;  // steps
-  bool uniform      = false;
 
   explicit ForwardLayout(const ForwardArgs<T>& a) {
     if (a.T == 1) return;
@@ -99,7 +97,7 @@ struct ForwardLayout {
     recurrent           = round_up(blocks_of<T>(a.H) * forward_panel_size<Cell, T>(a.H));
     input               = round_up(blocks_of<T>(a.H) * forward_panel_size<Cell, T>(a.I));
     // Rows of consecutive steps are one matrix: then a chunk is one product.
-    uniform = a.B == 1 || a.input_stride_t == a.B * a.input_stride_b;
+    const bool uniform = a.B == 1 || a.input_stride_t == a.B * a.input_stride_b;
     if (uniform) chunk = max64(1, min64(a.T, kChunkRows / max64(1, a.B)));
     if (!a.save) gates = chunk * a.B * Cell::kGates * a.H;
   }
