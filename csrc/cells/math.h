@@ -113,11 +113,15 @@ FUSEDRNN_CELL V quotient(V numerator, V d, V d_error) {
   return fma(remainder, reciprocal, first);
 }
 
-// |x|, at most `high`; written so that NaN passes through.
+// The smaller of x and `high`; NaN passes through.
+template <class V>
+FUSEDRNN_CELL V at_most(V x, Element<V> high) {
+  return x > high ? splat<V>(high) : x;
+}
+
 template <class V>
 FUSEDRNN_CELL V abs_at_most(V x, Element<V> high) {
-  const V abs_x = from_bits(to_bits(x) & ~Exp<Element<V>>::kSign);
-  return abs_x > high ? splat<V>(high) : abs_x;
+  return at_most(from_bits(to_bits(x) & ~Exp<Element<V>>::kSign), high);
 }
 
 // 1 / (1 + e) for x >= 0, e / (1 + e) for x < 0, e = exp(-|x|).

@@ -155,6 +155,24 @@ FUSEDRNN_INLINE Vec<float> approximate_reciprocal(Vec<float> x) { return 1 / x; 
 #endif
 FUSEDRNN_INLINE Vec<double> approximate_reciprocal(Vec<double> x) { return 1 / x; }
 
+// math.h's at_most as one instruction, where the compiler makes a comparison and a blend of it: a
+// tenth of an LSTM cell's time. The operands' order lets NaN in x pass.
+#if defined(__AVX512F__)
+FUSEDRNN_INLINE Vec<float> at_most(Vec<float> x, float high) {
+  return (Vec<float>)_mm512_maskz_min_ps(__mmask16(0xffff), _mm512_set1_ps(high), (__m512)x);
+}
+FUSEDRNN_INLINE Vec<double> at_most(Vec<double> x, double high) {
+  return (Vec<double>)_mm512_maskz_min_pd(__mmask8(0xff), _mm512_set1_pd(high), (__m512d)x);
+}
+#elif defined(__AVX2__)
+FUSEDRNN_INLINE Vec<float> at_most(Vec<float> x, float high) {
+  return (Vec<float>)_mm256_min_ps(_mm256_set1_ps(high), (__m256)x);
+}
+FUSEDRNN_INLINE Vec<double> at_most(Vec<double> x, double high) {
+  return (Vec<double>)_mm256_min_pd(_mm256_set1_pd(high), (__m256d)x);
+}
+#endif
+
 #if !defined(__AVX512F__) && !defined(__AVX2__) && !defined(__aarch64__)
 // Without a fused multiply-add, math.h's quotient would correct with remainders that are themselves
 // rounded: the type above does it instead, and double (bounded by 4 ULP, not 2) does without.
