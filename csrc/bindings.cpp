@@ -1,16 +1,18 @@
-// fusedrnn._C: the kernels as Python functions over addresses. Called by fusedrnn/ops.py alone,
-// which has checked every shape, dtype and device: nothing is checked here. Releases the GIL.
+// fusedrnn._C: one layer forward and backward, from torch tensors to torch tensors. Called by
+// fusedrnn/ops.py alone. Here are the checks that keep the kernels inside their arrays, and the
+// allocations; not autograd, and no error message: what does not fit is refused with None, and the
+// caller says what is wrong or computes it otherwise. Releases the GIL while kernels run.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <array>
 #include <cstdint>
 #include <cstdlib>
+#include <memory>
 #include <new>
+#include <utility>
+#include <vector>
 
 #include "cpu/dispatch.h"
-
-namespace py = pybind11;
+#include "tensor.h"
 
 namespace fusedrnn {
 namespace {
@@ -31,81 +33,324 @@ const KernelsOf<double>& kernels_of<double>() {
   return kernels().f64;
 }
 
-using Address = std::uintptr_t;  // of a tensor's first element; 0 where sequence.h allows null
+class GilRelease {
+ public:
+  GilRelease() : state_(PyEval_SaveThread()) {}
+  ~GilRelease() { PyEval_RestoreThread(state_); }
+  GilRelease(const GilRelease&)            = delete;
+  GilRelease& operator=(const GilRelease&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+// The items of a list or tuple.
+class Items {
+ public:
+  explicit Items(PyObject* list_or_tuple) {
+    if (!PyList_Check(list_or_tuple) && !PyTuple_Check(list_or_tuple)) {
+      throw py::type_error("expected a list or a tuple");
+    }
+    items_ = PySequence_Fast_ITEMS(list_or_tuple);
+    size_  = PySequence_Fast_GET_SIZE(list_or_tuple);
+  }
+  PyObject* operator[](int64_t i) const { return items_[i]; }
+  int64_t size() const { return size_; }
+
+ private:
+  PyObject** items_;
+  int64_t size_;
+};
+
+// A new tensor, and its memory.
+struct NewTensor {
+  void* data = nullptr;
+  py::object object;
+
+  NewTensor() = default;
+  NewTensor(PyObject* like, std::initializer_list<int64_t> shape)
+      : object(Torch::get().empty(like, shape, &data)) {}
+  py::object or_none() const { return object ? object : py::none(); }
+};
+
+// One layer's inputs. A view's memory belongs to the object it was read from, to a copy in `copies`,
+// or to `zeros`.
+struct Layer {
+  CellInfo cell{};
+  int cell_index = 0;
+  int64_t T = 0, B = 0, I = 0, H = 0, D = 0;
+  bool one_step = false;  // input [B, I], states [B, H]
+  TensorView input, states[2], weights[8];
+  std::vector<py::object> copies;
+  std::unique_ptr<void, decltype(&std::free)> zeros{nullptr, &std::free};
+
+  // Reads a tensor of the input's dtype, dense; false if it is not of this shape, or not ordinary.
+  bool read_dense(PyObject* object, std::initializer_list<int64_t> shape, TensorView* out) {
+    if (!Torch::get().read(object, out) || out->bits != input.bits || !out->has_shape(shape)) {
+      return false;
+    }
+    return out->is_dense() || copy(object, out);
+  }
+
+  // initial: (), (h0,) or (h0, c0). weights: 4 for each direction, biases may be None.
+  bool read(int index, PyObject* input_object, const Items& initial, const Items& all_weights,
+            bool dense_input) {
+    const Torch& torch = Torch::get();
+    cell_index         = index;
+    cell               = kCells[index];
+    D                  = all_weights.size() / 4;
+    TensorView weight_hh;
+    if ((all_weights.size() != 4 && all_weights.size() != 8) || !torch.read(input_object, &input) ||
+        !torch.read(all_weights[1], &weight_hh) || weight_hh.dims != 2) {
+      return false;
+    }
+    one_step = input.dims == 2 && D == 1;
+    if (!one_step && input.dims != 3) return false;
+    T = one_step ? 1 : input.shape[0];
+    B = input.shape[input.dims - 2];
+    I = input.shape[input.dims - 1];
+    H = weight_hh.shape[1];
+    if (T == 0 || H == 0) return false;
+    if (dense_input ? !input.is_dense() : I > 1 && input.strides[input.dims - 1] != 1) {
+      if (!copy(input_object, &input)) return false;
+    }
+
+    const int64_t rows = cell.gates * H;
+    for (int i = 0; i < int(4 * D); ++i) {
+      PyObject* const object = all_weights[i];
+      const bool bias        = i % 4 >= 2;
+      if (bias && object == Py_None) continue;
+      if (!(bias           ? read_dense(object, {rows}, &weights[i])
+            : i % 4 == 0 ? read_dense(object, {rows, I}, &weights[i])
+                         : read_dense(object, {rows, H}, &weights[i]))) {
+        return false;
+      }
+    }
+
+    const int64_t num_states = 1 + cell.has_cell_state;
+    if (initial.size() == 0) {
+      zeros.reset(std::calloc(size_t(D * B * H + 1), size_t(input.bits / 8)));
+      if (!zeros) throw std::bad_alloc();
+      for (int64_t i = 0; i < num_states; ++i) states[i].data = zeros.get();
+      return true;
+    }
+    if (initial.size() != num_states) return false;
+    for (int64_t i = 0; i < num_states; ++i) {
+      if (!(one_step ? read_dense(initial[i], {B, H}, &states[i])
+                     : read_dense(initial[i], {D, B, H}, &states[i]))) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  NewTensor new_state(PyObject* like) const {
+    return one_step ? NewTensor(like, {B, H}) : NewTensor(like, {D, B, H});
+  }
+  NewTensor new_output(PyObject* like) const { return NewTensor(like, {T, B, D * H}); }
+  int64_t gates_size() const { return D * T * B * H * cell.gates; }
+  int64_t saved_size() const { return D * T * B * H * cell.saved; }
+
+  template <class Args>
+  void fill(Args* args) const {
+    using T_ = std::remove_const_t<std::remove_pointer_t<decltype(args->h0)>>;
+    args->T  = T;
+    args->B  = B;
+    args->I  = I;
+    args->H  = H;
+    args->D  = D;
+    const auto of = [](const TensorView& view) { return static_cast<const T_*>(view.data); };
+    args->input   = of(input);
+    args->h0      = of(states[0]);
+    args->c0      = of(states[1]);
+    for (int64_t d = 0; d < D; ++d) {
+      args->weight_ih[d] = of(weights[4 * d]);
+      args->weight_hh[d] = of(weights[4 * d + 1]);
+    }
+  }
+
+ private:
+  bool copy(PyObject* object, TensorView* out) {
+    copies.push_back(Torch::get().contiguous(object));
+    return Torch::get().read(copies.back().ptr(), out);
+  }
+};
 
 template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);  // NOLINT(performance-no-int-to-ptr)
-}
-
-template <class T>
-void forward(int cell, int64_t t, int64_t b, int64_t i, int64_t h, int64_t d, int num_threads,
-             bool save, Address input, int64_t input_stride_t, int64_t input_stride_b,
-             std::array<Address, 8> weights, Address gates_h, Address gates, Address extra,
-             Address h0, Address c0, Address output, Address h_n, Address c_n) {
+void run_forward(const Layer& layer, int num_threads, bool save, void* saved, void* output,
+                 void* h_n, void* c_n) {
   ForwardArgs<T> args{};
-  args.T              = t;
-  args.B              = b;
-  args.I              = i;
-  args.H              = h;
-  args.D              = d;
+  layer.fill(&args);
   args.num_threads    = num_threads;
   args.save           = save;
-  args.input          = pointer<T>(input);
-  args.input_stride_t = input_stride_t;
-  args.input_stride_b = input_stride_b;
-  for (size_t direction = 0; direction < 2; ++direction) {
-    const Address* of_direction = &weights[4 * direction];
-    args.weight_ih[direction]   = pointer<T>(of_direction[0]);
-    args.weight_hh[direction]   = pointer<T>(of_direction[1]);
-    args.bias_ih[direction]     = pointer<T>(of_direction[2]);
-    args.bias_hh[direction]     = pointer<T>(of_direction[3]);
+  args.input_stride_t = layer.one_step ? 0 : layer.input.strides[0];
+  args.input_stride_b = layer.input.strides[layer.input.dims - 2];
+  for (int64_t d = 0; d < layer.D; ++d) {
+    args.bias_ih[d] = static_cast<const T*>(layer.weights[4 * d + 2].data);
+    args.bias_hh[d] = static_cast<const T*>(layer.weights[4 * d + 3].data);
   }
-  args.gates_h = pointer<T>(gates_h);
-  args.gates   = pointer<T>(gates);
-  args.extra   = pointer<T>(extra);
-  args.h0      = pointer<T>(h0);
-  args.c0      = pointer<T>(c0);
-  args.output  = pointer<T>(output);
-  args.h_n     = pointer<T>(h_n);
-  args.c_n     = pointer<T>(c_n);
-  const py::gil_scoped_release no_gil;
-  if (!kernels_of<T>().forward[cell](args)) throw std::bad_alloc();
+  args.gates  = static_cast<T*>(saved);
+  args.extra  = args.gates ? args.gates + layer.gates_size() : nullptr;
+  args.output = static_cast<T*>(output);
+  args.h_n    = static_cast<T*>(h_n);
+  args.c_n    = static_cast<T*>(c_n);
+  const GilRelease no_gil;
+  if (!kernels_of<T>().forward[layer.cell_index](args)) throw std::bad_alloc();
 }
 
-template <class T>
-void backward(int cell, int64_t t, int64_t b, int64_t i, int64_t h, int64_t d, int num_threads,
-              Address gates, Address extra, Address input, std::array<Address, 8> weights,
-              Address h0, Address c0, Address grad_output, Address grad_h_n, Address carry,
-              Address grad_gates, Address grad_input, std::array<Address, 8> grad_weights) {
-  BackwardArgs<T> args{};
-  args.T           = t;
-  args.B           = b;
-  args.I           = i;
-  args.H           = h;
-  args.D           = d;
-  args.num_threads = num_threads;
-  args.gates       = pointer<T>(gates);
-  args.extra       = pointer<T>(extra);
-  args.input       = pointer<T>(input);
-  args.h0          = pointer<T>(h0);
-  args.c0          = pointer<T>(c0);
-  args.grad_output = pointer<T>(grad_output);
-  args.grad_h_n    = pointer<T>(grad_h_n);
-  args.carry       = pointer<T>(carry);
-  args.grad_gates  = pointer<T>(grad_gates);
-  args.grad_input  = pointer<T>(grad_input);
-  for (size_t direction = 0; direction < 2; ++direction) {
-    const Address* of_direction    = &grad_weights[4 * direction];
-    args.weight_ih[direction]      = pointer<T>(weights[4 * direction]);
-    args.weight_hh[direction]      = pointer<T>(weights[4 * direction + 1]);
-    args.grad_weight_ih[direction] = pointer<T>(of_direction[0]);
-    args.grad_weight_hh[direction] = pointer<T>(of_direction[1]);
-    args.grad_bias_ih[direction]   = pointer<T>(of_direction[2]);
-    args.grad_bias_hh[direction]   = pointer<T>(of_direction[3]);
+// forward(cell, save, num_threads, input, initial, weights) -> (results, saved) or None.
+py::object forward(PyObject* const* arguments) {
+  Layer layer;
+  const bool save       = arguments[1] == Py_True;
+  const int num_threads = int(PyLong_AsLong(arguments[2]));
+  PyObject* const like  = arguments[3];
+  if (!layer.read(int(PyLong_AsLong(arguments[0])), like, Items(arguments[4]), Items(arguments[5]),
+                  false)) {
+    return py::none();
   }
-  const py::gil_scoped_release no_gil;
-  if (!kernels_of<T>().backward[cell](args)) throw std::bad_alloc();
+  const bool cell_state  = layer.cell.has_cell_state;
+  const NewTensor output = layer.one_step ? layer.new_state(like) : layer.new_output(like);
+  const NewTensor h_n    = layer.one_step ? NewTensor() : layer.new_state(like);
+  const NewTensor c_n    = cell_state ? layer.new_state(like) : NewTensor();
+  const NewTensor saved  = save ? NewTensor(like, {layer.saved_size()}) : NewTensor();
+  (layer.input.bits == 32 ? run_forward<float> : run_forward<double>)(
+      layer, num_threads, save, saved.data, output.data, h_n.data, c_n.data);
+  py::tuple results(1 + !layer.one_step + cell_state);
+  results[0] = output.object;
+  if (!layer.one_step) results[1] = h_n.object;
+  if (cell_state) results[results.size() - 1] = c_n.object;
+  return py::make_tuple(results, saved.or_none());
+}
+
+// The gradients that backward takes and gives; null: zero, and not wanted.
+struct Gradients {
+  TensorView output, h_n, c_n;
+  void *input = nullptr, *states[2]{}, *weights[8]{};
+};
+
+template <class T>
+void run_backward(const Layer& layer, int num_threads, const void* saved, const Gradients& grads) {
+  BackwardArgs<T> args{};
+  layer.fill(&args);
+  args.num_threads = num_threads;
+  args.gates       = static_cast<const T*>(saved);
+  args.extra       = args.gates + layer.gates_size();
+  args.grad_output = static_cast<const T*>(grads.output.data);
+  args.grad_h_n    = static_cast<const T*>(grads.h_n.data);
+  args.grad_c_n    = static_cast<const T*>(grads.c_n.data);
+  args.grad_input  = static_cast<T*>(grads.input);
+  args.grad_h0     = static_cast<T*>(grads.states[0]);
+  args.grad_c0     = static_cast<T*>(grads.states[1]);
+  for (int64_t d = 0; d < layer.D; ++d) {
+    args.grad_weight_ih[d] = static_cast<T*>(grads.weights[4 * d]);
+    args.grad_weight_hh[d] = static_cast<T*>(grads.weights[4 * d + 1]);
+    args.grad_bias_ih[d]   = static_cast<T*>(grads.weights[4 * d + 2]);
+    args.grad_bias_hh[d]   = static_cast<T*>(grads.weights[4 * d + 3]);
+  }
+  const GilRelease no_gil;
+  if (!kernels_of<T>().backward[layer.cell_index](args)) throw std::bad_alloc();
+}
+
+// backward(cell, num_threads, input, initial, weights, saved, grads, needed) -> gradients, or None, or
+// NotImplemented if it is one of grads that is not ordinary.
+py::object backward(PyObject* const* arguments) {
+  Layer layer;
+  const int num_threads = int(PyLong_AsLong(arguments[1]));
+  PyObject* const like  = arguments[2];
+  const Items initial(arguments[3]), weights(arguments[4]), grads(arguments[6]),
+      needed(arguments[7]);
+  TensorView saved;
+  if (!layer.read(int(PyLong_AsLong(arguments[0])), like, initial, weights, true) ||
+      !layer.read_dense(arguments[5], {layer.saved_size()}, &saved)) {
+    return py::none();
+  }
+
+  // grads: of output, h_n and c_n; of a step, of h and c.
+  Gradients gradients;
+  const auto read_state = [&](PyObject* grad, TensorView* out) {
+    return grad == Py_None ||
+           (layer.one_step ? layer.read_dense(grad, {layer.B, layer.H}, out)
+                           : layer.read_dense(grad, {layer.D, layer.B, layer.H}, out));
+  };
+  const bool whole = layer.one_step ? read_state(grads[0], &gradients.output)
+                                    : (grads[0] == Py_None ||
+                                       layer.read_dense(grads[0],
+                                                        {layer.T, layer.B, layer.D * layer.H},
+                                                        &gradients.output)) &&
+                                          read_state(grads[1], &gradients.h_n);
+  if (!whole || (layer.cell.has_cell_state &&
+                 !read_state(grads[grads.size() - 1], &gradients.c_n))) {
+    return py::reinterpret_borrow<py::object>(Py_NotImplemented);
+  }
+
+  const int64_t states = initial.size();
+  py::tuple results(size_t(1 + states + weights.size()));
+  if (needed.size() != int64_t(results.size()) || grads.size() < 1 + !layer.one_step) {
+    throw py::type_error("expected a gradient for each result and a bool for each input");
+  }
+  const auto wanted = [&](int64_t i) { return needed[i] == Py_True; };
+  const auto put    = [&](int64_t i, NewTensor tensor) {
+    results[size_t(i)] = tensor.or_none();
+    return tensor.data;
+  };
+  NewTensor grad_input;  // each direction's share
+  if (wanted(0)) {
+    grad_input = layer.one_step ? NewTensor(like, {layer.B, layer.I})
+                                : NewTensor(like, {layer.D * layer.T, layer.B, layer.I});
+  }
+  gradients.input = grad_input.data;
+  for (int64_t i = 0; i < states; ++i) {
+    gradients.states[i] = put(1 + i, wanted(1 + i) ? layer.new_state(like) : NewTensor());
+  }
+  // One tensor each, also where two are equal (LSTM's biases): autograd may keep them as .grad.
+  const int64_t rows = layer.cell.gates * layer.H;
+  for (int64_t i = 0; i < weights.size(); ++i) {
+    const int64_t at     = 1 + states + i;
+    gradients.weights[i] = put(at, !wanted(at)  ? NewTensor()
+                                   : i % 4 >= 2 ? NewTensor(like, {rows})
+                                   : i % 4 == 0 ? NewTensor(like, {rows, layer.I})
+                                                : NewTensor(like, {rows, layer.H}));
+  }
+  (layer.input.bits == 32 ? run_backward<float> : run_backward<double>)(layer, num_threads,
+                                                                      saved.data, gradients);
+  if (layer.D == 2 && wanted(0)) {
+    grad_input.object = Torch::get().sum_directions(grad_input.object, layer.T);
+  }
+  results[0] = grad_input.or_none();
+  return std::move(results);
+}
+
+// takes(cell, input, initial, weights): whether forward would take them.
+py::object takes(PyObject* const* arguments) {
+  Layer layer;
+  return py::bool_(layer.read(int(PyLong_AsLong(arguments[0])), arguments[1], Items(arguments[2]),
+                              Items(arguments[3]), false));
+}
+
+// As a Python function of n positional arguments. pybind11's own would convert each argument with a
+// search for an overload, which costs as much as all of the above.
+template <py::object (*function)(PyObject* const*), int n>
+PyObject* method(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
+  if (given != n) {
+    PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", n, given);
+    return nullptr;
+  }
+  try {
+    return function(arguments).release().ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  }
+  return nullptr;
+}
+
+template <py::object (*function)(PyObject* const*), int n>
+PyMethodDef definition(const char* name) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(method<function, n>)),
+          METH_FASTCALL, nullptr};
 }
 
 }  // namespace
@@ -113,12 +358,14 @@ void backward(int cell, int64_t t, int64_t b, int64_t i, int64_t h, int64_t d, i
 
 PYBIND11_MODULE(_C, m) {
   using namespace fusedrnn;
-  m.doc() = "fusedrnn's kernels over addresses; see csrc/sequence.h. Use fusedrnn.ops.";
+  m.doc() = "fusedrnn's kernels on torch tensors; see csrc/bindings.cpp. Use fusedrnn.ops.";
   m.def(
       "isa", [] { return kernels().isa; },
       "Name of the instruction set whose kernels run; RuntimeError if FUSEDRNN_ISA can't be had.");
-  m.def("forward_f32", forward<float>);
-  m.def("forward_f64", forward<double>);
-  m.def("backward_f32", backward<float>);
-  m.def("backward_f64", backward<double>);
+  static PyMethodDef methods[] = {definition<forward, 6>("forward"),
+                                  definition<backward, 8>("backward"),
+                                  definition<takes, 4>("takes"),
+                                  {nullptr, nullptr, 0, nullptr}};
+  if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
+  Torch::get();
 }

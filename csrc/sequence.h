@@ -19,27 +19,29 @@ namespace fusedrnn {
 // Order as in fusedrnn/ops.py and in kernel tables.
 enum Cell { kLstm, kGru, kRnnTanh, kRnnRelu, kNumCells };
 
+// What a caller must know of a cell; csrc/cells/ has the rest.
+struct CellInfo {
+  int gates;  // G
+  int saved;  // numbers saved for backward for each (t, b, unit): the gates, then `extra`
+  bool has_cell_state;
+};
+constexpr CellInfo kCells[kNumCells] = {{4, 5, true}, {3, 4, false}, {1, 1, false}, {1, 1, false}};
+
 template <class scalar_t>
 struct ForwardArgs {
   int64_t T, B, I, H, D;
   int num_threads;  // at most; fewer run where the work does not pay for them
   bool save;        // whether a backward pass will follow
 
-  // T > 1: the kernel projects the input itself. Features are dense, the other strides, in
-  // elements, free. Biases may be null.
+  // Features are dense, the other strides, in elements, free.
   const scalar_t* input;  // [T, B, I]
   int64_t input_stride_t, input_stride_b;
   const scalar_t* weight_ih[2];  // [G*H, I] of each direction
-  const scalar_t* bias_ih[2];    // [G*H]
+  const scalar_t* bias_ih[2];    // [G*H], or null
   const scalar_t* weight_hh[2];  // [G*H, H]
-  const scalar_t* bias_hh[2];    // [G*H]
+  const scalar_t* bias_hh[2];    // [G*H], or null
 
-  // T == 1, where packing weights would cost more than the two products themselves, so that the
-  // caller does them: gates holds input weight_ih^T + bias_ih, gates_h h0 weight_hh^T + bias_hh,
-  // and none of the above is read.
-  const scalar_t* gates_h;  // [D, B, G*H]
-
-  // Out, if save: the activated gates (LSTM i f g o, GRU r z n, RNN h). Null if T > 1 and not save.
+  // Out, if save: the activated gates (LSTM i f g o, GRU r z n, RNN h).
   scalar_t* gates;  // [D, T, B, G*H]
   // Out, if save: LSTM c, GRU a_hn (the recurrent part of n before the reset gate). RNN: not used.
   scalar_t* extra;  // [D, T, B, H]
@@ -48,7 +50,7 @@ struct ForwardArgs {
   const scalar_t* c0;  // [D, B, H], LSTM only
 
   scalar_t* output;  // [T, B, D*H], direction d at column d*H
-  scalar_t* h_n;     // [D, B, H]
+  scalar_t* h_n;     // [D, B, H], or null if not wanted
   scalar_t* c_n;     // [D, B, H], LSTM only; working memory until the call returns
 };
 
@@ -61,25 +63,18 @@ struct BackwardArgs {
   const scalar_t* extra;         // [D, T, B, H], as ForwardArgs left it
   const scalar_t* input;         // [T, B, I]
   const scalar_t* weight_ih[2];  // [G*H, I]; not read without grad_input
-  const scalar_t* weight_hh[2];  // [G*H, H]; not read if T == 1
+  const scalar_t* weight_hh[2];  // [G*H, H]
   const scalar_t* h0;            // [D, B, H]
   const scalar_t* c0;            // [D, B, H], LSTM only
 
   const scalar_t* grad_output;  // [T, B, D*H], or null for zero
   const scalar_t* grad_h_n;     // [D, B, H], or null for zero
-
-  // In: LSTM grad_c_n, GRU zero. Out: LSTM grad_c0; GRU the part of grad_h0 that does not pass
-  // through weight_hh. The caller adds grad_gates_h[first step] weight_hh to get grad_h0. RNN: not
-  // used.
-  scalar_t* carry;  // [D, B, H]
-
-  // Out: gradients of the pre-activations. LSTM (i, f, g, o) and RNN: of gates_x and gates_h alike.
-  // GRU: (n_h, r, z, n_x): the first 3H columns are the gradient of gates_h, its n part first; the
-  // last 3H that of gates_x, in torch's order.
-  scalar_t* grad_gates;  // [D, T, B, E*H]
+  const scalar_t* grad_c_n;     // [D, B, H], or null for zero; LSTM only
 
   // Out, each null if not wanted.
   scalar_t* grad_input;         // [D, T, B, I]: each direction's share
+  scalar_t* grad_h0;            // [D, B, H]
+  scalar_t* grad_c0;            // [D, B, H]; LSTM only
   scalar_t* grad_weight_ih[2];  // [G*H, I]
   scalar_t* grad_weight_hh[2];  // [G*H, H]
   scalar_t* grad_bias_ih[2];    // [G*H]

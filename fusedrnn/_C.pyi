@@ -1,55 +1,30 @@
-"""The compiled kernels, over addresses; csrc/sequence.h says what each points to."""
+"""The compiled kernels, from tensors to tensors; see ops.py, and csrc/bindings.cpp."""
 
-from collections.abc import Sequence
+from types import NotImplementedType
+
+from torch import Tensor
+
+from fusedrnn.ops import Tensors, Weights
 
 def isa() -> str: ...
-def forward_f32(
+def takes(cell: int, input: Tensor, initial: Tensors, weights: Weights, /) -> bool: ...
+def forward(
     cell: int,
-    T: int,
-    B: int,
-    I: int,
-    H: int,
-    D: int,
-    num_threads: int,
     save: bool,
-    input: int,
-    input_stride_t: int,
-    input_stride_b: int,
-    weights: Sequence[int],  # 8: weight_ih, weight_hh, bias_ih, bias_hh of each direction
-    gates_h: int,
-    gates: int,
-    extra: int,
-    h0: int,
-    c0: int,
-    output: int,
-    h_n: int,
-    c_n: int,
-    /,
-) -> None: ...
-
-forward_f64 = forward_f32
-
-def backward_f32(
-    cell: int,
-    T: int,
-    B: int,
-    I: int,
-    H: int,
-    D: int,
     num_threads: int,
-    gates: int,
-    extra: int,
-    input: int,
-    weights: Sequence[int],  # 8, as forward's; biases are not read
-    h0: int,
-    c0: int,
-    grad_output: int,
-    grad_h_n: int,
-    carry: int,
-    grad_gates: int,
-    grad_input: int,  # 0: not wanted
-    grad_weights: Sequence[int],  # 8, as forward's; 0: not wanted
+    input: Tensor,
+    initial: Tensors,
+    weights: Weights,
     /,
-) -> None: ...
-
-backward_f64 = backward_f32
+) -> tuple[tuple[Tensor, ...], Tensor | None] | None: ...
+def backward(
+    cell: int,
+    num_threads: int,
+    input: Tensor,
+    initial: Tensors,
+    weights: Weights,
+    saved: Tensor,
+    grads: tuple[Tensor | None, ...],
+    needed: tuple[bool, ...],
+    /,
+) -> tuple[Tensor | None, ...] | NotImplementedType | None: ...

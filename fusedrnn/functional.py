@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fusedrnn import ops, reference
-from fusedrnn.ops import supported
 from fusedrnn.reference import Weights
 
 __all__ = [
@@ -32,7 +31,6 @@ __all__ = [
     "layer",
     "lstm",
     "rnn",
-    "supported",
 ]
 
 
@@ -72,25 +70,32 @@ def layer(
 ) -> tuple[Tensor, ...]:
     """One layer of `cell`, a key of ops.CELLS: (output, h_n) or, for "lstm", (output, h_n, c_n).
 
-    `initial` is (h0,) or (h0, c0). Also one step: with input [B, I] and states [B, H] all results
-    are [B, H]. Raises RuntimeError where a shape does not fit.
+    `initial` is (h0,) or (h0, c0) or, for zeros, (). Also one step: with input [B, I] and states
+    [B, H] the results are (h,) or (h, c), each [B, H]. Raises RuntimeError where a shape does not
+    fit.
     """
-    ops.check_layer(cell, input, initial, weights)
-    if supported(input, *initial, *weights):
-        return kernel_layer(cell, input, initial, weights)
-    return reference_layer(cell, input, initial, weights)
+    initial, weights = tuple(initial), tuple(weights)
+    results = kernel_layer(cell, input, initial, weights)
+    if results is None:
+        ops.check_layer(cell, input, initial, weights)
+        results = reference_layer(cell, input, initial, weights)
+    return results
 
 
 def kernel_layer(
-    cell: str, input: Tensor, initial: Sequence[Tensor], weights: Weights
-) -> tuple[Tensor, ...]:
-    """`layer`, for arguments that are known to have passed ops.check_layer and `supported`."""
+    cell: str, input: Tensor, initial: ops.Tensors, weights: ops.Weights
+) -> tuple[Tensor, ...] | None:
+    """`layer` by the kernels; None where they do not take the call."""
+    if ops.watched():
+        return None
     if torch.is_grad_enabled():
-        function: Any = _FUNCTIONS[cell]
         for t in (input, *initial, *weights):
             if t is not None and t.requires_grad:
-                return function.apply(cell, input, *initial, *weights)  # type: ignore[no-any-return]
-    return ops.forward(cell, input, initial, weights, save=False)[0]
+                if not ops.takes(cell, input, initial, weights):
+                    return None
+                return _APPLY[cell](cell, input, *initial, *weights)  # type: ignore[no-any-return]
+    result = ops.forward(cell, input, initial, weights, False)
+    return None if result is None else result[0]
 
 
 def reference_layer(
@@ -98,22 +103,26 @@ def reference_layer(
 ) -> tuple[Tensor, ...]:
     """`layer` in plain torch operations, for whatever the kernels do not take."""
     ops.count("reference")
-    if input.dim() == 3:
-        return reference.scan(cell, input, tuple(initial), weights)
-    states = tuple(s.unsqueeze(0) for s in initial)
-    return tuple(r.squeeze(0) for r in reference.scan(cell, input.unsqueeze(0), states, weights))
+    one_step = input.dim() == 2
+    if one_step:
+        input, initial = input.unsqueeze(0), [s.unsqueeze(0) for s in initial]
+    if not initial:
+        weight_hh = weights[1]
+        assert weight_hh is not None
+        shape = (len(weights) // 4, input.shape[1], weight_hh.shape[1])
+        initial = [input.new_zeros(shape) for _ in range(ops.CELLS[cell].states)]
+    results = reference.scan(cell, input, tuple(initial), weights)
+    return tuple(r.squeeze(0) for r in results[1:]) if one_step else results
 
 
-def _unpack(
-    cell: str, tensors: Sequence[Any]
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[Any, ...]]:
-    """(input, initial, weights) of a Function's tensors."""
-    states = 2 if ops.CELLS[cell].has_cell_state else 1
-    return tensors[0], tuple(tensors[1 : 1 + states]), tuple(tensors[1 + states :])
+def _unpack(tensors: Sequence[Any]) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """(input, initial, weights) of a Function's tensors: weights are 4 or 8, states at most 2."""
+    first_weight = 1 + (len(tensors) - 1) % 4
+    return tensors[0], tuple(tensors[1:first_weight]), tuple(tensors[first_weight:])
 
 
 class _SequenceFunction(Function):
-    """apply(cell, input, h0, [c0,] *weights) -> (output, h_n[, c_n]); arguments as kernel_layer's.
+    """apply(cell, input, [h0, [c0,]] *weights) -> the results of `layer`; no initial states: zeros.
 
     The input projection is inside, not before it: so the pre-activations' memory is reused for the
     gates that backward needs, and double backward has everything it starts from.
@@ -121,10 +130,18 @@ class _SequenceFunction(Function):
 
     @staticmethod
     def forward(ctx: Any, cell: str, *tensors: Tensor | None) -> Any:
-        results, saved = ops.forward(cell, *_unpack(cell, tensors), save=True)
+        arguments = _unpack(tensors)
+        result = ops.forward(cell, *arguments, True)
+        if result is None:
+            ops.check_layer(cell, *arguments)
+            raise RuntimeError(
+                "Expected dense CPU tensors of one dtype, float32 or float64, got "
+                + ", ".join(f"{t.dtype} on {t.device}" for t in tensors if t is not None)
+            )
+        results, saved = result
         ctx.cell = cell
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, saved.gates, saved.extra)
+        ctx.save_for_backward(*tensors, saved)
         return results
 
     @staticmethod
@@ -132,70 +149,39 @@ class _SequenceFunction(Function):
         if torch.is_autocast_enabled("cpu"):  # it is for forward passes
             with torch.autocast("cpu", enabled=False):
                 return _SequenceFunction.backward(ctx, *grads)
-        *tensors, gates, extra = ctx.saved_tensors
-        needed = ctx.needs_input_grad[1:]
-        given = [g for g in grads if g is not None]
-        if not given:
+        cell, needed = ctx.cell, ctx.needs_input_grad[1:]
+        *tensors, saved = ctx.saved_tensors
+        if all(g is None for g in grads):
             return (None,) * (1 + len(tensors))
-        if torch.is_grad_enabled() or ops.transformed() or not ops.ordinary(*given):
-            return None, *_reference_backward(ctx.cell, tensors, grads, needed)
-        saved = ops.Saved(gates, extra)
-        return None, *_kernel_backward(ctx.cell, *_unpack(ctx.cell, tensors), saved, grads, needed)
+        found: Sequence[Tensor | None] | None = None
+        if not (torch.is_grad_enabled() or ops.transformed()):
+            found = ops.backward(cell, *_unpack(tensors), saved, grads, needed)
+        if found is None:
+            found = _reference_backward(cell, tensors, grads, needed)
+        return None, *found
 
 
 # One name each, as autograd's graph and torch.profiler show them.
 class LSTMFunction(_SequenceFunction):
-    """apply("lstm", input, h0, c0, *weights) -> (output, h_n, c_n)."""
+    """apply("lstm", input, [h0, c0,] *weights) -> (output, h_n, c_n)."""
 
 
 class GRUFunction(_SequenceFunction):
-    """apply("gru", input, h0, *weights) -> (output, h_n)."""
+    """apply("gru", input, [h0,] *weights) -> (output, h_n)."""
 
 
 class RNNFunction(_SequenceFunction):
-    """apply("rnn_tanh" or "rnn_relu", input, h0, *weights) -> (output, h_n)."""
+    """apply("rnn_tanh" or "rnn_relu", input, [h0,] *weights) -> (output, h_n)."""
 
 
-_FUNCTIONS: dict[str, type[_SequenceFunction]] = {
+_FUNCTIONS = {
     "lstm": LSTMFunction,
     "gru": GRUFunction,
     "rnn_tanh": RNNFunction,
     "rnn_relu": RNNFunction,
 }
-
-
-def _kernel_backward(
-    cell: str,
-    input: Tensor,
-    initial: tuple[Tensor, ...],
-    weights: Sequence[Any],
-    saved: ops.Saved,
-    grads: Sequence[Tensor | None],
-    needed: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of input, initial states and weights: the kernel's, and a GEMM for h0."""
-    spec = ops.CELLS[cell]
-    _, batch, hidden, directions = ops.dimensions(input, initial)
-    need_input, need_h0 = needed[0], needed[1]
-    need_weights = needed[1 + len(initial) :]
-    result = ops.backward(cell, input, initial, weights, saved, grads, need_input, need_weights)
-
-    grad_h0 = None
-    if need_h0:
-        # The products first, then the (larger) carry: small terms added to a large sum one by one
-        # lose more.
-        grad_h0 = result.carry if cell == "gru" else torch.zeros_like(initial[0])
-        assert grad_h0 is not None
-        for d in range(directions):
-            first_step = result.grad_gates[d, 0 if d == 0 else -1]
-            grad_h0.view(directions, batch, hidden)[d] += sum(
-                first_step[:, columns] @ weights[4 * d + 1][rows]
-                for columns, rows in ops.recurrent_blocks(cell, hidden)
-            )
-    grad_states = [grad_h0]
-    if spec.has_cell_state:
-        grad_states.append(result.carry if needed[2] else None)
-    return [result.input, *grad_states, *result.weights]
+# Function.apply without its first half, which looks for functorch (ops.watched has): 2.6 us a call.
+_APPLY: dict[str, Any] = {name: super(Function, f).apply for name, f in _FUNCTIONS.items()}
 
 
 def _reference_backward(
@@ -214,7 +200,7 @@ def _reference_backward(
                 t if t is None else t.detach().requires_grad_(n)
                 for t, n in zip(inputs, needed, strict=True)
             ]
-        results = reference_layer(cell, *_unpack(cell, inputs))
+        results = reference_layer(cell, *_unpack(inputs))
         wanted = [t for t, n in zip(inputs, needed, strict=True) if n and t is not None]
         pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
         found = iter(

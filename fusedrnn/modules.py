@@ -22,27 +22,39 @@ from torch.compiler import is_compiling, is_exporting
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
-from .functional import kernel_layer, reference_layer, supported
+from .functional import kernel_layer, reference_layer
 
-States = Sequence[Tensor]  # (h,) or, for LSTM, (h, c)
-Compute = Callable[[str, Tensor, States, Sequence[Tensor | None]], Sequence[Tensor]]
+States = list[Tensor] | tuple[Tensor, ...]  # (h,) or, for LSTM, (h, c); or () for zeros
 
 
-def _who_computes(input: Any, *tensors: Tensor | None) -> Compute | None:
-    """What of functional.py takes the call; None: it is torch's own implementation's."""
-    if not isinstance(input, Tensor):
+def _compute(
+    cell: str, features: int, hidden: int, input: Tensor, initial: States, weights: ops.Weights
+) -> tuple[Tensor, ...] | None:
+    """One layer, or step, by functional.py. None: the call is torch's own implementation's.
+
+    RuntimeError if the weights are not those of `features` and `hidden`: torch may compute
+    something from them.
+    """
+    results = kernel_layer(cell, input, initial, weights)
+    if results is not None:
+        return results
+    if not ops.watched():
+        ops.check_weights(cell, features, hidden, weights)
         return None
-    if supported(input, *tensors):
-        return kernel_layer
-    # Under torch.func and forward-mode AD functional.py computes by the reference, in operations
-    # that have the rules that torch's fused ones lack.
+    # Under torch.func and forward-mode AD by the reference: its operations have the rules that
+    # torch's fused ones lack.
+    tensors = (input, *initial, *weights)
     if (
-        ops.transformed()
-        and not _is_any_autocast_enabled()
-        and all(t is None or t.dtype == input.dtype for t in tensors)
+        not ops.transformed()
+        or _is_any_autocast_enabled()
+        or any(t is not None and t.dtype != input.dtype for t in tensors)
     ):
-        return reference_layer
-    return None
+        return None
+    try:
+        ops.check_layer(cell, input, initial, weights)
+    except RuntimeError:
+        return None  # torch has the error for it
+    return reference_layer(cell, input, initial, weights)
 
 
 class _Fused:
@@ -107,12 +119,11 @@ class _Layers(_Fused, nn.RNNBase):
         if not all(map(is_, map(self._parameters.get, self._flat_weights_names), weights)):
             self._update_flat_weights()
             weights = self._flat_weights
-        num_layers, hidden_size = self.num_layers, self.hidden_size
+        num_layers = self.num_layers
         num_directions = 2 if self.bidirectional else 1
         per_layer = 4 * num_directions
-        compute = _who_computes(input, *states, *weights)
         if (
-            compute is None
+            not isinstance(input, Tensor)
             or NoneType in map(type, weights)
             or len(weights) != num_layers * (per_layer if self.bias else per_layer // 2)
         ):
@@ -126,30 +137,21 @@ class _Layers(_Fused, nn.RNNBase):
             states = [s.unsqueeze(1) for s in states]
         elif self.batch_first:
             input = input.transpose(0, 1)
-        seq_len, batch, input_size = input.shape
-        if seq_len == 0 or input_size != self.input_size:
+        if input.shape[2] != self.input_size:
             return None
-        expected = (num_layers * num_directions, batch, hidden_size)
-        for state in states:
-            if state.shape != expected:
-                return None
         cell = self.mode.lower()  # "lstm", "gru", "rnn_tanh", "rnn_relu"
         if not self.bias:
             pairs = zip(weights[::2], weights[1::2], strict=True)
             weights = [w for pair in pairs for w in (*pair, None, None)]
-        for layer in range(num_layers):
-            features = input_size if layer == 0 else num_directions * hidden_size
-            start = layer * per_layer
-            ops.check_weights(cell, features, hidden_size, weights[start : start + per_layer])
-        # Without states, one layer's zeros serve every layer, and LSTM's c0 too.
-        zeros = (
-            ()
-            if states
-            else (input.new_zeros(num_directions, batch, hidden_size),) * self._num_states
-        )
         if num_layers == 1:
-            input, *final = compute(cell, input, zeros or states, weights)
+            results = _compute(cell, self.input_size, self.hidden_size, input, states, weights)
+            if results is None:
+                return None
+            input, *final = results
         else:
+            for state in states:
+                if state.dim() != 3 or state.shape[0] != num_layers * num_directions:
+                    return None
             dropout = self.dropout if self.training else 0.0
             finals = []
             for layer in range(num_layers):
@@ -157,12 +159,17 @@ class _Layers(_Fused, nn.RNNBase):
                     # torch's layout and call, hence its bits for the same seed.
                     input = torch.dropout(input, dropout, True)
                 start = layer * num_directions
-                input, *final = compute(
+                results = _compute(
                     cell,
+                    num_directions * self.hidden_size if layer else self.input_size,
+                    self.hidden_size,
                     input,
-                    zeros or [s[start : start + num_directions] for s in states],
+                    [s[start : start + num_directions] for s in states],
                     weights[layer * per_layer : (layer + 1) * per_layer],
                 )
+                if results is None:
+                    return None
+                input, *final = results
                 finals.append(final)
             final = [torch.cat(f) for f in zip(*finals, strict=True)]
         if not batched:
@@ -293,26 +300,13 @@ class _Cell(_Fused, nn.RNNCellBase):
             )
         except KeyError:  # parametrized, pruned, ...
             weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        compute = _who_computes(input, *states, *weights)
-        if compute is None:
+        if not isinstance(input, Tensor) or input.dim() not in (1, 2):
             return None
-        batched = input.dim() == 2
-        if not batched:
-            if input.dim() != 1:
-                return None
-            input = input.unsqueeze(0)
-            states = [s.unsqueeze(0) for s in states]
-        batch, input_size = input.shape
-        if input_size != self.input_size or self.hidden_size == 0:
-            return None
-        expected = (batch, self.hidden_size)
-        for state in states:
-            if state.shape != expected:
-                return None
-        ops.check_weights(cell, input_size, self.hidden_size, weights)
-        states = states or (input.new_zeros(expected),) * self._num_states
-        _, *new = compute(cell, input, states, weights)
-        return new if batched else [s.squeeze(0) for s in new]
+        one_row = input.dim() == 1
+        if one_row:
+            input, states = input.unsqueeze(0), [s.unsqueeze(0) for s in states]
+        new = _compute(cell, self.input_size, self.hidden_size, input, states, weights)
+        return [s.squeeze(0) for s in new] if one_row and new is not None else new
 
 
 class LSTMCell(_Cell, nn.LSTMCell):

@@ -73,10 +73,10 @@ struct ProductTiles {
 // (an estimate: no sweep has fitted it yet).
 constexpr int64_t kBlockRows = 192;
 
-// s, with all its K terms, for m in [begin, end) and all columns; zero if there are no terms.
+// s, with all its K terms, for m in [begin, end) and all columns; without terms, zero is added.
 template <class T>
 void matrix_product(const ProductStep<T>& s, int64_t begin, int64_t end) {
-  if (s.K == 0) {
+  if (s.K == 0 && !s.accumulate) {
     std::memset(s.out + begin * s.columns, 0, sizeof(T) * size_t((end - begin) * s.columns));
   }
   for (int64_t m = begin; m < end; m += kBlockRows) {
@@ -84,7 +84,7 @@ void matrix_product(const ProductStep<T>& s, int64_t begin, int64_t end) {
     ProductStep<T> part = s;
     for (int64_t k = 0; k < s.K; k += kPartialTerms) {
       part.K          = s.K - k < kPartialTerms ? s.K - k : kPartialTerms;
-      part.accumulate = k > 0;
+      part.accumulate = s.accumulate || k > 0;
       run_tiles<ProductTiles<T>>(part, m, m_end, 0, blocks_of<T>(s.columns), false);
       part.a += part.K * s.a_stride_k;
       part.b += part.K * s.columns;

@@ -28,7 +28,7 @@ FUSEDRNN_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 inline int64_t l2_bytes() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
-  const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);  // slow: it asks the CPU
   if (bytes > 0) return bytes;
 #endif
   return 1 << 20;
@@ -37,6 +37,10 @@ inline int64_t l2_bytes() {
 // Rows of one product of the input projection: enough to read each panel of weight_ih seldom, few
 // enough for their gates to stay in L2.
 constexpr int64_t kChunkRows = 48;
+
+// Rows, of all steps together, up to which a forward call reads the weights as they lie in memory
+// instead of packing them.
+constexpr int64_t kMaxUnpacked = 8;
 
 struct Shape {
   int64_t T, B, H, D;

@@ -9,6 +9,7 @@
 #include "plan.h"
 #include "step.h"
 #include "threads.h"
+#include "unpacked.h"
 
 namespace fusedrnn {
 namespace {
@@ -91,8 +92,10 @@ struct ForwardLayout {
   int64_t gates     = 0;  // gates_x of a chunk, unless it goes to the saved gates
   int64_t chunk     = 1;  // steps
 
+  bool packed() const { return recurrent > 0; }
+
   explicit ForwardLayout(const ForwardArgs<T>& a) {
-    if (a.T == 1) return;
+    if (a.T * a.B <= kMaxUnpacked) return;
     const auto round_up = [](int64_t elements) { return (elements + 15) / 16 * 16; };
     recurrent           = round_up(blocks_of<T>(a.H) * forward_panel_size<Cell, T>(a.H));
     input               = round_up(blocks_of<T>(a.H) * forward_panel_size<Cell, T>(a.I));
@@ -117,7 +120,8 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   T* const c_n      = Cell::kHasCell ? a.c_n + d * BH : nullptr;
   const ForwardLayout<Cell, T> layout(a);
 
-  ForwardStep<T> step{};
+  UnpackedStep<T> unpacked{};
+  ForwardStep<T>& step = unpacked.step;
   step.H        = H;
   step.save     = a.save;
   step.h_stride = DH;
@@ -126,7 +130,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   project.H            = H;
   project.input_stride = a.B == 1 ? a.input_stride_t : a.input_stride_b;
   T* const chunk_gates = scratch.numbers(d) + layout.recurrent + layout.input;
-  if (a.T > 1) {
+  if (layout.packed()) {
     T* const recurrent        = scratch.numbers(d);
     T* const input            = recurrent + layout.recurrent;
     Barrier direction_barrier = scratch.direction_barrier(d, shard);
@@ -137,7 +141,12 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
     step.panels    = recurrent;
     project.panels = input;
   } else {
-    step.gates_h = a.gates_h + d * BH * G;
+    unpacked.I            = a.I;
+    unpacked.input_stride = a.input_stride_b;
+    unpacked.weight_ih    = a.weight_ih[d];
+    unpacked.bias_ih      = a.bias_ih[d];
+    unpacked.weight_hh    = a.weight_hh[d];
+    unpacked.bias_hh      = a.bias_hh[d];
   }
   // gates_x of time t, and of the chunk's first time in memory, t_begin
   const auto gates_of = [&](int64_t t, int64_t t_begin) {
@@ -149,7 +158,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   int64_t t_begin = 0;
   for (int64_t i = 0; i < a.T; ++i) {
     const int64_t t = d == 0 ? i : a.T - 1 - i;
-    if (a.T > 1 && i % layout.chunk == 0) {
+    if (layout.packed() && i % layout.chunk == 0) {
       const int64_t steps = min64(layout.chunk, a.T - i);
       t_begin             = d == 0 ? t : t - steps + 1;
       project.input       = a.input + t_begin * a.input_stride_t;
@@ -185,20 +194,18 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
       step.prev_stride = step.h_prev_stride;
     }
 
-    if (step.gates_h) {
-      for (int64_t row = shard.row_begin; row < shard.row_end; ++row) {
-        for (int64_t block = shard.block_begin; block < shard.block_end; ++block) {
-          forward_from_gates_h<Cell>(step, row, block);
-        }
-      }
-    } else {
+    if (layout.packed()) {
       run_tiles<ForwardTiles<Cell, T>>(step, shard.row_begin, shard.row_end, shard.block_begin,
                                        shard.block_end, i % 2 == 1);
-      barrier.wait();
+    } else {
+      unpacked.input = a.input + t * a.input_stride_t;
+      run_unpacked<Cell, T>(unpacked, shard.row_begin, shard.row_end, shard.block_begin,
+                            shard.block_end);
     }
+    barrier.wait();
   }
   for_each_row<T>(shard, H, [&](int64_t row, int64_t unit, size_t n) {
-    std::memcpy(a.h_n + d * BH + row * H + unit, h + row * DH + unit, n * sizeof(T));
+    if (a.h_n) std::memcpy(a.h_n + d * BH + row * H + unit, h + row * DH + unit, n * sizeof(T));
     if (Cell::kHasCell && a.save) {
       std::memcpy(c_n + row * H + unit, step.extra + row * H + unit, n * sizeof(T));
     }
@@ -210,12 +217,19 @@ template <class Cell, class T>
 struct BackwardLayout {
   int64_t recurrent = 0;  // elements: packed weight_hh,
   int64_t h_prev    = 0;  // [T, B, H], if it is wanted
+  int64_t carry     = 0;  // [B, H]: the cell's part of the gradient of the state before
+  // [T, B, E*H]: gradients of the pre-activations. LSTM (i, f, g, o) and RNN: of gates_x and gates_h
+  // alike. GRU: (n_h, r, z, n_x): the first 3H columns are the gradient of gates_h, its n part
+  // first; the last 3H that of gates_x, in torch's order.
+  int64_t grad_gates;
 
   explicit BackwardLayout(const BackwardArgs<T>& a) {
     if (a.T > 1) recurrent = blocks_of<T>(a.H) * backward_panel_size<Cell, T>(a.H);
     if (Cell::kPrevIsH || a.grad_weight_hh[0] || a.grad_weight_hh[1]) h_prev = a.T * a.B * a.H;
+    if (Cell::kHasCarry) carry = a.B * a.H;
+    grad_gates = a.T * a.B * Cell::kGradGates * a.H;
   }
-  int64_t elements() const { return recurrent + h_prev; }
+  int64_t elements() const { return recurrent + h_prev + carry + grad_gates; }
 };
 
 template <class Cell, class T>
@@ -254,7 +268,19 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   BackwardStep<T> step{};
   step.H                  = H;
   step.grad_output_stride = DH;
-  if constexpr (Cell::kHasCarry) step.carry = a.carry + d * BH;
+  T* const carry          = scratch.numbers(d) + layout.recurrent + layout.h_prev;
+  T* const grad_gates     = carry + layout.carry;
+  if constexpr (Cell::kHasCarry) {
+    step.carry = carry;
+    for_each_row<T>(shard, H, [&](int64_t row, int64_t unit, size_t n) {
+      T* const to = carry + row * H + unit;
+      if (Cell::kHasCell && a.grad_c_n) {
+        std::memcpy(to, a.grad_c_n + d * BH + row * H + unit, n * sizeof(T));
+      } else {
+        std::memset(to, 0, n * sizeof(T));
+      }
+    });
+  }
   Barrier direction_barrier = scratch.direction_barrier(d, shard);
   if (a.T > 1) {
     T* const panels = scratch.numbers(d);
@@ -271,7 +297,7 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     step.grad_output     = a.grad_output ? a.grad_output + t * a.B * DH + d * H : nullptr;
     step.grad_h_n        = a.grad_h_n && i == a.T - 1 ? a.grad_h_n + d * BH : nullptr;
     step.grad_gates_next = i == a.T - 1 ? nullptr : step.grad_gates;
-    step.grad_gates      = a.grad_gates + (seq + t * BH) * E;
+    step.grad_gates      = grad_gates + t * BH * E;
     step.h               = all_h_prev && i + 1 < a.T ? h_prev(i + 1) : nullptr;
     if constexpr (Cell::kHasExtra) step.extra = a.extra + seq + t * BH;
     if constexpr (Cell::kHasCell) {
@@ -293,11 +319,30 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     return rows * (shard.direction_rank + 1) / shard.direction_threads;
   };
   const int64_t rows   = a.T * a.B;
-  const T* const grads = a.grad_gates + seq * E;
+  const T* const grads = grad_gates;
   if (a.grad_input) {  // = grad_gates_x weight_ih
     T* const out = a.grad_input + d * rows * a.I;
     matrix_product<T>({G * H, grads + (E - G) * H, E * H, 1, a.weight_ih[d], out, a.I, false},
                       mine(rows), next(rows));
+  }
+  if (a.grad_h0) {  // = grad_gates_h[first step] weight_hh + carry
+    T* const out = a.grad_h0 + d * BH;
+    // The row blocks from kRecurrentRow on belong to the first columns, the ones before to the rest.
+    constexpr int kFirst = G - Cell::kRecurrentRow;
+    const T* const first = grads + time(0) * BH * E;
+    const T* const w     = a.weight_hh[d];
+    ProductStep<T> part{kFirst * H, first, E * H, 1, w + Cell::kRecurrentRow * H * H, out, H, false};
+    matrix_product<T>(part, mine(a.B), next(a.B));
+    if (Cell::kRecurrentRow) {
+      part = {Cell::kRecurrentRow * H, first + kFirst * H, E * H, 1, w, out, H, true};
+      matrix_product<T>(part, mine(a.B), next(a.B));
+    }
+    // The (larger) carry last: small terms added to a large sum one by one lose more.
+    for (int64_t j = mine(a.B) * H; Cell::kPrevIsH && j < next(a.B) * H; ++j) out[j] += carry[j];
+  }
+  if (Cell::kHasCell && a.grad_c0) {
+    const size_t bytes = sizeof(T) * size_t((next(a.B) - mine(a.B)) * H);
+    std::memcpy(a.grad_c0 + d * BH + mine(a.B) * H, carry + mine(a.B) * H, bytes);
   }
   for (int g = 0; g < G; ++g) {
     // The columns of grad_gates that belong to row block g of weight_ih, and of weight_hh.

@@ -103,7 +103,7 @@ template <class T>
 struct ForwardStep {
   int64_t H;
   bool save;
-  T* gates;         // [B, G*H]: the input projection, overwritten by the activated gates if save
+  T* gates;         // [B, G*H]: for the activated gates, if save; forward_tile finds gates_x there
   T* extra;         // [B, H]: LSTM c (always); GRU a_hn, or null
   const T* h_prev;  // [B, H]
   int64_t h_prev_stride;
@@ -111,21 +111,17 @@ struct ForwardStep {
   int64_t prev_stride;
   T* h;  // [B, H]
   int64_t h_stride;
-  const T* panels;   // pack_forward's
-  const T* gates_h;  // [B, G*H]: the recurrent product, if the caller did it, instead of panels
+  const T* panels;  // pack_forward's
 };
 
-// The cell for V units of one row, the recurrent product in registers.
+// The cell for V units of one row, both products in registers.
 template <class Cell, class T>
 FUSEDRNN_INLINE void forward_units(const ForwardStep<T>& s, int64_t row, int64_t block,
-                                   const Vec<T>* gates_h) {
+                                   const Vec<T>* gates_x, const Vec<T>* gates_h) {
   constexpr int G    = Cell::kGates;
   const int64_t H    = s.H;
   const int64_t unit = block * kLanes<T>;
   const int lanes    = lanes_of<T>(H, unit);
-  T* const gates     = s.gates + row * G * H + unit;
-  Vec<T> gates_x[G];
-  unroll<G>([&](auto g) FUSEDRNN_LAMBDA { gates_x[g] = load(gates + g * H, lanes); });
   Vec<T> prev{};
   if constexpr (Cell::kHasCell || Cell::kPrevIsH) {
     prev = load(s.prev + row * s.prev_stride + unit, lanes);
@@ -136,6 +132,7 @@ FUSEDRNN_INLINE void forward_units(const ForwardStep<T>& s, int64_t row, int64_t
     if (Cell::kHasCell || s.save) store(s.extra + row * H + unit, out.extra, lanes);
   }
   if (s.save) {
+    T* const gates = s.gates + row * G * H + unit;
     unroll<G>([&](auto g) FUSEDRNN_LAMBDA { store(gates + g * H, out.gates[g], lanes); });
   }
 }
@@ -146,21 +143,15 @@ void forward_tile(const ForwardStep<T>& s, int64_t row, int64_t block) {
   Vec<T> acc[M][P * G];
   affine<Cell, M, P>(acc, s.h_prev + row * s.h_prev_stride, s.h_prev_stride, s.H, s.panels, block);
   unroll<M * P>([&](auto mp) FUSEDRNN_LAMBDA {
-    forward_units<Cell, T>(s, row + mp / P, block + mp % P, &acc[mp / P][mp % P * G]);
+    constexpr int m = mp / P, p = mp % P;
+    const int64_t unit = (block + p) * kLanes<T>;
+    const int lanes    = lanes_of<T>(s.H, unit);
+    Vec<T> gates_x[G];
+    unroll<G>([&](auto g) FUSEDRNN_LAMBDA {
+      gates_x[g] = load(s.gates + ((row + m) * G + g) * s.H + unit, lanes);
+    });
+    forward_units<Cell, T>(s, row + m, block + p, gates_x, &acc[m][p * G]);
   });
-}
-
-// The cell where the caller has done the recurrent product.
-template <class Cell, class T>
-void forward_from_gates_h(const ForwardStep<T>& s, int64_t row, int64_t block) {
-  constexpr int G    = Cell::kGates;
-  const int64_t unit = block * kLanes<T>;
-  const int lanes    = lanes_of<T>(s.H, unit);
-  Vec<T> gates_h[G];
-  unroll<G>([&](auto g) FUSEDRNN_LAMBDA {
-    gates_h[g] = load(s.gates_h + row * G * s.H + g * s.H + unit, lanes);
-  });
-  forward_units<Cell, T>(s, row, block, gates_h);
 }
 
 template <class T>

@@ -1,0 +1,206 @@
+// What the bindings read of a torch.Tensor: its memory. Through DLPack's C exchange API where torch
+// has it (2.10 and newer; 0.05 us a tensor), else from its Python attributes. Not a tensor library,
+// and no torch header: the structs below are DLPack's published C interface.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+namespace fusedrnn {
+
+namespace py = pybind11;
+
+namespace dlpack {
+
+struct Device {
+  int32_t type, id;
+};
+struct DataType {
+  uint8_t code, bits;
+  uint16_t lanes;
+};
+struct Tensor {
+  void* data;
+  Device device;
+  int32_t ndim;
+  DataType dtype;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+struct ExchangeApi {
+  uint32_t major, minor;
+  void* previous;
+  void* managed[3];  // functions that are not used here
+  int (*read)(void* py_object, Tensor* out);
+  void* current_stream;
+};
+
+constexpr int32_t kCpu   = 1;
+constexpr uint8_t kFloat = 2;
+
+}  // namespace dlpack
+
+constexpr int kMaxDims = 3;
+
+// The memory of an ordinary CPU tensor of up to three dimensions.
+struct TensorView {
+  void* data = nullptr;
+  int bits   = 0;  // of an element: 32 (float) or 64 (double)
+  int dims   = 0;
+  int64_t shape[kMaxDims]{}, strides[kMaxDims]{};
+
+  bool has_shape(std::initializer_list<int64_t> expected) const {
+    if (int64_t(expected.size()) != dims) return false;
+    const int64_t* size = shape;
+    for (const int64_t e : expected) {
+      if (*size++ != e) return false;
+    }
+    return true;
+  }
+
+  bool is_dense() const {  // row-major, without gaps
+    int64_t stride = 1;
+    for (int i = dims - 1; i >= 0; --i) {
+      if (shape[i] == 0) return true;
+      if (shape[i] != 1 && strides[i] != stride) return false;
+      stride *= shape[i];
+    }
+    return true;
+  }
+};
+
+// torch, as far as the bindings need it; looked up once.
+class Torch {
+ public:
+  // First called when the module is loaded.
+  static const Torch& get() {
+    static const Torch* const torch = new Torch;  // never destroyed: Python may be gone by then
+    return *torch;
+  }
+
+  // False, with no Python error set, unless `object` is a torch.Tensor or Parameter (not a
+  // subclass), dense, on the CPU, float32 or float64, with memory of its own.
+  bool read(PyObject* object, TensorView* out) const {
+    if (Py_TYPE(object) != tensor_type_ && Py_TYPE(object) != parameter_type_) return false;
+    bool ok = false;
+    try {
+      ok = (api_ ? read_dlpack(object, out) : read_attributes(object, out)) &&
+           is_false(PyObject_CallMethodNoArgs(object, is_neg_.ptr()));
+    } catch (const py::error_already_set&) {  // a kind of tensor that has no such attribute
+    }
+    if (!ok) PyErr_Clear();
+    return ok;
+  }
+
+  bool requires_grad(PyObject* tensor) const {
+    return is_true(PyObject_GetAttr(tensor, requires_grad_.ptr()));
+  }
+
+  // A new tensor of the shape given, of the dtype and device of `like`, and its memory.
+  py::object empty(PyObject* like, std::initializer_list<int64_t> shape, void** data) const {
+    PyObject* args[1 + kMaxDims] = {like};
+    py::object sizes[kMaxDims];
+    size_t n = 0;
+    for (const int64_t size : shape) {
+      sizes[n] = py::int_(size);
+      args[1 + n] = sizes[n].ptr();
+      ++n;
+    }
+    py::object tensor = owned(PyObject_VectorcallMethod(new_empty_.ptr(), args, 1 + n, nullptr));
+    TensorView view;
+    if (!read(tensor.ptr(), &view)) {
+      PyErr_SetString(PyExc_RuntimeError, "Tensor.new_empty gave no ordinary CPU tensor");
+      throw py::error_already_set();
+    }
+    *data = view.data;
+    return tensor;
+  }
+
+  // [2*T, ...] -> [T, ...], the sum of the halves.
+  py::object sum_directions(const py::object& tensor, int64_t T) const {
+    const auto half = [&](int64_t t) { return tensor.attr("narrow")(0, t, T); };
+    return half(0) + half(T);
+  }
+
+  py::object contiguous(PyObject* tensor) const {
+    return owned(PyObject_CallMethodNoArgs(tensor, contiguous_.ptr()));
+  }
+
+ private:
+  Torch() {
+    const py::module_ torch = py::module_::import("torch");
+    const auto type = [](const py::object& o) { return reinterpret_cast<PyTypeObject*>(o.ptr()); };
+    const py::object tensor = torch.attr("Tensor");
+    tensor_type_            = type(tensor);
+    parameter_type_         = type(torch.attr("nn").attr("Parameter"));
+    float32_                = torch.attr("float32");
+    float64_                = torch.attr("float64");
+    strided_                = torch.attr("strided");
+    has_storage_            = torch.attr("_C").attr("_has_storage");
+    const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
+    if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
+      const auto* api = static_cast<const dlpack::ExchangeApi*>(
+          PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+      if (api->major == 1) api_ = api;
+    }
+  }
+
+  static py::object owned(PyObject* object) {
+    if (!object) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(object);
+  }
+  static bool is_true(PyObject* object) {
+    Py_XDECREF(object);
+    return object == Py_True;
+  }
+  static bool is_false(PyObject* object) {
+    Py_XDECREF(object);
+    return object == Py_False;
+  }
+
+  bool read_dlpack(PyObject* object, TensorView* out) const {
+    dlpack::Tensor t{};
+    // An error: no memory of its own (sparse, meta, inside vmap), or no strides.
+    if (api_->read(object, &t) != 0) return false;
+    if (t.device.type != dlpack::kCpu || t.dtype.code != dlpack::kFloat || t.dtype.lanes != 1 ||
+        (t.dtype.bits != 32 && t.dtype.bits != 64) || t.ndim > kMaxDims) {
+      return false;
+    }
+    out->data = static_cast<char*>(t.data) + t.byte_offset;
+    out->bits = t.dtype.bits;
+    out->dims = t.ndim;
+    for (int i = 0; i < t.ndim; ++i) {
+      out->shape[i]   = t.shape[i];
+      out->strides[i] = t.strides[i];
+    }
+    return true;
+  }
+
+  bool read_attributes(PyObject* object, TensorView* out) const {
+    const py::handle t(object);
+    const py::object layout = t.attr("layout"), dtype = t.attr("dtype");
+    if (!t.attr("is_cpu").cast<bool>() || !layout.is(strided_) || !has_storage_(t).cast<bool>()) {
+      return false;
+    }
+    out->bits              = dtype.is(float32_) ? 32 : dtype.is(float64_) ? 64 : 0;
+    const py::tuple shape(t.attr("shape")), strides(t.attr("stride")());
+    if (!out->bits || shape.size() > kMaxDims) return false;
+    out->data = reinterpret_cast<void*>(  // NOLINT(performance-no-int-to-ptr)
+        t.attr("data_ptr")().cast<std::uintptr_t>());
+    out->dims = int(shape.size());
+    for (size_t i = 0; i < shape.size(); ++i) {
+      out->shape[i]   = shape[i].cast<int64_t>();
+      out->strides[i] = strides[i].cast<int64_t>();
+    }
+    return true;
+  }
+
+  PyTypeObject *tensor_type_, *parameter_type_;
+  py::object float32_, float64_, strided_, has_storage_;
+  const dlpack::ExchangeApi* api_ = nullptr;
+  py::str is_neg_{"is_neg"}, requires_grad_{"requires_grad"}, new_empty_{"new_empty"},
+      contiguous_{"contiguous"};
+};
+
+}  // namespace fusedrnn
