@@ -95,7 +95,7 @@ struct ForwardLayout {
   bool packed() const { return recurrent > 0; }
 
   explicit ForwardLayout(const ForwardArgs<T>& a) {
-    if (a.T * a.B <= kMaxUnpacked) return;
+    if (a.T * ((a.B + kUnpackedRows - 1) / kUnpackedRows) <= kMaxUnpackedPasses) return;
     const auto round_up = [](int64_t elements) { return (elements + 15) / 16 * 16; };
     recurrent           = round_up(blocks_of<T>(a.H) * forward_panel_size<Cell, T>(a.H));
     input               = round_up(blocks_of<T>(a.H) * forward_panel_size<Cell, T>(a.I));
