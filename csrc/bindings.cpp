@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "memory.h"
 #include "tensor.h"
 
 namespace fusedrnn {
@@ -69,7 +70,11 @@ struct NewTensor {
 
   NewTensor() = default;
   NewTensor(PyObject* like, std::initializer_list<int64_t> shape)
-      : object(Torch::get().empty(like, shape, &data)) {}
+      : object(Torch::get().empty(like, shape, &data)) {
+    int64_t elements = 1;
+    for (const int64_t size : shape) elements *= size;
+    advise_large_pages(data, size_t(elements) * sizeof(float));
+  }
   py::object or_none() const { return object ? object : py::none(); }
 };
 

@@ -92,27 +92,40 @@ void matrix_product(const ProductStep<T>& s, int64_t begin, int64_t end) {
   }
 }
 
-// out[u] = sum_r a[r][u] for u in [u_begin, u_end), from partial sums of every eighth row.
+// out[0..] = sum_r a[r][0..] for N vectors of columns, the last of `lanes` lanes. Sums of 16 rows, then
+// of kPartialTerms, then of all: as for products, sums of sums lose less.
+template <class T, int N>
+void column_sums_strip(T* out, const T* a, int64_t a_stride, int64_t rows, int lanes) {
+  constexpr int V = kLanes<T>;
+  const auto n    = [&](int j) FUSEDRNN_LAMBDA { return j < N - 1 ? V : lanes; };
+  Vec<T> sum[N]{};
+  for (int64_t r = 0; r < rows; r += kPartialTerms) {
+    Vec<T> part[N]{};
+    for (int64_t end = rows - r < kPartialTerms ? rows : r + kPartialTerms, i = r; i < end;) {
+      Vec<T> few[N]{};
+      for (const int64_t few_end = end - i < 16 ? end : i + 16; i < few_end; ++i) {
+        unroll<N>([&](auto j) FUSEDRNN_LAMBDA {
+          few[j] = few[j] + load(a + i * a_stride + j * V, n(j));
+        });
+      }
+      unroll<N>([&](auto j) FUSEDRNN_LAMBDA { part[j] = part[j] + few[j]; });
+    }
+    unroll<N>([&](auto j) FUSEDRNN_LAMBDA { sum[j] = sum[j] + part[j]; });
+  }
+  unroll<N>([&](auto j) FUSEDRNN_LAMBDA { store(out + j * V, sum[j], n(j)); });
+}
+
+// out[u] = sum_r a[r][u] for u in [u_begin, u_end), in strips of columns: rows are far apart.
 template <class T>
 void column_sums(T* out, const T* a, int64_t a_stride, int64_t rows, int64_t u_begin,
                  int64_t u_end) {
-  for (int64_t u = u_begin; u < u_end; u += kLanes<T>) {
-    const int lanes = lanes_of<T>(u_end, u);
-    Vec<T> sum{};
-    for (int64_t r = 0; r < rows; r += kPartialTerms) {
-      const int64_t end = rows - r < kPartialTerms ? rows : r + kPartialTerms;
-      Vec<T> partial[8] = {};
-      int64_t i         = r;
-      for (; i + 8 <= end; i += 8) {
-        unroll<8>([&](auto j) FUSEDRNN_LAMBDA {
-          partial[j] = partial[j] + load(a + (i + j) * a_stride + u, lanes);
-        });
-      }
-      for (; i < end; ++i) partial[0] = partial[0] + load(a + i * a_stride + u, lanes);
-      sum = sum + (((partial[0] + partial[4]) + (partial[1] + partial[5])) +
-                   ((partial[2] + partial[6]) + (partial[3] + partial[7])));
-    }
-    store(out + u, sum, lanes);
+  constexpr int V = kLanes<T>;
+  int64_t u       = u_begin;
+  for (; u + 4 * V <= u_end; u += 4 * V) {
+    column_sums_strip<T, 4>(out + u, a + u, a_stride, rows, V);
+  }
+  for (; u < u_end; u += V) {
+    column_sums_strip<T, 1>(out + u, a + u, a_stride, rows, lanes_of<T>(u_end, u));
   }
 }
 

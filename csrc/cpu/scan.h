@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 
+#include "../memory.h"
 #include "../sequence.h"
 #include "layer_grads.h"
 #include "plan.h"
@@ -23,8 +24,13 @@ class Scratch {
       : elements_((elements + 63) / 64 * 64), threads_(threads) {
     const size_t counters = sizeof(BarrierCounter) * size_t(directions * (threads + 1));
     const size_t numbers  = sizeof(T) * size_t(elements_ * directions);
-    memory_               = static_cast<char*>(std::aligned_alloc(64, counters + numbers));
+    const size_t bytes    = counters + numbers;
+    // From 2 large pages on, a multiple of them.
+    const size_t alignment = bytes < 2 * kLargePage ? 64 : kLargePage;
+    const size_t rounded   = (bytes + alignment - 1) / alignment * alignment;
+    memory_                = static_cast<char*>(std::aligned_alloc(alignment, rounded));
     if (!memory_) return;
+    advise_large_pages(memory_, rounded);
     std::memset(memory_, 0, counters);
     numbers_ = reinterpret_cast<T*>(memory_ + counters);
   }
@@ -360,7 +366,12 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
       column_sums(out + g * H, of_ih, E * H, rows, mine(H), next(H));
     }
     if (T* const out = a.grad_bias_hh[d]) {
-      column_sums(out + g * H, of_hh, E * H, rows, mine(H), next(H));
+      if (E == G && a.grad_bias_ih[d]) {  // the same columns
+        std::memcpy(out + g * H + mine(H), a.grad_bias_ih[d] + g * H + mine(H),
+                    sizeof(T) * size_t(next(H) - mine(H)));
+      } else {
+        column_sums(out + g * H, of_hh, E * H, rows, mine(H), next(H));
+      }
     }
   }
 }
