@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <utility>
@@ -63,23 +64,54 @@ class Items {
   int64_t size_;
 };
 
-// A new tensor, and its memory.
+bool is_narrow(Dtype dtype) { return dtype == Dtype::kFloat16 || dtype == Dtype::kBfloat16; }
+Narrow narrow_of(Dtype dtype) { return dtype == Dtype::kFloat16 ? kFloat16 : kBfloat16; }
+
+using Memory = std::unique_ptr<void, decltype(&std::free)>;
+
+Memory allocate(size_t bytes) {
+  Memory memory(std::malloc(bytes + 1), &std::free);
+  if (!memory) throw std::bad_alloc();
+  advise_large_pages(memory.get(), bytes);
+  return memory;
+}
+
+// A new tensor, and the memory that the kernels write: its own, or floats to be narrowed to it.
 struct NewTensor {
   void* data = nullptr;
   py::object object;
 
   NewTensor() = default;
-  NewTensor(PyObject* like, std::initializer_list<int64_t> shape)
-      : object(Torch::get().empty(like, shape, &data)) {
-    int64_t elements = 1;
-    for (const int64_t size : shape) elements *= size;
-    advise_large_pages(data, size_t(elements) * sizeof(float));
+  NewTensor(PyObject* like, Dtype type, std::initializer_list<int64_t> shape)
+      : object(Torch::get().empty(like, type, shape, &data)), dtype_(type) {
+    for (const int64_t size : shape) elements_ *= size;
+    if (is_narrow(type)) {
+      narrow_ = static_cast<uint16_t*>(data);
+      floats_ = allocate(size_t(elements_) * sizeof(float));
+      data    = floats_.get();
+    } else {
+      advise_large_pages(data, size_t(elements_) * sizeof(float));
+    }
   }
-  py::object or_none() const { return object ? object : py::none(); }
+
+  // The tensor, or None if none was made.
+  py::object finish(int num_threads) const {
+    if (narrow_) {
+      kernels().narrow(narrow_of(dtype_), static_cast<const float*>(data), narrow_, elements_,
+                       num_threads);
+    }
+    return object ? object : py::none();
+  }
+
+ private:
+  Dtype dtype_      = Dtype::kFloat32;
+  int64_t elements_ = 1;
+  uint16_t* narrow_ = nullptr;
+  Memory floats_{nullptr, &std::free};
 };
 
-// One layer's inputs. A view's memory belongs to the object it was read from, to a copy in `copies`,
-// or to `zeros`.
+// One layer's inputs. A view's memory belongs to the object it was read from, to a copy in `copies`
+// or to `memory`.
 struct Layer {
   CellInfo cell{};
   int cell_index = 0;
@@ -87,14 +119,23 @@ struct Layer {
   bool one_step = false;  // input [B, I], states [B, H]
   TensorView input, states[2], weights[8];
   std::vector<py::object> copies;
-  std::unique_ptr<void, decltype(&std::free)> zeros{nullptr, &std::free};
+  std::vector<Memory> memory;
+  bool zero_states = false;
 
-  // Reads a tensor of the input's dtype, dense; false if it is not of this shape, or not ordinary.
-  bool read_dense(PyObject* object, std::initializer_list<int64_t> shape, TensorView* out) {
-    if (!Torch::get().read(object, out) || out->bits != input.bits || !out->has_shape(shape)) {
+  Dtype dtype() const { return input.dtype; }
+  // Of what the kernels compute, and of what forward saves for backward.
+  Dtype wide_dtype() const { return is_narrow(dtype()) ? Dtype::kFloat32 : dtype(); }
+
+  // Reads a tensor, dense; false if it is not of this shape and dtype, or not ordinary.
+  bool read_dense(PyObject* object, std::initializer_list<int64_t> shape, Dtype type,
+                  TensorView* out) {
+    if (!Torch::get().read(object, out) || out->dtype != type || !out->has_shape(shape)) {
       return false;
     }
     return out->is_dense() || copy(object, out);
+  }
+  bool read_dense(PyObject* object, std::initializer_list<int64_t> shape, TensorView* out) {
+    return read_dense(object, shape, dtype(), out);
   }
 
   // initial: (), (h0,) or (h0, c0). weights: 4 for each direction, biases may be None.
@@ -116,6 +157,7 @@ struct Layer {
     I = input.shape[input.dims - 1];
     H = weight_hh.shape[1];
     if (T == 0 || H == 0) return false;
+    dense_input |= is_narrow(dtype());  // it will be widened
     if (dense_input ? !input.is_dense() : I > 1 && input.strides[input.dims - 1] != 1) {
       if (!copy(input_object, &input)) return false;
     }
@@ -133,12 +175,8 @@ struct Layer {
     }
 
     const int64_t num_states = 1 + cell.has_cell_state;
-    if (initial.size() == 0) {
-      zeros.reset(std::calloc(size_t(D * B * H + 1), size_t(input.bits / 8)));
-      if (!zeros) throw std::bad_alloc();
-      for (int64_t i = 0; i < num_states; ++i) states[i].data = zeros.get();
-      return true;
-    }
+    zero_states              = initial.size() == 0;
+    if (zero_states) return true;
     if (initial.size() != num_states) return false;
     for (int64_t i = 0; i < num_states; ++i) {
       if (!(one_step ? read_dense(initial[i], {B, H}, &states[i])
@@ -150,9 +188,33 @@ struct Layer {
   }
 
   NewTensor new_state(PyObject* like) const {
-    return one_step ? NewTensor(like, {B, H}) : NewTensor(like, {D, B, H});
+    return one_step ? NewTensor(like, dtype(), {B, H}) : NewTensor(like, dtype(), {D, B, H});
   }
-  NewTensor new_output(PyObject* like) const { return NewTensor(like, {T, B, D * H}); }
+  NewTensor new_output(PyObject* like) const { return {like, dtype(), {T, B, D * H}}; }
+  // Gives the kernels arrays that they can compute on: floats for narrow tensors, and zeros for
+  // states that were not given.
+  void widen_all(int num_threads) {
+    widen(&input, num_threads);
+    for (TensorView& weight : weights) widen(&weight, num_threads);
+    if (zero_states) {
+      const size_t bytes = sizeof(double) * size_t(D * B * H);
+      memory.push_back(allocate(bytes));
+      std::memset(memory.back().get(), 0, bytes);
+      for (TensorView& state : states) state.data = memory.back().get();
+    } else {
+      for (TensorView& state : states) widen(&state, num_threads);
+    }
+  }
+  void widen(TensorView* view, int num_threads) {
+    if (!view->data || !is_narrow(view->dtype)) return;
+    const int64_t n = view->elements();
+    memory.push_back(allocate(size_t(n) * sizeof(float)));
+    auto* const floats = static_cast<float*>(memory.back().get());
+    kernels().widen(narrow_of(view->dtype), static_cast<const uint16_t*>(view->data), floats, n,
+                    num_threads);
+    view->data  = floats;
+  }
+
   int64_t gates_size() const { return D * T * B * H * cell.gates; }
   int64_t saved_size() const { return D * T * B * H * cell.saved; }
 
@@ -213,24 +275,26 @@ py::object forward(PyObject* const* arguments) {
                   false)) {
     return py::none();
   }
+  layer.widen_all(num_threads);
   const bool cell_state  = layer.cell.has_cell_state;
   const NewTensor output = layer.one_step ? layer.new_state(like) : layer.new_output(like);
   const NewTensor h_n    = layer.one_step ? NewTensor() : layer.new_state(like);
   const NewTensor c_n    = cell_state ? layer.new_state(like) : NewTensor();
-  const NewTensor saved  = save ? NewTensor(like, {layer.saved_size()}) : NewTensor();
-  (layer.input.bits == 32 ? run_forward<float> : run_forward<double>)(
+  const NewTensor saved =
+      save ? NewTensor(like, layer.wide_dtype(), {layer.saved_size()}) : NewTensor();
+  (layer.wide_dtype() == Dtype::kFloat32 ? run_forward<float> : run_forward<double>)(
       layer, num_threads, save, saved.data, output.data, h_n.data, c_n.data);
   py::tuple results(1 + !layer.one_step + cell_state);
-  results[0] = output.object;
-  if (!layer.one_step) results[1] = h_n.object;
-  if (cell_state) results[results.size() - 1] = c_n.object;
-  return py::make_tuple(results, saved.or_none());
+  results[0] = output.finish(num_threads);
+  if (!layer.one_step) results[1] = h_n.finish(num_threads);
+  if (cell_state) results[results.size() - 1] = c_n.finish(num_threads);
+  return py::make_tuple(results, saved.finish(num_threads));
 }
 
 // The gradients that backward takes and gives; null: zero, and not wanted.
 struct Gradients {
   TensorView output, h_n, c_n;
-  void *input = nullptr, *states[2]{}, *weights[8]{};
+  void *input[2]{}, *states[2]{}, *weights[8]{};
 };
 
 template <class T>
@@ -243,10 +307,10 @@ void run_backward(const Layer& layer, int num_threads, const void* saved, const 
   args.grad_output = static_cast<const T*>(grads.output.data);
   args.grad_h_n    = static_cast<const T*>(grads.h_n.data);
   args.grad_c_n    = static_cast<const T*>(grads.c_n.data);
-  args.grad_input  = static_cast<T*>(grads.input);
   args.grad_h0     = static_cast<T*>(grads.states[0]);
   args.grad_c0     = static_cast<T*>(grads.states[1]);
   for (int64_t d = 0; d < layer.D; ++d) {
+    args.grad_input[d]     = static_cast<T*>(grads.input[d]);
     args.grad_weight_ih[d] = static_cast<T*>(grads.weights[4 * d]);
     args.grad_weight_hh[d] = static_cast<T*>(grads.weights[4 * d + 1]);
     args.grad_bias_ih[d]   = static_cast<T*>(grads.weights[4 * d + 2]);
@@ -254,6 +318,10 @@ void run_backward(const Layer& layer, int num_threads, const void* saved, const 
   }
   const GilRelease no_gil;
   if (!kernels_of<T>().backward[layer.cell_index](args)) throw std::bad_alloc();
+  if (args.grad_input[1]) {
+    const int64_t n = layer.T * layer.B * layer.I;
+    for (int64_t i = 0; i < n; ++i) args.grad_input[0][i] += args.grad_input[1][i];
+  }
 }
 
 // backward(cell, num_threads, input, initial, weights, saved, grads, needed) -> gradients, or None, or
@@ -266,7 +334,7 @@ py::object backward(PyObject* const* arguments) {
       needed(arguments[7]);
   TensorView saved;
   if (!layer.read(int(PyLong_AsLong(arguments[0])), like, initial, weights, true) ||
-      !layer.read_dense(arguments[5], {layer.saved_size()}, &saved)) {
+      !layer.read_dense(arguments[5], {layer.saved_size()}, layer.wide_dtype(), &saved)) {
     return py::none();
   }
 
@@ -288,40 +356,46 @@ py::object backward(PyObject* const* arguments) {
     return py::reinterpret_borrow<py::object>(Py_NotImplemented);
   }
 
+  layer.widen_all(num_threads);
+  for (TensorView* grad : {&gradients.output, &gradients.h_n, &gradients.c_n}) {
+    layer.widen(grad, num_threads);
+  }
+
   const int64_t states = initial.size();
+  const Dtype dtype    = layer.dtype();
   py::tuple results(size_t(1 + states + weights.size()));
   if (needed.size() != int64_t(results.size()) || grads.size() < 1 + !layer.one_step) {
     throw py::type_error("expected a gradient for each result and a bool for each input");
   }
   const auto wanted = [&](int64_t i) { return needed[i] == Py_True; };
-  const auto put    = [&](int64_t i, NewTensor tensor) {
-    results[size_t(i)] = tensor.or_none();
-    return tensor.data;
-  };
-  NewTensor grad_input;  // each direction's share
+  std::vector<NewTensor> made(results.size());  // as the results
   if (wanted(0)) {
-    grad_input = layer.one_step ? NewTensor(like, {layer.B, layer.I})
-                                : NewTensor(like, {layer.D * layer.T, layer.B, layer.I});
+    made[0]            = layer.one_step ? NewTensor(like, dtype, {layer.B, layer.I})
+                                        : NewTensor(like, dtype, {layer.T, layer.B, layer.I});
+    gradients.input[0] = made[0].data;
+    if (layer.D == 2) {
+      layer.memory.push_back(allocate(sizeof(double) * size_t(layer.T * layer.B * layer.I)));
+      gradients.input[1] = layer.memory.back().get();
+    }
   }
-  gradients.input = grad_input.data;
   for (int64_t i = 0; i < states; ++i) {
-    gradients.states[i] = put(1 + i, wanted(1 + i) ? layer.new_state(like) : NewTensor());
+    if (wanted(1 + i)) made[size_t(1 + i)] = layer.new_state(like);
   }
   // One tensor each, also where two are equal (LSTM's biases): autograd may keep them as .grad.
   const int64_t rows = layer.cell.gates * layer.H;
   for (int64_t i = 0; i < weights.size(); ++i) {
-    const int64_t at     = 1 + states + i;
-    gradients.weights[i] = put(at, !wanted(at)  ? NewTensor()
-                                   : i % 4 >= 2 ? NewTensor(like, {rows})
-                                   : i % 4 == 0 ? NewTensor(like, {rows, layer.I})
-                                                : NewTensor(like, {rows, layer.H}));
+    if (!wanted(1 + states + i)) continue;
+    made[size_t(1 + states + i)] = i % 4 >= 2   ? NewTensor(like, dtype, {rows})
+                                   : i % 4 == 0 ? NewTensor(like, dtype, {rows, layer.I})
+                                                : NewTensor(like, dtype, {rows, layer.H});
   }
-  (layer.input.bits == 32 ? run_backward<float> : run_backward<double>)(layer, num_threads,
-                                                                      saved.data, gradients);
-  if (layer.D == 2 && wanted(0)) {
-    grad_input.object = Torch::get().sum_directions(grad_input.object, layer.T);
+  for (int64_t i = 0; i < states; ++i) gradients.states[i] = made[size_t(1 + i)].data;
+  for (int64_t i = 0; i < weights.size(); ++i) {
+    gradients.weights[i] = made[size_t(1 + states + i)].data;
   }
-  results[0] = grad_input.or_none();
+  (layer.wide_dtype() == Dtype::kFloat32 ? run_backward<float> : run_backward<double>)(
+      layer, num_threads, saved.data, gradients);
+  for (size_t i = 0; i < made.size(); ++i) results[i] = made[i].finish(num_threads);
   return std::move(results);
 }
 

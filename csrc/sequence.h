@@ -72,7 +72,7 @@ struct BackwardArgs {
   const scalar_t* grad_c_n;     // [D, B, H], or null for zero; LSTM only
 
   // Out, each null if not wanted.
-  scalar_t* grad_input;         // [D, T, B, I]: each direction's share
+  scalar_t* grad_input[2];      // [T, B, I]: each direction's share
   scalar_t* grad_h0;            // [D, B, H]
   scalar_t* grad_c0;            // [D, B, H]; LSTM only
   scalar_t* grad_weight_ih[2];  // [G*H, I]
@@ -80,6 +80,9 @@ struct BackwardArgs {
   scalar_t* grad_bias_ih[2];    // [G*H]
   scalar_t* grad_bias_hh[2];    // [G*H]
 };
+
+// Types that are stored but not computed in.
+enum Narrow { kFloat16, kBfloat16 };
 
 // One ISA's kernels. Each returns false, having done nothing, when its scratch memory could not be
 // had.
@@ -93,6 +96,9 @@ struct Kernels {
   const char* isa;
   KernelsOf<float> f32;
   KernelsOf<double> f64;
+  // Conversion of n numbers; num_threads as above.
+  void (*widen)(Narrow, const uint16_t* from, float* to, int64_t n, int num_threads);
+  void (*narrow)(Narrow, const float* from, uint16_t* to, int64_t n, int num_threads);
 };
 
 }  // namespace fusedrnn

@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <vector>
 
 namespace fusedrnn {
 
@@ -36,18 +37,21 @@ struct ExchangeApi {
   void* current_stream;
 };
 
-constexpr int32_t kCpu   = 1;
-constexpr uint8_t kFloat = 2;
+constexpr int32_t kCpu    = 1;
+constexpr uint8_t kFloat  = 2;
+constexpr uint8_t kBfloat = 4;
 
 }  // namespace dlpack
+
+enum class Dtype { kFloat32, kFloat64, kFloat16, kBfloat16 };
 
 constexpr int kMaxDims = 3;
 
 // The memory of an ordinary CPU tensor of up to three dimensions.
 struct TensorView {
-  void* data = nullptr;
-  int bits   = 0;  // of an element: 32 (float) or 64 (double)
-  int dims   = 0;
+  void* data  = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+  int dims    = 0;
   int64_t shape[kMaxDims]{}, strides[kMaxDims]{};
 
   bool has_shape(std::initializer_list<int64_t> expected) const {
@@ -57,6 +61,12 @@ struct TensorView {
       if (*size++ != e) return false;
     }
     return true;
+  }
+
+  int64_t elements() const {
+    int64_t n = 1;
+    for (int i = 0; i < dims; ++i) n *= shape[i];
+    return n;
   }
 
   bool is_dense() const {  // row-major, without gaps
@@ -80,7 +90,7 @@ class Torch {
   }
 
   // False, with no Python error set, unless `object` is a torch.Tensor or Parameter (not a
-  // subclass), dense, on the CPU, float32 or float64, with memory of its own.
+  // subclass), strided, on the CPU, of one of the Dtypes, with memory of its own.
   bool read(PyObject* object, TensorView* out) const {
     if (Py_TYPE(object) != tensor_type_ && Py_TYPE(object) != parameter_type_) return false;
     bool ok = false;
@@ -97,9 +107,10 @@ class Torch {
     return is_true(PyObject_GetAttr(tensor, requires_grad_.ptr()));
   }
 
-  // A new tensor of the shape given, of the dtype and device of `like`, and its memory.
-  py::object empty(PyObject* like, std::initializer_list<int64_t> shape, void** data) const {
-    PyObject* args[1 + kMaxDims] = {like};
+  // A new tensor of the shape given, of the device of `like`, and its memory.
+  py::object empty(PyObject* like, Dtype dtype, std::initializer_list<int64_t> shape,
+                   void** data) const {
+    PyObject* args[1 + kMaxDims + 1] = {like};
     py::object sizes[kMaxDims];
     size_t n = 0;
     for (const int64_t size : shape) {
@@ -107,7 +118,9 @@ class Torch {
       args[1 + n] = sizes[n].ptr();
       ++n;
     }
-    py::object tensor = owned(PyObject_VectorcallMethod(new_empty_.ptr(), args, 1 + n, nullptr));
+    args[1 + n]       = dtypes_[int(dtype)].ptr();
+    py::object tensor = owned(
+        PyObject_VectorcallMethod(new_empty_.ptr(), args, 1 + n, dtype_keyword_.ptr()));
     TensorView view;
     if (!read(tensor.ptr(), &view)) {
       PyErr_SetString(PyExc_RuntimeError, "Tensor.new_empty gave no ordinary CPU tensor");
@@ -115,12 +128,6 @@ class Torch {
     }
     *data = view.data;
     return tensor;
-  }
-
-  // [2*T, ...] -> [T, ...], the sum of the halves.
-  py::object sum_directions(const py::object& tensor, int64_t T) const {
-    const auto half = [&](int64_t t) { return tensor.attr("narrow")(0, t, T); };
-    return half(0) + half(T);
   }
 
   py::object contiguous(PyObject* tensor) const {
@@ -134,8 +141,9 @@ class Torch {
     const py::object tensor = torch.attr("Tensor");
     tensor_type_            = type(tensor);
     parameter_type_         = type(torch.attr("nn").attr("Parameter"));
-    float32_                = torch.attr("float32");
-    float64_                = torch.attr("float64");
+    for (const char* name : {"float32", "float64", "float16", "bfloat16"}) {
+      dtypes_.push_back(torch.attr(name));
+    }
     strided_                = torch.attr("strided");
     has_storage_            = torch.attr("_C").attr("_has_storage");
     const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
@@ -159,16 +167,30 @@ class Torch {
     return object == Py_False;
   }
 
+  static bool dtype_of(const dlpack::DataType& type, Dtype* out) {
+    if (type.lanes != 1) return false;
+    if (type.code == dlpack::kFloat && type.bits == 32) {
+      *out = Dtype::kFloat32;
+    } else if (type.code == dlpack::kFloat && type.bits == 64) {
+      *out = Dtype::kFloat64;
+    } else if (type.code == dlpack::kFloat && type.bits == 16) {
+      *out = Dtype::kFloat16;
+    } else if (type.code == dlpack::kBfloat && type.bits == 16) {
+      *out = Dtype::kBfloat16;
+    } else {
+      return false;
+    }
+    return true;
+  }
+
   bool read_dlpack(PyObject* object, TensorView* out) const {
     dlpack::Tensor t{};
     // An error: no memory of its own (sparse, meta, inside vmap), or no strides.
     if (api_->read(object, &t) != 0) return false;
-    if (t.device.type != dlpack::kCpu || t.dtype.code != dlpack::kFloat || t.dtype.lanes != 1 ||
-        (t.dtype.bits != 32 && t.dtype.bits != 64) || t.ndim > kMaxDims) {
+    if (t.device.type != dlpack::kCpu || t.ndim > kMaxDims || !dtype_of(t.dtype, &out->dtype)) {
       return false;
     }
     out->data = static_cast<char*>(t.data) + t.byte_offset;
-    out->bits = t.dtype.bits;
     out->dims = t.ndim;
     for (int i = 0; i < t.ndim; ++i) {
       out->shape[i]   = t.shape[i];
@@ -183,9 +205,12 @@ class Torch {
     if (!t.attr("is_cpu").cast<bool>() || !layout.is(strided_) || !has_storage_(t).cast<bool>()) {
       return false;
     }
-    out->bits              = dtype.is(float32_) ? 32 : dtype.is(float64_) ? 64 : 0;
+    int kind                = 0;
+    while (kind < int(dtypes_.size()) && !dtype.is(dtypes_[kind])) ++kind;
+    if (kind == int(dtypes_.size())) return false;
+    out->dtype = Dtype(kind);
     const py::tuple shape(t.attr("shape")), strides(t.attr("stride")());
-    if (!out->bits || shape.size() > kMaxDims) return false;
+    if (shape.size() > kMaxDims) return false;
     out->data = reinterpret_cast<void*>(  // NOLINT(performance-no-int-to-ptr)
         t.attr("data_ptr")().cast<std::uintptr_t>());
     out->dims = int(shape.size());
@@ -197,10 +222,12 @@ class Torch {
   }
 
   PyTypeObject *tensor_type_, *parameter_type_;
-  py::object float32_, float64_, strided_, has_storage_;
+  std::vector<py::object> dtypes_;  // in the order of Dtype
+  py::object strided_, has_storage_;
   const dlpack::ExchangeApi* api_ = nullptr;
   py::str is_neg_{"is_neg"}, requires_grad_{"requires_grad"}, new_empty_{"new_empty"},
       contiguous_{"contiguous"};
+  py::tuple dtype_keyword_ = py::make_tuple("dtype");
 };
 
 }  // namespace fusedrnn

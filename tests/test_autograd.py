@@ -238,17 +238,25 @@ def test_forward_mode_tangents_are_never_dropped(cell):
 
 
 @pytest.mark.parametrize("cell", LAYER_CELLS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64], ids=str)
-def test_other_dtypes_run_through_the_reference(cell, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "computed_by"),
+    [
+        (torch.bfloat16, KERNELS),
+        (torch.float16, KERNELS),
+        (torch.complex64, ["reference"]),
+    ],
+    ids=str,
+)
+def test_other_dtypes(cell, dtype, computed_by):
     if cell == "rnn_relu" and dtype.is_complex:
         pytest.skip("relu of a complex number is not defined")
     x, initial, weights = layer_inputs(cell, 3, 2, 2, 3, 1, torch.float64)
-    narrow = [t.detach().to(dtype).requires_grad_() for t in (x, *initial, *weights)]
+    other = [t.detach().to(dtype).requires_grad_() for t in (x, *initial, *weights)]
     states = len(initial)
-    with ran("reference"):
-        results = functional.layer(cell, narrow[0], narrow[1 : 1 + states], narrow[1 + states :])
+    with ran(*computed_by):
+        results = functional.layer(cell, other[0], other[1 : 1 + states], other[1 + states :])
         results[0].abs().sum().backward()
-    assert all(t.grad is not None and t.grad.dtype == dtype for t in narrow)
+    assert all(t.grad is not None and t.grad.dtype == dtype for t in other)
     wide = functional.layer(cell, x, initial, weights)
     torch.testing.assert_close(
         results[0].to(torch.complex128), wide[0].to(torch.complex128), rtol=0.05, atol=0.05

@@ -13,6 +13,7 @@
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
 #include "dispatch.h"
+#include "narrow.h"
 #include "scan.h"
 
 #define FUSEDRNN_STRING(x) #x
@@ -24,7 +25,7 @@ namespace fusedrnn {
 
 const Kernels& FUSEDRNN_KERNELS(FUSEDRNN_ISA_NAME)() {
   static constexpr Kernels kernels = {FUSEDRNN_NAME_STRING(FUSEDRNN_ISA_NAME), kernels_of<float>(),
-                                      kernels_of<double>()};
+                                      kernels_of<double>(), widen, narrow};
   return kernels;
 }
 

@@ -326,8 +326,7 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   };
   const int64_t rows   = a.T * a.B;
   const T* const grads = grad_gates;
-  if (a.grad_input) {  // = grad_gates_x weight_ih
-    T* const out = a.grad_input + d * rows * a.I;
+  if (T* const out = a.grad_input[d]) {  // = grad_gates_x weight_ih
     matrix_product<T>({G * H, grads + (E - G) * H, E * H, 1, a.weight_ih[d], out, a.I, false},
                       mine(rows), next(rows));
   }

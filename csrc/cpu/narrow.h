@@ -1,0 +1,85 @@
+// float16 and bfloat16 to float and back: the kernels compute in float32, also what is stored in
+// half of that. Plain loops, which the compiler vectorizes.
+#pragma once
+
+#include "../sequence.h"
+#include "threads.h"
+
+namespace fusedrnn {
+namespace {
+
+FUSEDRNN_INLINE float as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+FUSEDRNN_INLINE uint32_t as_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+FUSEDRNN_INLINE float bfloat16_to_float(uint16_t x) { return as_float(uint32_t(x) << 16); }
+
+// The upper half of the bits, rounded to nearest, ties to even; a NaN stays one.
+FUSEDRNN_INLINE uint16_t float_to_bfloat16(float x) {
+  const uint32_t bits    = as_bits(x);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const uint32_t quieted = (bits >> 16) | 0x40;
+  return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? quieted : rounded);
+}
+
+// float16's exponent has the bias 15, float's 127. A product by 2^112 moves the one to the other,
+// and makes float16's denormals normal; infinity and NaN need the exponent's remaining bits.
+FUSEDRNN_INLINE float float16_to_float(uint16_t x) {
+  const uint32_t magnitude = uint32_t(x & 0x7fff) << 13;
+  const float scaled       = as_float(magnitude) * as_float((127u + 112) << 23);
+  const uint32_t bits      = as_bits(scaled) | (magnitude >= 0x0f800000 ? 0x7f800000u : 0u);
+  return as_float(bits | uint32_t(x & 0x8000) << 16);
+}
+
+FUSEDRNN_INLINE uint16_t float_to_float16(float x) {
+  const uint32_t bits      = as_bits(x);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  // Normal: the exponent's bias taken down by 112, 13 bits rounded to nearest, ties to even.
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // Denormal, below 2^-14: adding 0.5, whose last bit is worth 2^-24, rounds to float16's last bit.
+  const uint32_t denormal = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);
+  const uint32_t special  = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;  // NaN, infinity
+  const uint32_t finite   = magnitude < (113u << 23) ? denormal : normal;
+  // From 65520 on, half a unit above the largest, to infinity.
+  return uint16_t((magnitude >= 0x477ff000 ? special : finite) | ((bits >> 16) & 0x8000));
+}
+
+// Calls convert(begin, end) for shares of [0, n), in threads where it pays.
+template <class Convert>
+void in_shares(int64_t n, int num_threads, const Convert& convert) {
+  constexpr int64_t kMinShare = 64 * 1024;  // an estimate: about ten times what a region costs
+  const int64_t useful        = n / kMinShare;
+  parallel(int(useful < num_threads ? useful : num_threads), [&](int thread, int threads) {
+    convert(n * thread / threads, n * (thread + 1) / threads);
+  });
+}
+
+inline void widen(Narrow kind, const uint16_t* from, float* to, int64_t n, int num_threads) {
+  in_shares(n, num_threads, [&](int64_t begin, int64_t end) {
+    if (kind == kBfloat16) {
+      for (int64_t i = begin; i < end; ++i) to[i] = bfloat16_to_float(from[i]);
+    } else {
+      for (int64_t i = begin; i < end; ++i) to[i] = float16_to_float(from[i]);
+    }
+  });
+}
+
+inline void narrow(Narrow kind, const float* from, uint16_t* to, int64_t n, int num_threads) {
+  in_shares(n, num_threads, [&](int64_t begin, int64_t end) {
+    if (kind == kBfloat16) {
+      for (int64_t i = begin; i < end; ++i) to[i] = float_to_bfloat16(from[i]);
+    } else {
+      for (int64_t i = begin; i < end; ++i) to[i] = float_to_float16(from[i]);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fusedrnn
