@@ -167,7 +167,7 @@ struct Layer {
       PyObject* const object = all_weights[i];
       const bool bias        = i % 4 >= 2;
       if (bias && object == Py_None) continue;
-      if (!(bias           ? read_dense(object, {rows}, &weights[i])
+      if (!(bias         ? read_dense(object, {rows}, &weights[i])
             : i % 4 == 0 ? read_dense(object, {rows, I}, &weights[i])
                          : read_dense(object, {rows, H}, &weights[i]))) {
         return false;
@@ -212,7 +212,7 @@ struct Layer {
     auto* const floats = static_cast<float*>(memory.back().get());
     kernels().widen(narrow_of(view->dtype), static_cast<const uint16_t*>(view->data), floats, n,
                     num_threads);
-    view->data  = floats;
+    view->data = floats;
   }
 
   int64_t gates_size() const { return D * T * B * H * cell.gates; }
@@ -220,12 +220,12 @@ struct Layer {
 
   template <class Args>
   void fill(Args* args) const {
-    using T_ = std::remove_const_t<std::remove_pointer_t<decltype(args->h0)>>;
-    args->T  = T;
-    args->B  = B;
-    args->I  = I;
-    args->H  = H;
-    args->D  = D;
+    using T_      = std::remove_const_t<std::remove_pointer_t<decltype(args->h0)>>;
+    args->T       = T;
+    args->B       = B;
+    args->I       = I;
+    args->H       = H;
+    args->D       = D;
     const auto of = [](const TensorView& view) { return static_cast<const T_*>(view.data); };
     args->input   = of(input);
     args->h0      = of(states[0]);
@@ -282,8 +282,10 @@ py::object forward(PyObject* const* arguments) {
   const NewTensor c_n    = cell_state ? layer.new_state(like) : NewTensor();
   const NewTensor saved =
       save ? NewTensor(like, layer.wide_dtype(), {layer.saved_size()}) : NewTensor();
-  (layer.wide_dtype() == Dtype::kFloat32 ? run_forward<float> : run_forward<double>)(
-      layer, num_threads, save, saved.data, output.data, h_n.data, c_n.data);
+  (layer.wide_dtype() == Dtype::kFloat32 ? run_forward<float>
+                                         : run_forward<double>)(layer, num_threads, save,
+                                                                saved.data, output.data, h_n.data,
+                                                                c_n.data);
   py::tuple results(1 + !layer.one_step + cell_state);
   results[0] = output.finish(num_threads);
   if (!layer.one_step) results[1] = h_n.finish(num_threads);
@@ -345,14 +347,14 @@ py::object backward(PyObject* const* arguments) {
            (layer.one_step ? layer.read_dense(grad, {layer.B, layer.H}, out)
                            : layer.read_dense(grad, {layer.D, layer.B, layer.H}, out));
   };
-  const bool whole = layer.one_step ? read_state(grads[0], &gradients.output)
-                                    : (grads[0] == Py_None ||
-                                       layer.read_dense(grads[0],
-                                                        {layer.T, layer.B, layer.D * layer.H},
-                                                        &gradients.output)) &&
-                                          read_state(grads[1], &gradients.h_n);
-  if (!whole || (layer.cell.has_cell_state &&
-                 !read_state(grads[grads.size() - 1], &gradients.c_n))) {
+  const bool whole = layer.one_step
+                         ? read_state(grads[0], &gradients.output)
+                         : (grads[0] == Py_None ||
+                            layer.read_dense(grads[0], {layer.T, layer.B, layer.D * layer.H},
+                                             &gradients.output)) &&
+                               read_state(grads[1], &gradients.h_n);
+  if (!whole ||
+      (layer.cell.has_cell_state && !read_state(grads[grads.size() - 1], &gradients.c_n))) {
     return py::reinterpret_borrow<py::object>(Py_NotImplemented);
   }
 
@@ -393,8 +395,9 @@ py::object backward(PyObject* const* arguments) {
   for (int64_t i = 0; i < weights.size(); ++i) {
     gradients.weights[i] = made[size_t(1 + states + i)].data;
   }
-  (layer.wide_dtype() == Dtype::kFloat32 ? run_backward<float> : run_backward<double>)(
-      layer, num_threads, saved.data, gradients);
+  (layer.wide_dtype() == Dtype::kFloat32
+       ? run_backward<float>
+       : run_backward<double>)(layer, num_threads, saved.data, gradients);
   for (size_t i = 0; i < made.size(); ++i) results[i] = made[i].finish(num_threads);
   return std::move(results);
 }
@@ -404,6 +407,26 @@ py::object takes(PyObject* const* arguments) {
   Layer layer;
   return py::bool_(layer.read(int(PyLong_AsLong(arguments[0])), arguments[1], Items(arguments[2]),
                               Items(arguments[3]), false));
+}
+
+// plan(cell, num_threads, input, initial, weights) -> (threads, row_shards, unit_shards, packed,
+// chunk) or None.
+py::object plan(PyObject* const* arguments) {
+  Layer layer;
+  if (!layer.read(int(PyLong_AsLong(arguments[0])), arguments[2], Items(arguments[3]),
+                  Items(arguments[4]), false)) {
+    return py::none();
+  }
+  const auto of = [&](auto args) {
+    layer.fill(&args);
+    args.num_threads    = int(PyLong_AsLong(arguments[1]));
+    args.input_stride_t = layer.one_step ? 0 : layer.input.strides[0];
+    args.input_stride_b = layer.input.strides[layer.input.dims - 2];
+    return kernels_of<std::remove_pointer_t<decltype(args.h_n)>>().plan[layer.cell_index](args);
+  };
+  const Plan made =
+      layer.wide_dtype() == Dtype::kFloat32 ? of(ForwardArgs<float>{}) : of(ForwardArgs<double>{});
+  return py::make_tuple(made.threads, made.row_shards, made.unit_shards, made.packed, made.chunk);
 }
 
 // As a Python function of n positional arguments. pybind11's own would convert each argument with a
@@ -444,6 +467,7 @@ PYBIND11_MODULE(_C, m) {
   static PyMethodDef methods[] = {definition<forward, 6>("forward"),
                                   definition<backward, 8>("backward"),
                                   definition<takes, 4>("takes"),
+                                  definition<plan, 5>("plan"),
                                   {nullptr, nullptr, 0, nullptr}};
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
   Torch::get();

@@ -84,12 +84,22 @@ struct BackwardArgs {
 // Types that are stored but not computed in.
 enum Narrow { kFloat16, kBfloat16 };
 
-// One ISA's kernels. Each returns false, having done nothing, when its scratch memory could not be
-// had.
+// How a forward call of a shape would run.
+struct Plan {
+  int64_t threads;      // in all
+  int64_t row_shards;   // of one direction: shares of the batch,
+  int64_t unit_shards;  // and of the hidden units
+  bool packed;          // whether the weights are laid out anew for the call
+  int64_t chunk;        // steps whose input is projected at once
+};
+
+// One ISA's kernels. Forward and backward return false, having done nothing, when their scratch
+// memory could not be had. A plan reads nothing but the numbers of its argument.
 template <class scalar_t>
 struct KernelsOf {
   bool (*forward[kNumCells])(const ForwardArgs<scalar_t>&);
   bool (*backward[kNumCells])(const BackwardArgs<scalar_t>&);
+  Plan (*plan[kNumCells])(const ForwardArgs<scalar_t>&);
 };
 
 struct Kernels {

@@ -114,13 +114,13 @@ class Torch {
     py::object sizes[kMaxDims];
     size_t n = 0;
     for (const int64_t size : shape) {
-      sizes[n] = py::int_(size);
+      sizes[n]    = py::int_(size);
       args[1 + n] = sizes[n].ptr();
       ++n;
     }
-    args[1 + n]       = dtypes_[int(dtype)].ptr();
-    py::object tensor = owned(
-        PyObject_VectorcallMethod(new_empty_.ptr(), args, 1 + n, dtype_keyword_.ptr()));
+    args[1 + n] = dtypes_[int(dtype)].ptr();
+    py::object tensor =
+        owned(PyObject_VectorcallMethod(new_empty_.ptr(), args, 1 + n, dtype_keyword_.ptr()));
     TensorView view;
     if (!read(tensor.ptr(), &view)) {
       PyErr_SetString(PyExc_RuntimeError, "Tensor.new_empty gave no ordinary CPU tensor");
@@ -144,8 +144,8 @@ class Torch {
     for (const char* name : {"float32", "float64", "float16", "bfloat16"}) {
       dtypes_.push_back(torch.attr(name));
     }
-    strided_                = torch.attr("strided");
-    has_storage_            = torch.attr("_C").attr("_has_storage");
+    strided_                 = torch.attr("strided");
+    has_storage_             = torch.attr("_C").attr("_has_storage");
     const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
     if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
       const auto* api = static_cast<const dlpack::ExchangeApi*>(
@@ -205,7 +205,7 @@ class Torch {
     if (!t.attr("is_cpu").cast<bool>() || !layout.is(strided_) || !has_storage_(t).cast<bool>()) {
       return false;
     }
-    int kind                = 0;
+    int kind = 0;
     while (kind < int(dtypes_.size()) && !dtype.is(dtypes_[kind])) ++kind;
     if (kind == int(dtypes_.size())) return false;
     out->dtype = Dtype(kind);

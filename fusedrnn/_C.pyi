@@ -8,6 +8,9 @@ from fusedrnn.ops import Tensors, Weights
 
 def isa() -> str: ...
 def takes(cell: int, input: Tensor, initial: Tensors, weights: Weights, /) -> bool: ...
+def plan(
+    cell: int, num_threads: int, input: Tensor, initial: Tensors, weights: Weights, /
+) -> tuple[int, int, int, bool, int] | None: ...
 def forward(
     cell: int,
     save: bool,

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fusedrnn import functional
 from fusedrnn.convert import replace, restore
+from fusedrnn.explanation import explain
 from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from fusedrnn.ops import isa
 
@@ -23,6 +24,7 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "explain",
     "functional",
     "isa",
     "replace",

@@ -51,7 +51,7 @@ _ISA = _C.isa()  # at import: a FUSEDRNN_ISA that cannot be had is an error here
 class Cell(NamedTuple):
     """What the host side must know of a cell; csrc/cells/ has the rest."""
 
-    index: int  # in csrc/sequence.h's enum Cell
+    number: int  # in csrc/sequence.h's enum Cell
     gates: int  # row blocks of weight_ih and weight_hh
     states: int  # h, or h and c
 
@@ -92,7 +92,23 @@ def takes(cell: str, input: Tensor, initial: Tensors, weights: Weights) -> bool:
 
     `initial` is (h0,) or (h0, c0) or, for zeros, ().
     """
-    return _C.takes(CELLS[cell].index, input, initial, weights)
+    return _C.takes(CELLS[cell].number, input, initial, weights)
+
+
+class Plan(NamedTuple):
+    """How `forward` would run a call."""
+
+    threads: int  # in all
+    row_shards: int  # of one direction: shares of the batch,
+    unit_shards: int  # and of the hidden units
+    packed: bool  # whether the weights are laid out anew for the call
+    chunk: int  # steps whose input is projected at once
+
+
+def plan(cell: str, input: Tensor, initial: Tensors, weights: Weights) -> Plan | None:
+    """How `forward` would run, or None if not `takes`. Computes nothing."""
+    made = _C.plan(CELLS[cell].number, torch.get_num_threads(), input, initial, weights)
+    return None if made is None else Plan(*made)
 
 
 def forward(
@@ -103,7 +119,7 @@ def forward(
     Returns the results of functional.layer, and what `backward` needs if `save`: the gates [D, T,
     B, G*H], then LSTM's c or GRU's a_hn [D, T, B, H], in one tensor of one dimension.
     """
-    result = _C.forward(CELLS[cell].index, save, torch.get_num_threads(), input, initial, weights)
+    result = _C.forward(CELLS[cell].number, save, torch.get_num_threads(), input, initial, weights)
     if result is not None:
         counts["kernel_forward"] += 1
     return result
@@ -124,7 +140,7 @@ def backward(
     RuntimeError if another argument is not as `forward` took or gave it.
     """
     result = _C.backward(
-        CELLS[cell].index,
+        CELLS[cell].number,
         torch.get_num_threads(),
         input,
         initial,

@@ -100,7 +100,9 @@ def relu_of_sum(x, bias):
     one = torch.ones(1, 1, dtype=x.dtype)
     state = torch.zeros(len(x), 1, dtype=x.dtype)
     with torch.no_grad(), ran("kernel_forward"):
-        return functional.layer("rnn_relu", x[:, None], (state,), (one, one * 0, bias, None))[0][:, 0]
+        return functional.layer("rnn_relu", x[:, None], (state,), (one, one * 0, bias, None))[0][
+            :, 0
+        ]
 
 
 @NARROW

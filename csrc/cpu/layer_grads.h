@@ -8,9 +8,9 @@
 namespace fusedrnn {
 namespace {
 
-// Terms of one partial sum. Sums of sums lose less than one long sum, and so many rows of 256 bytes
-// (b's under a tile) stay in L1 while all tiles of a column pass over them.
-constexpr int64_t kPartialTerms = 128;
+// Terms of one partial sum here: so many rows of 256 bytes (b's under a tile) stay in L1 while all
+// tiles of a column pass over them.
+constexpr int64_t kPartialRows = 128;
 
 // out[m][n] (+)= sum_k a(m, k) b[k][n] over K terms. A tile's row is m, its panels V columns n each.
 template <class T>
@@ -82,8 +82,8 @@ void matrix_product(const ProductStep<T>& s, int64_t begin, int64_t end) {
   for (int64_t m = begin; m < end; m += kBlockRows) {
     const int64_t m_end = end - m < kBlockRows ? end : m + kBlockRows;
     ProductStep<T> part = s;
-    for (int64_t k = 0; k < s.K; k += kPartialTerms) {
-      part.K          = s.K - k < kPartialTerms ? s.K - k : kPartialTerms;
+    for (int64_t k = 0; k < s.K; k += kPartialRows) {
+      part.K          = s.K - k < kPartialRows ? s.K - k : kPartialRows;
       part.accumulate = s.accumulate || k > 0;
       run_tiles<ProductTiles<T>>(part, m, m_end, 0, blocks_of<T>(s.columns), false);
       part.a += part.K * s.a_stride_k;
@@ -93,20 +93,19 @@ void matrix_product(const ProductStep<T>& s, int64_t begin, int64_t end) {
 }
 
 // out[0..] = sum_r a[r][0..] for N vectors of columns, the last of `lanes` lanes. Sums of 16 rows, then
-// of kPartialTerms, then of all: as for products, sums of sums lose less.
+// of kPartialRows, then of all: as for products, sums of sums lose less.
 template <class T, int N>
 void column_sums_strip(T* out, const T* a, int64_t a_stride, int64_t rows, int lanes) {
   constexpr int V = kLanes<T>;
   const auto n    = [&](int j) FUSEDRNN_LAMBDA { return j < N - 1 ? V : lanes; };
   Vec<T> sum[N]{};
-  for (int64_t r = 0; r < rows; r += kPartialTerms) {
+  for (int64_t r = 0; r < rows; r += kPartialRows) {
     Vec<T> part[N]{};
-    for (int64_t end = rows - r < kPartialTerms ? rows : r + kPartialTerms, i = r; i < end;) {
+    for (int64_t end = rows - r < kPartialRows ? rows : r + kPartialRows, i = r; i < end;) {
       Vec<T> few[N]{};
       for (const int64_t few_end = end - i < 16 ? end : i + 16; i < few_end; ++i) {
-        unroll<N>([&](auto j) FUSEDRNN_LAMBDA {
-          few[j] = few[j] + load(a + i * a_stride + j * V, n(j));
-        });
+        unroll<N>([&](auto j)
+                      FUSEDRNN_LAMBDA { few[j] = few[j] + load(a + i * a_stride + j * V, n(j)); });
       }
       unroll<N>([&](auto j) FUSEDRNN_LAMBDA { part[j] = part[j] + few[j]; });
     }

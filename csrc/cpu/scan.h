@@ -128,9 +128,9 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
 
   UnpackedStep<T> unpacked{};
   ForwardStep<T>& step = unpacked.step;
-  step.H        = H;
-  step.save     = a.save;
-  step.h_stride = DH;
+  step.H               = H;
+  step.save            = a.save;
+  step.h_stride        = DH;
   ProjectStep<T> project{};
   project.I            = a.I;
   project.H            = H;
@@ -336,7 +336,8 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     constexpr int kFirst = G - Cell::kRecurrentRow;
     const T* const first = grads + time(0) * BH * E;
     const T* const w     = a.weight_hh[d];
-    ProductStep<T> part{kFirst * H, first, E * H, 1, w + Cell::kRecurrentRow * H * H, out, H, false};
+    ProductStep<T> part{kFirst * H, first, E * H, 1, w + Cell::kRecurrentRow * H * H,
+                        out,        H,     false};
     matrix_product<T>(part, mine(a.B), next(a.B));
     if (Cell::kRecurrentRow) {
       part = {Cell::kRecurrentRow * H, first + kFirst * H, E * H, 1, w, out, H, true};
@@ -393,6 +394,16 @@ bool forward(const ForwardArgs<T>& a) {
 }
 
 template <class Cell, class T>
+Plan plan(const ForwardArgs<T>& a) {
+  const ForwardLayout<Cell, T> layout(a);
+  const Shape shape = shape_of<Cell, T>(a, layout.recurrent + layout.input, kMaxRows<Cell::kGates>);
+  const int threads = useful_threads(shape, a.num_threads);
+  const Shard shard = shard_of(shape, 0, threads);
+  return {threads, shard.direction_threads / shard.unit_shards, shard.unit_shards, layout.packed(),
+          layout.chunk};
+}
+
+template <class Cell, class T>
 bool backward(const BackwardArgs<T>& a) {
   const BackwardLayout<Cell, T> layout(a);
   const Shape shape = shape_of<Cell, T>(a, layout.recurrent, kMaxRows<1>);
@@ -412,7 +423,8 @@ bool backward(const BackwardArgs<T>& a) {
 template <class T>
 constexpr KernelsOf<T> kernels_of() {
   return {{forward<Lstm, T>, forward<Gru, T>, forward<Rnn<false>, T>, forward<Rnn<true>, T>},
-          {backward<Lstm, T>, backward<Gru, T>, backward<Rnn<false>, T>, backward<Rnn<true>, T>}};
+          {backward<Lstm, T>, backward<Gru, T>, backward<Rnn<false>, T>, backward<Rnn<true>, T>},
+          {plan<Lstm, T>, plan<Gru, T>, plan<Rnn<false>, T>, plan<Rnn<true>, T>}};
 }
 
 }  // namespace

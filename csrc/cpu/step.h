@@ -30,13 +30,18 @@ constexpr int max_panels(int M) {
   return P;
 }
 
-// acc[m][p*Q + q] += sum_k a[m*lda + k] panel_p[k][q], k ascending whatever M and P are: a row's
-// bits do not depend on the tile that it falls into.
+// Terms of one partial sum over k. Sums of sums lose less than one long sum: with 512 terms in one,
+// an RNN's error was 1.5 times torch's, so it is 1.2 times. Costs LSTM 0.7 percent at H=512; 128
+// terms would cost 2.
+constexpr int64_t kPartialTerms = 256;
+
+// acc[m][p*Q + q] += sum_k a[m*lda + k] panel_p[k][q] for k in [begin, end), ascending.
 template <int M, int P, int Q, class T>
-FUSEDRNN_INLINE void product(Vec<T> (&acc)[M][P * Q], const T* a, int64_t lda, int64_t K,
-                             const T* panels, int64_t panel_size) {
+FUSEDRNN_INLINE void partial_product(Vec<T> (&acc)[M][P * Q], const T* a, int64_t lda,
+                                     int64_t begin, int64_t end, const T* panels,
+                                     int64_t panel_size) {
   constexpr int V = kLanes<T>;
-  for (int64_t k = 0; k < K; ++k) {
+  for (int64_t k = begin; k < end; ++k) {
     const T* row = panels + k * Q * V;
     if constexpr (M <= P * Q) {
       Vec<T> a_k[M];
@@ -54,6 +59,25 @@ FUSEDRNN_INLINE void product(Vec<T> (&acc)[M][P * Q], const T* a, int64_t lda, i
         unroll<P * Q>([&](auto pq) FUSEDRNN_LAMBDA { acc[m][pq] = fma(a_k, w[pq], acc[m][pq]); });
       });
     }
+  }
+}
+
+// acc[m][p*Q + q] += sum_k a[m*lda + k] panel_p[k][q], in one order whatever M and P are: a row's
+// bits do not depend on the tile that it falls into.
+template <int M, int P, int Q, class T>
+FUSEDRNN_INLINE void product(Vec<T> (&acc)[M][P * Q], const T* a, int64_t lda, int64_t K,
+                             const T* panels, int64_t panel_size) {
+  int64_t end = K < kPartialTerms ? K : kPartialTerms;
+  partial_product<M, P, Q>(acc, a, lda, 0, end, panels, panel_size);
+  while (end < K) {
+    const int64_t begin   = end;
+    end                   = K - begin < kPartialTerms ? K : begin + kPartialTerms;
+    Vec<T> part[M][P * Q] = {};
+    partial_product<M, P, Q>(part, a, lda, begin, end, panels, panel_size);
+    unroll<M * P * Q>([&](auto i) FUSEDRNN_LAMBDA {
+      constexpr int m = i / (P * Q), pq = i % (P * Q);
+      acc[m][pq] = acc[m][pq] + part[m][pq];
+    });
   }
 }
 

@@ -52,7 +52,8 @@ void affine_unpacked(Vec<T> (&out)[M], const T* a, int64_t lda, int64_t K, const
     int64_t k = 0;
     for (; k + V <= K; k += V) step(k, V);
     if (k < K) step(k, int(K - k));
-    unroll<U * M>([&](auto um) FUSEDRNN_LAMBDA { sums[um % M][part * U + um / M] = acc[um / M][um % M]; });
+    unroll<U * M>([&](auto um)
+                      FUSEDRNN_LAMBDA { sums[um % M][part * U + um / M] = acc[um / M][um % M]; });
   });
   const Vec<T> b = bias ? load(bias, units) : Vec<T>{};
   unroll<M>([&](auto m) FUSEDRNN_LAMBDA { out[m] = lane_sums<T>(sums[m]) + b; });
@@ -77,7 +78,8 @@ void unpacked_tile(const UnpackedStep<T>& s, int64_t row, int64_t block) {
   for (int g = 0; g < G; ++g) {
     const int64_t first = g * H + unit;
     affine_unpacked<T, M>(gates_x[g], s.input + row * s.input_stride, s.input_stride, s.I,
-                          s.weight_ih + first * s.I, s.bias_ih ? s.bias_ih + first : nullptr, units);
+                          s.weight_ih + first * s.I, s.bias_ih ? s.bias_ih + first : nullptr,
+                          units);
     affine_unpacked<T, M>(gates_h[g], s.step.h_prev + row * s.step.h_prev_stride,
                           s.step.h_prev_stride, H, s.weight_hh + first * H,
                           s.bias_hh ? s.bias_hh + first : nullptr, units);

@@ -1,0 +1,171 @@
+"""`explain`: in words, what computes a call of a module, and why. Computes nothing itself.
+
+It asks what modules.py asks, in the same order; tests/test_explain.py holds the two together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import (
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+)
+from torch.nn.utils.rnn import PackedSequence
+
+from fusedrnn import modules, ops
+
+
+def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
+    """What `module(input, hx)` would be computed by, here and now, as a text of some lines.
+
+    `module` is an LSTM, GRU, RNN or a cell of fusedrnn or of torch.nn; `input` and `hx` are what it
+    would be called with. The first line begins with "kernels", "reference" or "torch.nn".
+    TypeError for another module.
+    """
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase) and not isinstance(module, modules._Fused):
+        return (
+            f"torch.nn: this is {_name(type(module))}, not one of fusedrnn's modules. "
+            "fusedrnn.replace(model) changes those inside a model."
+        )
+    if not isinstance(module, modules._Fused):
+        raise TypeError(
+            "explain takes an LSTM, GRU, RNN or one of their cells, got "
+            f"{_name(type(module))}; call it for the modules inside"
+        )
+    reason = _why_torch(module, input, hx)
+    if reason is not None:
+        return f"torch.nn: {reason}."
+    layers = _layers(module, input, hx)
+    if ops.watched():
+        return "reference: torch.func or forward-mode AD is active, and its operations have rules."
+    plans = [ops.plan(*layer) for layer in layers]
+    if None in plans:
+        try:
+            for layer in layers:
+                ops.check_layer(*layer)
+        except RuntimeError as error:
+            return f"torch.nn: a shape does not fit, and the error is torch's ({error})."
+        return f"torch.nn: {_why_not_ordinary(*layers[plans.index(None)][1:])}."
+    lines = [f"kernels: {ops.isa()}, {_arithmetic(input.dtype)}."]
+    for i, (layer, plan) in enumerate(zip(layers, plans, strict=True)):
+        assert plan is not None
+        where = f"Layer {i}: " if len(layers) > 1 else ""
+        lines.append(where + _plan_in_words(plan, *layer))
+    return "\n".join(lines)
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _why_torch(module: Any, input: Any, hx: Any) -> str | None:
+    """What modules.py sees before it asks the kernels; None if nothing."""
+    states = hx if isinstance(hx, (tuple, list)) else () if hx is None else (hx,)
+    if isinstance(input, PackedSequence):
+        return "the input is a PackedSequence, which the kernels do not take yet"
+    if not isinstance(input, Tensor) or not all(isinstance(s, Tensor) for s in states):
+        return "the input or hx is no tensor, and the error is torch's"
+    if getattr(module, "proj_size", 0):
+        return "the module has a projection (proj_size), which the kernels do not have yet"
+    if _is_any_autocast_enabled():
+        return "autocast is active, and torch knows what it converts"
+    if _get_tracing_state() or (_len_torch_dispatch_stack() and not ops.transformed()):
+        return "torch's operations are being recorded (torch.jit.trace or a dispatch mode)"
+    of_layers = isinstance(module, nn.RNNBase)
+    dims = input.dim()
+    if dims not in ((2, 3) if of_layers else (1, 2)):
+        return f"the input has {dims} dimensions, and the error is torch's"
+    if hx is not None and (
+        len(states) != module._num_states or isinstance(hx, Tensor) != (len(states) == 1)
+    ):
+        return "hx is not what this module takes, and the error is torch's"
+    if input.shape[-1] != module.input_size:
+        return (
+            f"the input has {input.shape[-1]} features where the module expects "
+            f"{module.input_size}, and the error is torch's"
+        )
+    expected = dims if of_layers or dims == 2 else 1
+    if any(s.dim() != expected for s in states):
+        return "hx has not as many dimensions as the input, and the error is torch's"
+    return None
+
+
+def _layers(module: Any, input: Tensor, hx: Any) -> list[tuple[str, Tensor, Any, Any]]:
+    """(cell, input, initial states, weights) of each layer, inputs after the first invented."""
+    weights: Any
+    states = list(hx) if isinstance(hx, (tuple, list)) else [] if hx is None else [hx]
+    if isinstance(module, nn.RNNCellBase):
+        if input.dim() == 1:
+            input, states = input.unsqueeze(0), [s.unsqueeze(0) for s in states]
+        weights = (module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh)
+        if isinstance(module, nn.RNNCell):
+            return [(f"rnn_{module.nonlinearity}", input, states, weights)]
+        return [("lstm" if module._num_states == 2 else "gru", input, states, weights)]
+    directions = 2 if module.bidirectional else 1
+    if input.dim() == 2:
+        input, states = input.unsqueeze(1), [s.unsqueeze(1) for s in states]
+    elif module.batch_first:
+        input = input.transpose(0, 1)
+    layers = []
+    for i in range(0, len(module.all_weights), directions):
+        both = module.all_weights[i : i + directions]
+        weights = [w for one in both for w in (*one, None, None)[:4]]
+        initial = [s[i : i + directions] for s in states]
+        layers.append((module.mode.lower(), input, initial, weights))
+        input = input.new_empty(*input.shape[:2], directions * module.hidden_size)
+    return layers
+
+
+def _why_not_ordinary(input: Tensor, initial: Any, weights: Any) -> str:
+    tensors = [t for t in (input, *initial, *weights) if t is not None]
+    dtypes = {t.dtype for t in tensors}
+    devices = {t.device.type for t in tensors}
+    if len(dtypes) > 1:
+        return f"input, hx and weights are of several dtypes ({', '.join(map(str, dtypes))})"
+    if devices != {"cpu"}:
+        return f"the tensors are on {', '.join(sorted(devices))}, and the kernels are for the CPU"
+    if not dtypes <= {torch.float32, torch.float64, torch.float16, torch.bfloat16}:
+        return f"the kernels do not compute {input.dtype}"
+    return "a tensor is no ordinary one (a subclass, sparse, or without memory of its own)"
+
+
+def _arithmetic(dtype: torch.dtype) -> str:
+    if dtype in (torch.float16, torch.bfloat16):
+        return f"{str(dtype)[6:]} widened to float32 once, results rounded once"
+    if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return (
+            f"float32 (torch's float32_matmul_precision is "
+            f"{torch.get_float32_matmul_precision()!r}, but there is no kernel of less precision "
+            "for this CPU)"
+        )
+    return str(dtype)[6:]
+
+
+def _plan_in_words(plan: ops.Plan, cell: str, input: Tensor, initial: Any, weights: Any) -> str:
+    steps = input.shape[0] if input.dim() == 3 else 1
+    if plan.packed:
+        words = (
+            "weights laid out anew for the call, so that a register tile holds all gates of its "
+            f"units; input projected {plan.chunk} step{'s' * (plan.chunk > 1)} at a time"
+        )
+    else:
+        words = f"weights read as they lie in memory: {steps} step(s) do not pay for another layout"
+    if plan.threads == 1:
+        available = torch.get_num_threads()
+        return f"{words}; one thread" + (
+            f" of {available}: the work does not pay for more." if available > 1 else "."
+        )
+    splits = []
+    if len(weights) == 8:
+        splits.append("the directions run side by side")
+    if plan.row_shards > 1:
+        splits.append(f"the batch is split in {plan.row_shards}, which never wait for each other")
+    if plan.unit_shards > 1:
+        splits.append(
+            f"the hidden units are split in {plan.unit_shards}, which meet after every step"
+        )
+    return f"{words}; {plan.threads} threads: {'; '.join(splits)}."

@@ -1,0 +1,133 @@
+"""What `explain` says is what happens: its first word against the counters, its plan against the
+shapes that each plan is for."""
+
+import pytest
+import torch
+from helpers import CELLS, LAYERS, build, pair, ran, states
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+
+import fusedrnn
+from fusedrnn import modules
+
+T, B, I, H = 7, 3, 5, 6  # noqa: E741
+
+COUNTED = {"kernels": "kernel_forward", "reference": "reference", "torch.nn": "torch"}
+
+
+def says(module, *arguments):
+    """The explanation, after a call has shown that its first word is true."""
+    text = fusedrnn.explain(module, *arguments)
+    with torch.no_grad(), ran(COUNTED[text.split(":")[0]]):
+        module(*arguments)
+    return text
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"bias": False}], ids=str)
+def test_layers(kind, dtype, options):
+    module = build(modules, kind, I, H, num_layers=2, dtype=dtype, **options)
+    directions = 1 + ("bidirectional" in options)
+    text = says(module, torch.randn(T, B, I, dtype=dtype))
+    assert text.startswith(f"kernels: {fusedrnn.isa()}, ")
+    assert "Layer 1: " in text
+    hx = states(kind, 2 * directions, B, H, dtype=dtype)
+    assert says(module, torch.randn(T, B, I, dtype=dtype), hx) == text
+    unbatched = states(kind, 2 * directions, H, dtype=dtype)
+    assert says(module, torch.randn(T, I, dtype=dtype), unbatched).startswith("kernels: ")
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_cells(kind):
+    module = build(modules, kind, I, H)
+    for shape in ((B,), ()):
+        hx = states(kind, *shape, H, dtype=torch.float32)
+        assert "as they lie in memory" in says(module, torch.randn(*shape, I), hx)
+
+
+def test_what_torch_computes():
+    module = build(modules, "GRU", I, H)
+    x = torch.randn(T, B, I)
+    assert "PackedSequence" in says(module, pack_sequence([x[:, 0]]))
+    assert "meta" in says(build(modules, "GRU", I, H, device="meta"), x.to("meta"))
+    assert "complex64" in says(module.to(torch.complex64), x.to(torch.complex64))
+    assert "proj_size" in says(build(modules, "LSTM", I, H, proj_size=2), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast" in says(build(modules, "GRU", I, H), x)
+
+    class Tagged(torch.Tensor):
+        pass
+
+    assert "no ordinary one" in says(build(modules, "GRU", I, H), x.as_subclass(Tagged))
+
+
+def test_what_the_reference_computes():
+    module = build(modules, "GRU", I, H)
+    torch.func.vmap(lambda x: (says(module, x), x)[1])(torch.randn(2, T, B, I))
+
+
+WRONG = {
+    "features": (torch.randn(T, B, I + 1),),
+    "no tensor": ([1.0],),
+    "dimensions": (torch.randn(2, T, B, I),),
+    "hx of another batch": (torch.randn(T, B, I), torch.randn(1, B + 1, H)),
+    "hx without a batch": (torch.randn(T, B, I), torch.randn(1, H)),
+    "hx of another kind": (torch.randn(T, B, I), (torch.randn(1, B, H),)),
+    "dtype": (torch.randn(T, B, I).double(),),
+    "no steps": (torch.randn(0, B, I),),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_call_is_torchs(case):
+    module = build(modules, "GRU", I, H)
+    assert fusedrnn.explain(module, *WRONG[case]).startswith("torch.nn: ")
+    with pytest.raises((RuntimeError, ValueError, TypeError, AttributeError)), ran():
+        module(*WRONG[case])
+
+
+def test_other_modules():
+    theirs, ours = pair("LSTM", I, H)
+    assert "fusedrnn.replace(model)" in fusedrnn.explain(theirs, torch.randn(T, B, I))
+    with pytest.raises(TypeError, match="explain takes an LSTM, GRU, RNN or one of their cells"):
+        fusedrnn.explain(nn.Sequential(ours), torch.randn(T, B, I))
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(
+    ("shape", "directions", "words"),
+    [
+        ((100, 1, 32), 1, "one thread of 2"),  # H at most 64: no synchronisation
+        ((100, 1, 256), 1, "the hidden units are split in 2"),
+        ((100, 32, 128), 1, "the batch is split in 2, which never wait"),
+        ((100, 1, 256), 2, "the directions run side by side"),
+        ((100, 64, 1024), 1, "the hidden units are split in 2"),  # weights larger than the L2
+        ((1, 1, 256), 1, "as they lie in memory"),
+        ((100, 1, 256), 1, "laid out anew"),
+    ],
+)
+def test_plans(shape, directions, words):
+    module = build(modules, "LSTM", shape[2], shape[2], bidirectional=directions == 2)
+    assert words in fusedrnn.explain(module, torch.empty(shape))
+
+
+def test_a_precision_that_no_kernel_serves_is_told():
+    module = build(modules, "LSTM", I, H)
+    x = torch.randn(T, B, I)
+    exact = module(x)[0]
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert "'medium'" in says(module, x)
+        assert torch.equal(module(x)[0], exact)
+    finally:
+        torch.set_float32_matmul_precision(before)
