@@ -442,7 +442,8 @@ def test_projection_matches_torch(batch_first):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", LAYERS + CELLS)
-def test_bfloat16_and_float16_run_in_the_kernels(kind, dtype):
+def test_bfloat16_and_float16_run_in_the_kernels(kind, dtype, monkeypatch):
+    monkeypatch.setattr(modules, "_TORCH_HAS_BFLOAT16", False)
     theirs, ours = pair(kind, I, H, dtype=dtype)
     input = random_input(*((T,) if kind in LAYERS else ()), B, I, dtype=dtype)
     with ran("kernel_forward", "kernel_backward"):
@@ -453,6 +454,23 @@ def test_bfloat16_and_float16_run_in_the_kernels(kind, dtype):
         assert actual[key].dtype == dtype
         allowed = 2 * (expected[key] - value).norm() + torch.finfo(dtype).eps * value.norm()
         assert (actual[key] - value).norm() <= allowed
+
+
+@pytest.mark.parametrize(
+    ("batch", "hidden", "train", "computed_by"),
+    [
+        (1, H, True, ["kernel_forward"]),
+        (1, 300, True, ["kernel_forward"]),
+        (1, 300, False, ["torch"]),
+        (B, H, True, ["torch"]),
+    ],
+)
+def test_a_bfloat16_lstm_goes_where_it_is_faster(batch, hidden, train, computed_by, monkeypatch):
+    monkeypatch.setattr(modules, "_TORCH_HAS_BFLOAT16", True)
+    _, ours = pair("LSTM", I, hidden, dtype=torch.bfloat16)
+    input = random_input(T, batch, I, dtype=torch.bfloat16)
+    with ran(*computed_by), torch.set_grad_enabled(train):
+        ours(input)
 
 
 @pytest.mark.parametrize("kind", [*LAYERS[:3], *CELLS[:3]])
