@@ -46,22 +46,18 @@ class GilRelease {
   PyThreadState* state_;
 };
 
-// The items of a list or tuple.
+// The items of a list or tuple, alive as long as this: others may change a list meanwhile.
 class Items {
  public:
-  explicit Items(PyObject* list_or_tuple) {
-    if (!PyList_Check(list_or_tuple) && !PyTuple_Check(list_or_tuple)) {
-      throw py::type_error("expected a list or a tuple");
-    }
-    items_ = PySequence_Fast_ITEMS(list_or_tuple);
-    size_  = PySequence_Fast_GET_SIZE(list_or_tuple);
+  explicit Items(PyObject* list_or_tuple)
+      : tuple_(py::reinterpret_steal<py::object>(PySequence_Tuple(list_or_tuple))) {
+    if (!tuple_) throw py::error_already_set();
   }
-  PyObject* operator[](int64_t i) const { return items_[i]; }
-  int64_t size() const { return size_; }
+  PyObject* operator[](int64_t i) const { return PyTuple_GET_ITEM(tuple_.ptr(), i); }
+  int64_t size() const { return PyTuple_GET_SIZE(tuple_.ptr()); }
 
  private:
-  PyObject** items_;
-  int64_t size_;
+  py::object tuple_;
 };
 
 bool is_narrow(Dtype dtype) { return dtype == Dtype::kFloat16 || dtype == Dtype::kBfloat16; }
@@ -97,6 +93,7 @@ struct NewTensor {
   // The tensor, or None if none was made.
   py::object finish(int num_threads) const {
     if (narrow_) {
+      const GilRelease no_gil;
       kernels().narrow(narrow_of(dtype_), static_cast<const float*>(data), narrow_, elements_,
                        num_threads);
     }
@@ -121,6 +118,7 @@ struct Layer {
   std::vector<py::object> copies;
   std::vector<Memory> memory;
   bool zero_states = false;
+  bool check_only  = false;  // nothing will be computed: no copies
 
   Dtype dtype() const { return input.dtype; }
   // Of what the kernels compute, and of what forward saves for backward.
@@ -210,6 +208,7 @@ struct Layer {
     const int64_t n = view->elements();
     memory.push_back(allocate(size_t(n) * sizeof(float)));
     auto* const floats = static_cast<float*>(memory.back().get());
+    const GilRelease no_gil;
     kernels().widen(narrow_of(view->dtype), static_cast<const uint16_t*>(view->data), floats, n,
                     num_threads);
     view->data = floats;
@@ -238,6 +237,7 @@ struct Layer {
 
  private:
   bool copy(PyObject* object, TensorView* out) {
+    if (check_only) return true;
     copies.push_back(Torch::get().contiguous(object));
     return Torch::get().read(copies.back().ptr(), out);
   }
@@ -265,14 +265,15 @@ void run_forward(const Layer& layer, int num_threads, bool save, void* saved, vo
   if (!kernels_of<T>().forward[layer.cell_index](args)) throw std::bad_alloc();
 }
 
-// forward(cell, save, num_threads, input, initial, weights) -> (results, saved) or None.
+// forward(cell, save, num_threads, input, initial, weights) -> (results, saved), or None, or
+// NotImplemented if torch made no ordinary tensor.
 py::object forward(PyObject* const* arguments) {
   Layer layer;
   const bool save       = arguments[1] == Py_True;
   const int num_threads = int(PyLong_AsLong(arguments[2]));
   PyObject* const like  = arguments[3];
-  if (!layer.read(int(PyLong_AsLong(arguments[0])), like, Items(arguments[4]), Items(arguments[5]),
-                  false)) {
+  const Items initial(arguments[4]), weights(arguments[5]);
+  if (!layer.read(int(PyLong_AsLong(arguments[0])), like, initial, weights, false)) {
     return py::none();
   }
   layer.widen_all(num_threads);
@@ -405,6 +406,7 @@ py::object backward(PyObject* const* arguments) {
 // takes(cell, input, initial, weights): whether forward would take them.
 py::object takes(PyObject* const* arguments) {
   Layer layer;
+  layer.check_only = true;
   return py::bool_(layer.read(int(PyLong_AsLong(arguments[0])), arguments[1], Items(arguments[2]),
                               Items(arguments[3]), false));
 }
@@ -413,6 +415,7 @@ py::object takes(PyObject* const* arguments) {
 // chunk) or None.
 py::object plan(PyObject* const* arguments) {
   Layer layer;
+  layer.check_only = true;
   if (!layer.read(int(PyLong_AsLong(arguments[0])), arguments[2], Items(arguments[3]),
                   Items(arguments[4]), false)) {
     return py::none();
@@ -443,8 +446,12 @@ PyObject* method(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
     error.restore();
   } catch (const py::builtin_exception& error) {
     error.set_error();
+  } catch (const NotOrdinary&) {
+    Py_RETURN_NOTIMPLEMENTED;
   } catch (const std::bad_alloc&) {
     PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
   }
   return nullptr;
 }

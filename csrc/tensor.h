@@ -80,6 +80,9 @@ struct TensorView {
   }
 };
 
+// Torch gave us a tensor that we cannot use (a TorchFunctionMode can wrap them).
+struct NotOrdinary {};
+
 // torch, as far as the bindings need it; looked up once.
 class Torch {
  public:
@@ -98,13 +101,10 @@ class Torch {
       ok = (api_ ? read_dlpack(object, out) : read_attributes(object, out)) &&
            is_false(PyObject_CallMethodNoArgs(object, is_neg_.ptr()));
     } catch (const py::error_already_set&) {  // a kind of tensor that has no such attribute
+    } catch (const py::builtin_exception&) {  // or a symbolic one
     }
     if (!ok) PyErr_Clear();
-    return ok;
-  }
-
-  bool requires_grad(PyObject* tensor) const {
-    return is_true(PyObject_GetAttr(tensor, requires_grad_.ptr()));
+    return ok && (out->data || out->elements() == 0);  // null: memory given up, or never had
   }
 
   // A new tensor of the shape given, of the device of `like`, and its memory.
@@ -122,10 +122,7 @@ class Torch {
     py::object tensor =
         owned(PyObject_VectorcallMethod(new_empty_.ptr(), args, 1 + n, dtype_keyword_.ptr()));
     TensorView view;
-    if (!read(tensor.ptr(), &view)) {
-      PyErr_SetString(PyExc_RuntimeError, "Tensor.new_empty gave no ordinary CPU tensor");
-      throw py::error_already_set();
-    }
+    if (!read(tensor.ptr(), &view)) throw NotOrdinary();
     *data = view.data;
     return tensor;
   }
@@ -157,10 +154,6 @@ class Torch {
   static py::object owned(PyObject* object) {
     if (!object) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(object);
-  }
-  static bool is_true(PyObject* object) {
-    Py_XDECREF(object);
-    return object == Py_True;
   }
   static bool is_false(PyObject* object) {
     Py_XDECREF(object);
@@ -225,8 +218,7 @@ class Torch {
   std::vector<py::object> dtypes_;  // in the order of Dtype
   py::object strided_, has_storage_;
   const dlpack::ExchangeApi* api_ = nullptr;
-  py::str is_neg_{"is_neg"}, requires_grad_{"requires_grad"}, new_empty_{"new_empty"},
-      contiguous_{"contiguous"};
+  py::str is_neg_{"is_neg"}, new_empty_{"new_empty"}, contiguous_{"contiguous"};
   py::tuple dtype_keyword_ = py::make_tuple("dtype");
 };
 

@@ -19,7 +19,7 @@ def forward(
     initial: Tensors,
     weights: Weights,
     /,
-) -> tuple[tuple[Tensor, ...], Tensor | None] | None: ...
+) -> tuple[tuple[Tensor, ...], Tensor | None] | NotImplementedType | None: ...
 def backward(
     cell: int,
     num_threads: int,

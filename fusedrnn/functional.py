@@ -3,8 +3,8 @@
 Shapes, for one layer with D directions: input [T, B, I] of any strides, h0 and c0 [D, B, H]
 (expanded ones too), output [T, B, D*H]. `weights` holds four entries per direction: weight_ih
 [G*H, I], weight_hh [G*H, H], bias_ih and bias_hh [G*H] or None. G is 4 for LSTM (gate order i, f,
-g, o), 3 for GRU (r, z, n), 1 for RNN. Definitions, and their sources, are torch.nn's: see
-reference.py.
+g, o), 3 for GRU (r, z, n), 1 for RNN. One step alone: input [B, I], states and results [B, H].
+Definitions, and their sources, are torch.nn's: see reference.py.
 
 float32 and float64 on the CPU run in the kernels, first derivatives included. Whatever else torch
 can do with such a function (other dtypes and devices, double backward, forward mode, torch.func)
@@ -39,8 +39,8 @@ def lstm(input: Tensor, h0: Tensor, c0: Tensor, weights: Weights) -> tuple[Tenso
 
     Raises RuntimeError where a shape does not fit.
     """
-    output, h_n, c_n = layer("lstm", input, (h0, c0), weights)
-    return output, h_n, c_n
+    results = layer("lstm", input, (h0, c0), weights)
+    return results[0], results[-2], results[-1]
 
 
 def gru(input: Tensor, h0: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
@@ -48,8 +48,8 @@ def gru(input: Tensor, h0: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
 
     Raises RuntimeError where a shape does not fit.
     """
-    output, h_n = layer("gru", input, (h0,), weights)
-    return output, h_n
+    results = layer("gru", input, (h0,), weights)
+    return results[0], results[-1]
 
 
 def rnn(
@@ -61,8 +61,8 @@ def rnn(
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
-    output, h_n = layer(f"rnn_{nonlinearity}", input, (h0,), weights)
-    return output, h_n
+    results = layer(f"rnn_{nonlinearity}", input, (h0,), weights)
+    return results[0], results[-1]
 
 
 def layer(
@@ -91,6 +91,8 @@ def kernel_layer(
     if torch.is_grad_enabled():
         for t in (input, *initial, *weights):
             if t is not None and t.requires_grad:
+                if torch.is_inference_mode_enabled():
+                    break  # torch records nothing then
                 if not ops.takes(cell, input, initial, weights):
                     return None
                 return _APPLY[cell](cell, input, *initial, *weights)  # type: ignore[no-any-return]

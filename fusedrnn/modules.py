@@ -23,12 +23,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
 from .functional import kernel_layer, reference_layer
+from .functional import layer as functional_layer
 
 States = list[Tensor] | tuple[Tensor, ...]  # (h,) or, for LSTM, (h, c); or () for zeros
 
 
 def _compute(
-    cell: str, features: int, hidden: int, input: Tensor, initial: States, weights: ops.Weights
+    features: int, hidden: int, cell: str, input: Tensor, initial: States, weights: ops.Weights
 ) -> tuple[Tensor, ...] | None:
     """One layer, or step, by functional.py. None: the call is torch's own implementation's.
 
@@ -57,7 +58,7 @@ def _compute(
     return reference_layer(cell, input, initial, weights)
 
 
-_TORCH_HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and any(
+_TORCH_HAS_BFLOAT16 = torch._C._has_mkldnn and any(
     getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile")
 )
 
@@ -168,7 +169,7 @@ class _Layers(_Fused, nn.RNNBase):
             pairs = zip(weights[::2], weights[1::2], strict=True)
             weights = [w for pair in pairs for w in (*pair, None, None)]
         if num_layers == 1:
-            results = _compute(cell, self.input_size, self.hidden_size, input, states, weights)
+            results = _compute(self.input_size, self.hidden_size, cell, input, states, weights)
             if results is None:
                 return None
             input, *final = results
@@ -183,14 +184,17 @@ class _Layers(_Fused, nn.RNNBase):
                     # torch's layout and call, hence its bits for the same seed.
                     input = torch.dropout(input, dropout, True)
                 start = layer * num_directions
-                results = _compute(
+                arguments = (
                     cell,
-                    num_directions * self.hidden_size if layer else self.input_size,
-                    self.hidden_size,
                     input,
                     [s[start : start + num_directions] for s in states],
                     weights[layer * per_layer : (layer + 1) * per_layer],
                 )
+                features = num_directions * self.hidden_size if layer else self.input_size
+                results = _compute(features, self.hidden_size, *arguments)
+                if results is None and layer:
+                    # Not back to torch: dropout has drawn its random numbers.
+                    results = functional_layer(*arguments)
                 if results is None:
                     return None
                 input, *final = results
@@ -329,7 +333,7 @@ class _Cell(_Fused, nn.RNNCellBase):
         one_row = input.dim() == 1
         if one_row:
             input, states = input.unsqueeze(0), [s.unsqueeze(0) for s in states]
-        new = _compute(cell, self.input_size, self.hidden_size, input, states, weights)
+        new = _compute(self.input_size, self.hidden_size, cell, input, states, weights)
         return [s.squeeze(0) for s in new] if one_row and new is not None else new
 
 

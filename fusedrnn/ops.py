@@ -120,8 +120,9 @@ def forward(
     B, G*H], then LSTM's c or GRU's a_hn [D, T, B, H], in one tensor of one dimension.
     """
     result = _C.forward(CELLS[cell].number, save, torch.get_num_threads(), input, initial, weights)
-    if result is not None:
-        counts["kernel_forward"] += 1
+    if result is None or result is NotImplemented:
+        return None
+    counts["kernel_forward"] += 1
     return result
 
 

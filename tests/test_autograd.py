@@ -69,6 +69,15 @@ def test_one_step_as_a_cell_takes_it(cell):
         assert gradgradcheck(function, tensors)
 
 
+def test_one_step_of_the_named_functions():
+    for name, cell in (("lstm", "lstm"), ("gru", "gru"), ("rnn", "rnn_tanh")):
+        x, initial, weights = layer_inputs(cell, 1, 3, 4, 5, 1, torch.float64)
+        function = getattr(functional, name)
+        results = function(x[0], *(s[0] for s in initial), weights)
+        for a, b in zip(results, function(x, *initial, weights), strict=True):
+            torch.testing.assert_close(a, b[0])
+
+
 @pytest.mark.parametrize("cell", LAYER_CELLS)
 def test_every_input_alone_gets_its_gradient(cell):
     inputs = layer_inputs(cell, 3, 2, 3, 4, 2, torch.float64)

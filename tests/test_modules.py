@@ -1001,6 +1001,55 @@ def test_weights_of_a_wrong_shape_never_reach_a_kernel(kind, case):
         ours(torch.randn(T, B, I))
 
 
+def test_a_layer_that_the_kernels_refuse_late_draws_no_dropout_again():
+    theirs, ours = pair("LSTM", I, H, num_layers=2, dropout=0.5)
+    for module in (theirs, ours):
+        weight = module.weight_hh_l1.data
+        module.weight_hh_l1.data = torch._neg_view(weight.neg())
+    input = torch.randn(T, B, I)
+    torch.manual_seed(5)
+    expected = theirs(input)[0]
+    torch.manual_seed(5)
+    with ran("kernel_forward", "reference"):
+        actual = ours(input)[0]
+    torch.testing.assert_close(actual, expected)
+
+
+def test_tensors_without_memory_never_reach_a_kernel():
+    theirs, ours = pair("GRU", I, H)
+    zero = torch._efficientzerotensor(T, B, I)
+    with ran("torch"):
+        assert torch.equal(ours(zero)[0], theirs(zero)[0])
+    freed = torch.randn(T, B, I)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError), ran():
+        ours(freed)
+
+
+def test_a_function_mode_that_wraps_results():
+    class Tagged(torch.Tensor):
+        pass
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            return result.as_subclass(Tagged) if type(result) is torch.Tensor else result
+
+    theirs, ours = pair("GRU", I, H)
+    input = torch.randn(T, B, I)
+    with Mode(), torch.no_grad():
+        actual = ours(input)[0]
+    torch.testing.assert_close(actual.as_subclass(torch.Tensor), theirs(input)[0].detach())
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_inference_mode_with_gradients_enabled(kind):
+    _, ours = pair(kind, I, H)
+    input = torch.randn(T, B, I)
+    with torch.inference_mode(), torch.enable_grad(), ran("kernel_forward"):
+        assert not ours(input)[0].requires_grad
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_missing_weight_is_an_error_and_a_changed_hidden_size_counts_for_nothing(kind):
     _, ours = pair(kind, I, H)

@@ -40,7 +40,8 @@ constexpr int64_t kChunkRows = 48;
 
 // Passes over the weights up to which a forward call reads them as they lie in memory instead of
 // packing them. Packed against unpacked, LSTM on a Zen 4 core, 4 rows a pass: 1 pass 1.1 (H=32), 1.9
-// (128), 3.7 (512); 4 passes 1.0 (32), 1.3 (128), 1.5 (512); 16 passes 0.9 throughout.
+// (128), 3.7 (512); 4 passes 1.0 (32), 1.3 (128), 1.5 (512); 16 passes 0.9 throughout. Twice as many
+// where packing would pass through the next cache (H=512: 8 passes 1.1 and 1.2).
 constexpr int64_t kMaxUnpackedPasses = 4;
 
 struct Shape {

@@ -101,7 +101,9 @@ struct ForwardLayout {
   bool packed() const { return recurrent > 0; }
 
   explicit ForwardLayout(const ForwardArgs<T>& a) {
-    if (a.T * ((a.B + kUnpackedRows - 1) / kUnpackedRows) <= kMaxUnpackedPasses) return;
+    const int64_t passes  = a.T * ((a.B + kUnpackedRows - 1) / kUnpackedRows);
+    const int64_t weights = Cell::kGates * a.H * (a.I + a.H) * int64_t(sizeof(T));
+    if (passes <= (weights <= l2_bytes() ? kMaxUnpackedPasses : 2 * kMaxUnpackedPasses)) return;
     const auto round_up = [](int64_t elements) { return (elements + 15) / 16 * 16; };
     recurrent           = round_up(blocks_of<T>(a.H) * forward_panel_size<Cell, T>(a.H));
     input               = round_up(blocks_of<T>(a.H) * forward_panel_size<Cell, T>(a.I));
@@ -184,7 +186,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
     T* const h_prev = h;
     h               = a.output + t * a.B * DH + d * H;
 
-    step.gates         = gates_of(t, t_begin);
+    step.gates         = a.save || layout.gates ? gates_of(t, t_begin) : nullptr;
     step.h_prev        = i == 0 ? h0 : h_prev;
     step.h_prev_stride = i == 0 ? H : DH;
     step.h             = h;
