@@ -16,8 +16,18 @@
 #include "memory.h"
 #include "tensor.h"
 
+// OpenMP 5.0's, in libgomp from gcc 9 on.
+extern "C" __attribute__((weak)) int omp_pause_resource_all(int kind);
+
 namespace fusedrnn {
 namespace {
+
+// Ends the calling thread's pool of OpenMP threads; the next parallel region makes a new one. Before
+// a fork: the child would wait for threads that it has not got, in our kernels and in torch's.
+void release_threads() {
+  constexpr int kSoft = 1;  // omp_pause_soft
+  if (omp_pause_resource_all) omp_pause_resource_all(kSoft);
+}
 
 const Kernels& kernels() {
   static const Kernels& selected = select_kernels(std::getenv("FUSEDRNN_ISA"));
@@ -471,6 +481,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "isa", [] { return kernels().isa; },
       "Name of the instruction set whose kernels run; RuntimeError if FUSEDRNN_ISA can't be had.");
+  m.def("release_threads", release_threads, "Ends this thread's idle OpenMP threads.");
   static PyMethodDef methods[] = {definition<forward, 6>("forward"),
                                   definition<backward, 8>("backward"),
                                   definition<takes, 4>("takes"),

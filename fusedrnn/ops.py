@@ -6,6 +6,7 @@ must be known before that, and the errors. Not an autograd layer: functional.py 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -44,6 +45,10 @@ def isa() -> str:
     """
     return _ISA
 
+
+# A forked child has none of its parent's threads, and OpenMP would wait for them for ever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_C.release_threads)
 
 _ISA = _C.isa()  # at import: a FUSEDRNN_ISA that cannot be had is an error here, not at first use
 

@@ -16,6 +16,7 @@ void GOMP_parallel(void (*body)(void*), void* data, unsigned num_threads, unsign
 int omp_get_num_threads(void);
 int omp_get_thread_num(void);
 int omp_in_parallel(void);
+int omp_get_num_procs(void);
 }
 
 namespace fusedrnn {
@@ -32,6 +33,14 @@ void parallel(int num_threads, const F& f) {
     (*static_cast<const F*>(data))(omp_get_thread_num(), omp_get_num_threads());
   };
   GOMP_parallel(body, const_cast<F*>(&f), unsigned(num_threads), 0);
+}
+
+// At most as many threads as there are cores for this process: threads that meet at barriers stand
+// still while one of them has none.
+inline int64_t available_threads(int64_t wanted) {
+  if (wanted <= 1) return 1;
+  const int64_t cores = omp_get_num_procs();
+  return cores < wanted ? cores : wanted;
 }
 
 FUSEDRNN_INLINE void cpu_relax() {
