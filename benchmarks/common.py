@@ -1,17 +1,22 @@
 """What the benchmarks share: the machine's description, a torch.nn module and its fusedrnn twin as
-calls to time, and the check that a twin is right and ran on the kernels. Nothing is timed here.
+calls to time, the check that a twin is right and ran on the kernels, and timing in turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
+import math
 import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median, quantiles
+from time import perf_counter_ns, sleep
 from typing import Any, NoReturn
 
 import torch
@@ -25,6 +30,11 @@ MODES = ("no_grad", "forward+backward")
 STEPS = 100
 SHAPES = ((1, 32), (1, 128), (8, 128), (32, 256), (64, 512))  # (batch, input and hidden size)
 CELL_SHAPES = ((1, 128), (32, 256))
+CELLS = ("LSTM", "GRU", "RNN")
+ROUND_NS = 40_000_000  # one side of a round: thousands of clock ticks, yet many rounds in a minute
+SETTLE_SECONDS = 0.01  # idle threads of the side before stop spinning, and leave their core
+MIN_ROUNDS = 3  # fewer show no spread
+FLOAT64_ROUNDINGS = 32  # how far two float64 implementations may be apart; 9 were seen
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,6 +48,51 @@ def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def thread_list(text: str) -> list[int]:
+    counts = [positive_int(item) for item in text.split(",")]
+    if max(counts) > cores():
+        raise argparse.ArgumentTypeError(
+            f"expected at most {cores()} threads, the cores of this process, got {text}"
+        )
+    return counts
+
+
+def list_of(choices: Sequence[str]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        items = text.split(",")
+        if not set(items) <= set(choices):
+            raise argparse.ArgumentTypeError(f"expected some of {','.join(choices)}, got {text!r}")
+        return items
+
+    return parse
+
+
+class TableParser(Parser):
+    """The options of a program that prints a table: --out, --threads, --rounds and --cells."""
+
+    def __init__(self, prog: str, description: str | None, rounds: int | None) -> None:
+        super().__init__(prog=prog, description=description)
+        self.add_argument("--out", type=Path, help="a markdown file to write, with what is printed")
+        self.add_argument("--threads", type=thread_list, default=[1, 2][: cores()])
+        self.add_argument("--rounds", type=positive_int, default=rounds)
+        self.add_argument("--cells", type=list_of(CELLS), default=list(CELLS))
+
+    def options(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+        options = self.parse_args(arguments)
+        if options.rounds is not None and options.rounds < MIN_ROUNDS:
+            self.error(
+                f"argument --rounds: expected at least {MIN_ROUNDS} to show a spread, "
+                f"got {options.rounds}"
+            )
+        if options.out:
+            try:
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.touch()  # a bad path is told now, not after five minutes
+            except OSError as error:
+                self.error(f"argument --out: cannot write {options.out}: {error.strerror}")
+        return options
 
 
 def cores() -> int:
@@ -94,17 +149,20 @@ class Case:
     """A module, its input and states, and the gradients that reach its first two results.
 
     Those are output and h_n for a sequence, h and c for an LSTMCell. They are dense, as another
-    layer's would be, and input and states need gradients too, as they do inside a model.
+    layer's would be, and input and states need gradients too, as they do inside a model. Not
+    `inner`, the input is data: only output has a gradient, and only the weights need theirs.
     """
 
-    def __init__(self, module: nn.Module, input: Tensor, states: Sequence[Tensor]) -> None:
-        self.module = module
-        self.input, *self.states = [t.clone().requires_grad_() for t in (input, *states)]
+    def __init__(
+        self, module: nn.Module, input: Tensor, states: Sequence[Tensor], inner: bool = True
+    ) -> None:
+        self.module, self.inner = module, inner
+        self.input, *self.states = [t.clone().requires_grad_(inner) for t in (input, *states)]
         self.hx = tuple(self.states) if len(self.states) == 2 else next(iter(self.states), None)
-        self.leaves = [self.input, *self.states, *module.parameters()]
+        self.leaves = [t for t in (self.input, *self.states) if inner] + list(module.parameters())
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
-            results = self.forward()[:2]
+            results = self.forward()[: 2 if inner else 1]
         self.grads = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in results]
 
     def forward(self) -> list[Tensor]:
@@ -132,7 +190,14 @@ def grad_mode(mode: str) -> torch.set_grad_enabled:
     return torch.set_grad_enabled(mode != "no_grad")
 
 
-def make_cases(cell: str, batch: int, size: int) -> dict[str, Case]:
+def make_cases(
+    cell: str,
+    batch: int,
+    size: int,
+    steps: int = STEPS,
+    dtype: torch.dtype = torch.float32,
+    inner: bool = True,
+) -> dict[str, Case]:
     """`cell` is a class name of torch.nn: LSTM, ..., RNNCell. The same in both modules.
 
     A sequence starts from no state, as most do; a cell is given one, as in the middle of a loop.
@@ -141,41 +206,108 @@ def make_cases(cell: str, batch: int, size: int) -> dict[str, Case]:
     if cell.endswith("Cell"):
         input, *states = torch.randn(3 if cell == "LSTMCell" else 2, batch, size)
     else:
-        input, states = torch.randn(STEPS, batch, size), []
+        input, states = torch.randn(steps, batch, size), []
     modules = {name: getattr(source, cell)(size, size) for name, source in IMPLEMENTATIONS.items()}
     modules["fusedrnn"].load_state_dict(modules["torch.nn"].state_dict())
-    return {name: Case(module, input, states) for name, module in modules.items()}
+    input, states = input.to(dtype), [state.to(dtype) for state in states]
+    return {name: Case(module.to(dtype), input, states, inner) for name, module in modules.items()}
+
+
+def exact(case: Case, mode: str) -> list[Tensor]:
+    """What a case of torch.nn computes, computed in float64: Case.values."""
+    inputs = [t.detach().double() for t in (case.input, *case.states)]
+    double = Case(copy.deepcopy(case.module).double(), inputs[0], inputs[1:], case.inner)
+    double.grads = [grad.double() for grad in case.grads]
+    return double.values(mode)
+
+
+def check_values(cases: dict[str, Case], mode: str, expected: Sequence[Tensor]) -> None:
+    """Raises RuntimeError unless fusedrnn is about as exact as torch.nn.
+
+    Every result and gradient is compared with what `exact` found, relative to its largest value:
+    the error may be twice that of torch.nn in the same dtype, and a rounding more (torch.nn may be
+    exact). In float64 torch.nn is what it is compared with, and its roundings do not show.
+    """
+    theirs = cases["torch.nn"]
+    dtype = theirs.input.dtype
+    floor = torch.finfo(dtype).eps * (FLOAT64_ROUNDINGS if dtype == torch.float64 else 1)
+    values, torchs = (cases[name].values(mode) for name in ("fusedrnn", "torch.nn"))
+    for i, (our, their, right) in enumerate(zip(values, torchs, expected, strict=False)):
+        scale = right.abs().max()
+        error, limit = ((t - right).abs().max().item() / scale for t in (our, their))
+        if not error <= 2 * limit + floor:
+            raise RuntimeError(
+                f"{type(theirs.module).__name__}, {dtype}, input {tuple(theirs.input.shape)}, "
+                f"{mode}: tensor {i} of results and gradients is off by {error:.1e} where "
+                f"torch.nn is by {limit:.1e}"
+            )
 
 
 def check(cases: dict[str, Case], mode: str) -> None:
-    """Raises RuntimeError unless fusedrnn's kernels ran and are about as exact as torch.nn.
-
-    Every result and gradient is compared with torch.nn in float64, relative to its largest value:
-    the error may be twice that of torch.nn in float32, and a rounding more (torch.nn may be exact).
-    """
-    theirs = cases["torch.nn"]
-    inputs = [t.detach().double() for t in (theirs.input, *theirs.states)]
-    exact = Case(copy.deepcopy(theirs.module).double(), inputs[0], inputs[1:])
-    exact.grads = [grad.double() for grad in theirs.grads]
-    expected = exact.values(mode)
+    """Raises RuntimeError unless `check_values` holds and fusedrnn's kernels ran."""
+    expected = exact(cases["torch.nn"], mode)
     before = dict(fusedrnn.ops.counts)
-    values = cases["fusedrnn"].values(mode)
+    check_values(cases, mode, expected)
     ran = {name: count - before[name] for name, count in fusedrnn.ops.counts.items()}
     wanted = {"kernel_forward": 1, "kernel_backward": int(mode != "no_grad")}
     if ran != {name: wanted.get(name, 0) for name in ran}:
         raise RuntimeError(f"expected one call of fusedrnn's kernels ({wanted}), counted {ran}")
-    rounding = torch.finfo(torch.float32).eps
-    for i, (ours, torchs, right) in enumerate(
-        zip(values, theirs.values(mode), expected, strict=True)
-    ):
-        scale = right.abs().max()
-        error, limit = ((t - right).abs().max().item() / scale for t in (ours, torchs))
-        if not error <= 2 * limit + rounding:
-            raise RuntimeError(
-                f"{type(theirs.module).__name__}, input {tuple(theirs.input.shape)}, {mode}: "
-                f"tensor {i} of results and gradients is off by {error:.1e} where torch.nn is by "
-                f"{limit:.1e}"
-            )
+
+
+@dataclass
+class Timing:
+    """Milliseconds a call, round by round, for each of those that took turns."""
+
+    rounds: dict[str, list[float]]
+
+    def ms(self, name: str) -> float:
+        return median(self.rounds[name])
+
+    def speedup(self, over: str = "torch.nn") -> float:
+        return self.ms(over) / self.ms("fusedrnn")
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """Of the speed-up over torch.nn, taken in each round."""
+        pairs = zip(self.rounds["torch.nn"], self.rounds["fusedrnn"], strict=True)
+        low, _, high = quantiles([a / b for a, b in pairs], method="inclusive")
+        return low, high
+
+
+def interleave(calls: dict[str, Callable], rounds: int, seconds: float = math.inf) -> Timing:
+    """Times rounds in which all run, one after the other, each as often as fills ROUND_NS.
+
+    Every second round goes backwards: else one would always follow the other, whose threads may
+    still spin. No round starts after `seconds`, but for MIN_ROUNDS of them.
+    """
+
+    def time(call: Callable, times: int) -> float:
+        start = perf_counter_ns()
+        for _ in range(times):
+            call()
+        return (perf_counter_ns() - start) / times
+
+    def repeats(call: Callable) -> int:
+        if time(call, 1) > ROUND_NS:
+            return 1
+        time(call, 2)  # the first calls pay for allocations and torch's own caches
+        return max(1, math.ceil(ROUND_NS / time(call, 1)))
+
+    times = {name: repeats(call) for name, call in calls.items()}
+    timing = Timing({name: [] for name in calls})
+    gc.collect()
+    gc.disable()
+    start = perf_counter_ns()
+    try:
+        for done in range(rounds):
+            if done >= MIN_ROUNDS and perf_counter_ns() - start > seconds * 1e9:
+                break
+            for name in list(calls)[:: -1 if done % 2 else 1]:
+                sleep(SETTLE_SECONDS)
+                timing.rounds[name].append(time(calls[name], times[name]) / 1e6)
+    finally:
+        gc.enable()
+    return timing
 
 
 def run_benchmark(

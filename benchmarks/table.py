@@ -7,83 +7,32 @@ see workloads/.
 
 from __future__ import annotations
 
-import argparse
 import datetime
-import gc
 import itertools
-import math
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from statistics import geometric_mean, median, quantiles
-from time import perf_counter_ns
+from collections.abc import Sequence
+from statistics import geometric_mean
 
 from . import common
-
-ROUND_NS = 40_000_000  # one side of a round: thousands of clock ticks, yet many rounds in a minute
-CELLS = ("LSTM", "GRU", "RNN")
-
-
-@dataclass
-class Timing:
-    """Milliseconds a call, and how many times faster than the first the second is, each round."""
-
-    first: float
-    second: float
-    speedups: list[float]
-
-    @property
-    def speedup(self) -> float:
-        return self.first / self.second
-
-    @property
-    def quartiles(self) -> tuple[float, float]:
-        low, _, high = quantiles(self.speedups, method="inclusive")
-        return low, high
-
-
-def interleave(first: Callable, second: Callable, rounds: int) -> Timing:
-    """Medians over rounds in which both run, one after the other, as often as fills ROUND_NS."""
-
-    def time(call: Callable, times: int) -> float:
-        start = perf_counter_ns()
-        for _ in range(times):
-            call()
-        return (perf_counter_ns() - start) / times
-
-    calls = (first, second)
-    for call in calls:
-        time(call, 3)  # the first calls pay for allocations and torch's own caches
-    times = [max(1, math.ceil(ROUND_NS / time(call, 1))) for call in calls]
-    gc.collect()
-    gc.disable()
-    try:
-        pairs = [
-            [time(*side) / 1e6 for side in zip(calls, times, strict=True)] for _ in range(rounds)
-        ]
-    finally:
-        gc.enable()
-    firsts, seconds = zip(*pairs, strict=True)
-    return Timing(median(firsts), median(seconds), [a / b for a, b in pairs])
 
 
 def noise(rounds: int) -> str:
     """torch.nn against itself, timed as the rows are: how far from 1 a speed-up of 1 can look."""
     call = common.make_cases("LSTM", 8, 128)["torch.nn"].call("no_grad")
     with common.threads(1), common.grad_mode("no_grad"):
-        timing = interleave(call, call, rounds)
+        timing = common.interleave({"torch.nn": call, "fusedrnn": call}, rounds)
     low, high = timing.quartiles
-    return f"torch.nn against itself {timing.speedup:.2f} (quartiles {low:.2f} to {high:.2f})"
+    return f"torch.nn against itself {timing.speedup():.2f} (quartiles {low:.2f} to {high:.2f})"
 
 
-def row(cell: str, batch: int, size: int, mode: str, threads: int, timing: Timing) -> str:
+def row(cell: str, batch: int, size: int, mode: str, threads: int, timing: common.Timing) -> str:
     low, high = timing.quartiles
-    slower = " **slower**" if timing.speedup < 1 else ""
+    slower = " **slower**" if timing.speedup() < 1 else ""
     return (
-        f"| {cell} | {batch} | {size} | {mode} | {threads} | {timing.first:.3f} "
-        f"| {timing.second:.3f} | {timing.speedup:.2f}{slower} | {low:.2f} to {high:.2f} |"
+        f"| {cell} | {batch} | {size} | {mode} | {threads} | {timing.ms('torch.nn'):.3f} "
+        f"| {timing.ms('fusedrnn'):.3f} | {timing.speedup():.2f}{slower} "
+        f"| {low:.2f} to {high:.2f} |"
     )
 
 
@@ -95,42 +44,8 @@ def means(speedups: dict[tuple[str, str, int], list[float]]) -> list[str]:
     return lines
 
 
-def parse(arguments: Sequence[str] | None):
-    def threads_list(text: str) -> list[int]:
-        counts = [common.positive_int(item) for item in text.split(",")]
-        if max(counts) > common.cores():
-            raise argparse.ArgumentTypeError(
-                f"expected at most {common.cores()} threads, the cores of this process, got {text}"
-            )
-        return counts
-
-    def cell_list(text: str) -> list[str]:
-        cells = text.split(",")
-        if not set(cells) <= set(CELLS):
-            raise argparse.ArgumentTypeError(f"expected some of {','.join(CELLS)}, got {text!r}")
-        return cells
-
-    parser = common.Parser(prog="benchmarks.table", description=__doc__)
-    parser.add_argument("--out", type=Path, help="a markdown file to write, with what is printed")
-    parser.add_argument("--threads", type=threads_list, default=[1, 2][: common.cores()])
-    parser.add_argument("--rounds", type=common.positive_int, default=15)
-    parser.add_argument("--cells", type=cell_list, default=list(CELLS))
-    options = parser.parse_args(arguments)
-    if options.rounds < 3:
-        parser.error(
-            f"argument --rounds: expected at least 3 to show a spread, got {options.rounds}"
-        )
-    if options.out:
-        try:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.touch()  # a bad path is told now, not after five minutes
-        except OSError as error:
-            parser.error(f"argument --out: cannot write {options.out}: {error.strerror}")
-    return options
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(arguments)
+    options = common.TableParser("benchmarks.table", __doc__, rounds=15).options(arguments)
     lines: list[str] = []
 
     def emit(*new: str) -> None:
@@ -159,8 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with common.threads(threads):
             common.check(cases, mode)
             with common.grad_mode(mode):
-                timing = interleave(*(case.call(mode) for case in cases.values()), options.rounds)
-        speedups.setdefault((cell, mode, threads), []).append(timing.speedup)
+                calls = {name: case.call(mode) for name, case in cases.items()}
+                timing = common.interleave(calls, options.rounds)
+        speedups.setdefault((cell, mode, threads), []).append(timing.speedup())
         emit(row(cell, batch, size, mode, threads, timing))
     slower = sum(value < 1 for values in speedups.values() for value in values)
     emit("", *means(speedups), "", f"Rows where fusedrnn is slower: {slower}.")
