@@ -1,3 +1,4 @@
-"""fusedrnn against torch.nn: pytest-benchmark files (bench_*.py), the table of the README
-(`python -m benchmarks.table`) and real models (workloads/). Not a part of the installed package.
+"""fusedrnn against torch.nn: pytest-benchmark files (bench_sequence.py, bench_cell.py), the table
+of the README (`python -m benchmarks.bench_grid`) and real models (workloads/). Not a part of the
+installed package.
 """

@@ -1,7 +1,7 @@
 """fusedrnn against torch.nn, onnxruntime and the machine's own limits, over a grid of shapes:
 `python -m benchmarks.bench_grid`, some minutes for each dtype. Not for pytest.
 
-All sides take turns in one process, as in table.py; every row is checked before it is timed and
+All sides take turns in one process: every row is checked before it is timed and
 printed, losses too. Here a layer is a model's first: its input needs no gradient.
 """
 
@@ -284,8 +284,8 @@ all take turns, in either order by turns, or of as many as fit {ROW_SECONDS:.0f}
 - before its timing, each row was checked: fusedrnn against torch.nn in float64, onnxruntime \
 against torch.nn
 - ratio: how many times faster fusedrnn is; quartiles: of its ratio to torch.nn
-- onnxruntime: in turns with fusedrnn alone, its weights laid out once before; on two threads either \
-may find the other's idle thread still spinning on a core, so that ratio is rough
+- onnxruntime: in turns with fusedrnn alone, its weights laid out once before; on two threads \
+either may find the other's idle thread still spinning on a core, so that ratio is rough
 - of GEMM: fusedrnn's GFLOP/s, of torch.mm's in the row's dtype. 2 G H (I + H) B T operations, in \
 training three times as many; it does 2.5 times, so there the true share is 5/6 of what is printed
 - of L2, B = 1: the bytes of weight_hh, every step and every step back, per second, of the rate \

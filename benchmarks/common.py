@@ -314,7 +314,7 @@ def run_benchmark(
     benchmark: Any, cell: str, batch: int, size: int, count: int, mode: str, implementation: str
 ) -> None:
     """One case of bench_*.py under pytest-benchmark's fixture, checked before it is timed."""
-    import pytest  # only here: table.py and the workloads do without
+    import pytest  # only here: bench_grid.py and the workloads do without
 
     if count > cores():
         pytest.skip(f"{count} threads need {count} cores, this process has {cores()}")

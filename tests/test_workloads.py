@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fusedrnn
-from benchmarks import table
+from benchmarks import bench_grid
 from benchmarks.workloads import char_lm
 
 TEXT = b"def add(a, b):\n    return a + b\n\nclass Stack(list):\n    push = list.append\n" * 20
@@ -95,10 +95,14 @@ def test_char_lm_from_the_command_line(tmp_path, capsys):
         (char_lm.main, ["--seed", "-1"], "expected a whole number from 0 up, got -1"),
         (char_lm.main, ["--backend", "jax"], "invalid choice: 'jax'"),
         (char_lm.main, ["--out", __file__], "cannot make the folder"),
-        (table.main, ["--rounds", "2"], "expected at least 3 to show a spread, got 2"),
-        (table.main, ["--cells", "LSTM,CNN"], "expected some of LSTM,GRU,RNN, got 'LSTM,CNN'"),
-        (table.main, ["--threads", "1,100000"], "threads, the cores of this process, got 1,100000"),
-        (table.main, ["--out", f"{__file__}/table.md"], "cannot write"),
+        (bench_grid.main, ["--rounds", "2"], "expected at least 3 to show a spread, got 2"),
+        (bench_grid.main, ["--cells", "LSTM,CNN"], "expected some of LSTM,GRU,RNN, got 'LSTM,CNN'"),
+        (
+            bench_grid.main,
+            ["--threads", "1,100000"],
+            "threads, the cores of this process, got 1,100000",
+        ),
+        (bench_grid.main, ["--out", f"{__file__}/table.md"], "cannot write"),
     ],
 )
 def test_bad_options_are_told_in_one_line(main, arguments, message, capsys):
