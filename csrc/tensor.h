@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <exception>
 #include <vector>
 
 namespace fusedrnn {
@@ -81,7 +82,7 @@ struct TensorView {
 };
 
 // Torch gave us a tensor that we cannot use (a TorchFunctionMode can wrap them).
-struct NotOrdinary {};
+struct NotOrdinary : std::exception {};
 
 // torch, as far as the bindings need it; looked up once.
 class Torch {
@@ -101,7 +102,9 @@ class Torch {
       ok = (api_ ? read_dlpack(object, out) : read_attributes(object, out)) &&
            is_false(PyObject_CallMethodNoArgs(object, is_neg_.ptr()));
     } catch (const py::error_already_set&) {  // a kind of tensor that has no such attribute
+      ok = false;
     } catch (const py::builtin_exception&) {  // or a symbolic one
+      ok = false;
     }
     if (!ok) PyErr_Clear();
     return ok && (out->data || out->elements() == 0);  // null: memory given up, or never had

@@ -118,10 +118,10 @@ void column_sums_strip(T* out, const T* a, int64_t a_stride, int64_t rows, int l
 template <class T>
 void column_sums(T* out, const T* a, int64_t a_stride, int64_t rows, int64_t u_begin,
                  int64_t u_end) {
-  constexpr int V = kLanes<T>;
-  int64_t u       = u_begin;
+  constexpr int64_t V = kLanes<T>;
+  int64_t u           = u_begin;
   for (; u + 4 * V <= u_end; u += 4 * V) {
-    column_sums_strip<T, 4>(out + u, a + u, a_stride, rows, V);
+    column_sums_strip<T, 4>(out + u, a + u, a_stride, rows, int(V));
   }
   for (; u < u_end; u += V) {
     column_sums_strip<T, 1>(out + u, a + u, a_stride, rows, lanes_of<T>(u_end, u));
