@@ -488,5 +488,4 @@ PYBIND11_MODULE(_C, m) {
                                   definition<plan, 5>("plan"),
                                   {nullptr, nullptr, 0, nullptr}};
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
-  Torch::get();
 }

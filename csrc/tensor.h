@@ -87,9 +87,11 @@ struct NotOrdinary : std::exception {};
 // torch, as far as the bindings need it; looked up once.
 class Torch {
  public:
-  // First called when the module is loaded.
   static const Torch& get() {
-    static const Torch* const torch = new Torch;  // never destroyed: Python may be gone by then
+    // No guard of C++'s: one thread would wait in it with the GIL that the other needs. Never
+    // destroyed: Python may be gone by then.
+    static const Torch* torch = nullptr;
+    if (!torch) torch = new Torch;
     return *torch;
   }
 
