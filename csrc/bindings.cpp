@@ -88,8 +88,8 @@ struct NewTensor {
   py::object object;
 
   NewTensor() = default;
-  NewTensor(PyObject* like, Dtype type, std::initializer_list<int64_t> shape)
-      : object(Torch::get().empty(like, type, shape, &data)), dtype_(type) {
+  NewTensor(PyObject* like, Dtype type, std::initializer_list<int64_t> shape, bool as_like = true)
+      : object(Torch::get().empty(like, type, as_like, shape, &data)), dtype_(type) {
     for (const int64_t size : shape) elements_ *= size;
     if (is_narrow(type)) {
       narrow_ = static_cast<uint16_t*>(data);
@@ -292,7 +292,8 @@ py::object forward(PyObject* const* arguments) {
   const NewTensor h_n    = layer.one_step ? NewTensor() : layer.new_state(like);
   const NewTensor c_n    = cell_state ? layer.new_state(like) : NewTensor();
   const NewTensor saved =
-      save ? NewTensor(like, layer.wide_dtype(), {layer.saved_size()}) : NewTensor();
+      save ? NewTensor(like, layer.wide_dtype(), {layer.saved_size()}, !is_narrow(layer.dtype()))
+           : NewTensor();
   (layer.wide_dtype() == Dtype::kFloat32 ? run_forward<float>
                                          : run_forward<double>)(layer, num_threads, save,
                                                                 saved.data, output.data, h_n.data,

@@ -112,8 +112,9 @@ class Torch {
     return ok && (out->data || out->elements() == 0);  // null: memory given up, or never had
   }
 
-  // A new tensor of the shape given, of the device of `like`, and its memory.
-  py::object empty(PyObject* like, Dtype dtype, std::initializer_list<int64_t> shape,
+  // A new tensor of the shape given, of the device of `like`, and its memory. `as_like`: `dtype` is
+  // like's, and torch need not be told (0.3 us).
+  py::object empty(PyObject* like, Dtype dtype, bool as_like, std::initializer_list<int64_t> shape,
                    void** data) const {
     PyObject* args[1 + kMaxDims + 1] = {like};
     py::object sizes[kMaxDims];
@@ -123,9 +124,9 @@ class Torch {
       args[1 + n] = sizes[n].ptr();
       ++n;
     }
-    args[1 + n] = dtypes_[int(dtype)].ptr();
-    py::object tensor =
-        owned(PyObject_VectorcallMethod(new_empty_.ptr(), args, 1 + n, dtype_keyword_.ptr()));
+    args[1 + n]       = dtypes_[int(dtype)].ptr();
+    py::object tensor = owned(PyObject_VectorcallMethod(new_empty_.ptr(), args, 1 + n,
+                                                        as_like ? nullptr : dtype_keyword_.ptr()));
     TensorView view;
     if (!read(tensor.ptr(), &view)) throw NotOrdinary();
     *data = view.data;
