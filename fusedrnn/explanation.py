@@ -42,11 +42,11 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
     layers = _layers(module, input, hx)
     _, first, _, _ = layers[0]
     if (
-        isinstance(module, modules.LSTM)
+        isinstance(module, nn.RNNBase)
         and input.dtype is torch.bfloat16
-        and modules._torch_is_faster(*first.shape[:2], module.hidden_size)
+        and modules._torch_is_faster(module, *first.shape[:2])
     ):
-        return "torch.nn: oneDNN's bfloat16 LSTM is faster on this CPU at this shape."
+        return "torch.nn: oneDNN's bfloat16 products are faster on this CPU at this shape."
     if ops.watched():
         return "reference: torch.func or forward-mode AD is active, and its operations have rules."
     plans = [ops.plan(*layer) for layer in layers]

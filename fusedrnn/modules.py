@@ -63,16 +63,20 @@ _TORCH_HAS_BFLOAT16 = torch._C._has_mkldnn and any(
 )
 
 
-def _torch_is_faster(seq_len: int, batch: int, hidden: int) -> bool:
-    """Whether torch's bfloat16 LSTM, oneDNN's, is faster than ours, which computes in float32.
+def _torch_is_faster(module: nn.RNNBase, seq_len: int, batch: int) -> bool:
+    """Whether torch's bfloat16 layer is faster than ours, which computes in float32.
 
-    On a CPU that multiplies bfloat16 itself it is, except for a batch of one. torch.nn over ours on
-    a Zen 4 core, no_grad / training: (B, H) = (1, 32) 3.5 / 3.5, (1, 128) 1.0 / 1.9, (1, 512) 0.8 /
-    2.5, (8, 128) 0.6 / 0.8, (64, 512) 0.5 / 0.7.
+    On a CPU that multiplies bfloat16 itself it can be. torch.nn's time over ours on a Zen 4 core,
+    no_grad / training, at (B, H): LSTM (1, 32) 3.2 / 3.1, (1, 128) 1.0 / 1.9, (1, 512) 0.8 / 2.5,
+    (8, 128) 0.6 / 0.8, (64, 512) 0.5 / 0.7. GRU (8, 128) 2.9 / 4.5, (8, 256) 1.4 / 2.0, (32, 256)
+    0.9 / 0.9, (64, 512) 0.6 / 0.6; RNN (32, 256) 1.1 / 1.1, (64, 512) 0.7 / 0.7.
     """
     if not (_TORCH_HAS_BFLOAT16 and torch.backends.mkldnn.enabled) or seq_len == 1:
         return False
-    return batch > 1 or (hidden > 256 and not torch.is_grad_enabled())
+    hidden = module.hidden_size
+    if module.mode == "LSTM":
+        return batch > 1 or (hidden > 256 and not torch.is_grad_enabled())
+    return batch >= 32 and hidden >= 256
 
 
 class _Fused:
@@ -158,11 +162,7 @@ class _Layers(_Fused, nn.RNNBase):
         seq_len, batch, features = input.shape
         if features != self.input_size:
             return None
-        if (
-            self._num_states == 2
-            and input.dtype is torch.bfloat16
-            and _torch_is_faster(seq_len, batch, self.hidden_size)
-        ):
+        if input.dtype is torch.bfloat16 and _torch_is_faster(self, seq_len, batch):
             return None
         cell = self.mode.lower()  # "lstm", "gru", "rnn_tanh", "rnn_relu"
         if not self.bias:

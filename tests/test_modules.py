@@ -457,19 +457,21 @@ def test_bfloat16_and_float16_run_in_the_kernels(kind, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("batch", "hidden", "train", "computed_by"),
+    ("kind", "batch", "hidden", "train", "computed_by"),
     [
-        (1, H, True, ["kernel_forward"]),
-        (1, 300, True, ["kernel_forward"]),
-        (1, 300, False, ["torch"]),
-        (B, H, True, ["torch"]),
+        ("LSTM", 1, H, True, "kernel_forward"),
+        ("LSTM", 1, 300, True, "kernel_forward"),
+        ("LSTM", 1, 300, False, "torch"),
+        ("LSTM", B, H, True, "torch"),
+        ("GRU", B, H, True, "kernel_forward"),
+        ("GRU", 32, 256, True, "torch"),
     ],
 )
-def test_a_bfloat16_lstm_goes_where_it_is_faster(batch, hidden, train, computed_by, monkeypatch):
+def test_bfloat16_goes_where_it_is_faster(kind, batch, hidden, train, computed_by, monkeypatch):
     monkeypatch.setattr(modules, "_TORCH_HAS_BFLOAT16", True)
-    _, ours = pair("LSTM", I, hidden, dtype=torch.bfloat16)
+    _, ours = pair(kind, I, hidden, dtype=torch.bfloat16)
     input = random_input(T, batch, I, dtype=torch.bfloat16)
-    with ran(*computed_by), torch.set_grad_enabled(train):
+    with ran(computed_by), torch.set_grad_enabled(train):
         ours(input)
 
 
