@@ -492,3 +492,29 @@ def test_the_callers_mode_for_denormal_numbers_is_as_it_was(dtype, flush):
     flushed, share = in_threads(calls)[0]
     assert flushed is flush
     assert share == float(flush)
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_weights_replaced_during_a_call_live_until_it_ends(cell):
+    # Megabytes of weights, so that the call takes milliseconds; without the reference that the
+    # bindings hold, their memory is given back meanwhile.
+    _, module = pair(cell, 8, 1500)
+    module.requires_grad_(False)
+    x = torch.randn(4, 1, 8)
+    old = torch.nn.Parameter(module.weight_hh_l0.detach().clone(), requires_grad=False)
+    module.weight_hh_l0 = old
+    before = module(x)[0]
+    for _ in range(5):
+        module.weight_hh_l0 = torch.nn.Parameter(old.clone(), requires_grad=False)
+
+        def replace():
+            time.sleep(0.002)
+            module.weight_hh_l0 = torch.nn.Parameter(torch.zeros_like(old), requires_grad=False)
+
+        def call():
+            with ran("kernel_forward"):
+                return module(x)[0]
+
+        result, _ = in_threads(call, replace)
+        # A call that began too late saw zeros.
+        assert torch.equal(result, before) or torch.equal(result, module(x)[0])
