@@ -187,12 +187,14 @@ struct Layer {
     if (zero_states) return true;
     if (initial.size() != num_states) return false;
     for (int64_t i = 0; i < num_states; ++i) {
-      if (!(one_step ? read_dense(initial[i], {B, H}, &states[i])
-                     : read_dense(initial[i], {D, B, H}, &states[i]))) {
-        return false;
-      }
+      if (!read_state(initial[i], &states[i])) return false;
     }
     return true;
+  }
+
+  // A state, or the gradient of one.
+  bool read_state(PyObject* object, TensorView* out) {
+    return one_step ? read_dense(object, {B, H}, out) : read_dense(object, {D, B, H}, out);
   }
 
   NewTensor new_state(PyObject* like) const {
@@ -253,19 +255,26 @@ struct Layer {
   }
 };
 
+// What forward and plan are asked with: the layer, and nothing to write to.
 template <class T>
-void run_forward(const Layer& layer, int num_threads, bool save, void* saved, void* output,
-                 void* h_n, void* c_n) {
+ForwardArgs<T> forward_args(const Layer& layer, int num_threads) {
   ForwardArgs<T> args{};
   layer.fill(&args);
   args.num_threads    = num_threads;
-  args.save           = save;
   args.input_stride_t = layer.one_step ? 0 : layer.input.strides[0];
   args.input_stride_b = layer.input.strides[layer.input.dims - 2];
   for (int64_t d = 0; d < layer.D; ++d) {
     args.bias_ih[d] = static_cast<const T*>(layer.weights[4 * d + 2].data);
     args.bias_hh[d] = static_cast<const T*>(layer.weights[4 * d + 3].data);
   }
+  return args;
+}
+
+template <class T>
+void run_forward(const Layer& layer, int num_threads, bool save, void* saved, void* output,
+                 void* h_n, void* c_n) {
+  auto args   = forward_args<T>(layer, num_threads);
+  args.save   = save;
   args.gates  = static_cast<T*>(saved);
   args.extra  = args.gates ? args.gates + layer.gates_size() : nullptr;
   args.output = static_cast<T*>(output);
@@ -352,12 +361,14 @@ py::object backward(PyObject* const* arguments) {
     return py::none();
   }
 
+  if (needed.size() != 1 + initial.size() + weights.size() || grads.size() < 1 + !layer.one_step) {
+    throw py::type_error("expected a gradient for each result and a bool for each input");
+  }
+
   // grads: of output, h_n and c_n; of a step, of h and c.
   Gradients gradients;
   const auto read_state = [&](PyObject* grad, TensorView* out) {
-    return grad == Py_None ||
-           (layer.one_step ? layer.read_dense(grad, {layer.B, layer.H}, out)
-                           : layer.read_dense(grad, {layer.D, layer.B, layer.H}, out));
+    return grad == Py_None || layer.read_state(grad, out);
   };
   const bool whole = layer.one_step
                          ? read_state(grads[0], &gradients.output)
@@ -378,9 +389,6 @@ py::object backward(PyObject* const* arguments) {
   const int64_t states = initial.size();
   const Dtype dtype    = layer.dtype();
   py::tuple results(size_t(1 + states + weights.size()));
-  if (needed.size() != int64_t(results.size()) || grads.size() < 1 + !layer.one_step) {
-    throw py::type_error("expected a gradient for each result and a bool for each input");
-  }
   const auto wanted = [&](int64_t i) { return needed[i] == Py_True; };
   std::vector<NewTensor> made(results.size());  // as the results
   if (wanted(0)) {
@@ -431,15 +439,11 @@ py::object plan(PyObject* const* arguments) {
                   Items(arguments[4]), false)) {
     return py::none();
   }
-  const auto of = [&](auto args) {
-    layer.fill(&args);
-    args.num_threads    = int(PyLong_AsLong(arguments[1]));
-    args.input_stride_t = layer.one_step ? 0 : layer.input.strides[0];
-    args.input_stride_b = layer.input.strides[layer.input.dims - 2];
-    return kernels_of<std::remove_pointer_t<decltype(args.h_n)>>().plan[layer.cell_index](args);
-  };
+  const int num_threads = int(PyLong_AsLong(arguments[1]));
   const Plan made =
-      layer.wide_dtype() == Dtype::kFloat32 ? of(ForwardArgs<float>{}) : of(ForwardArgs<double>{});
+      layer.wide_dtype() == Dtype::kFloat32
+          ? kernels_of<float>().plan[layer.cell_index](forward_args<float>(layer, num_threads))
+          : kernels_of<double>().plan[layer.cell_index](forward_args<double>(layer, num_threads));
   return py::make_tuple(made.threads, made.row_shards, made.unit_shards, made.packed, made.chunk);
 }
 

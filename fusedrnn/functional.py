@@ -6,9 +6,9 @@ Shapes, for one layer with D directions: input [T, B, I] of any strides, h0 and 
 g, o), 3 for GRU (r, z, n), 1 for RNN. One step alone: input [B, I], states and results [B, H].
 Definitions, and their sources, are torch.nn's: see reference.py.
 
-float32 and float64 on the CPU run in the kernels, first derivatives included. Whatever else torch
-can do with such a function (other dtypes and devices, double backward, forward mode, torch.func)
-is computed by reference.py, and counted: `ops.counts`.
+The four floating-point dtypes run in the kernels on the CPU, first derivatives included. Whatever
+else torch can do with such a function (other dtypes and devices, double backward, forward mode,
+torch.func) is computed by reference.py, and counted: `ops.counts`.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class _SequenceFunction(Function):
         if result is None:
             ops.check_layer(cell, *arguments)
             raise RuntimeError(
-                "Expected dense CPU tensors of one dtype, float32 or float64, got "
+                "Expected dense CPU tensors of one floating-point dtype, got "
                 + ", ".join(f"{t.dtype} on {t.device}" for t in tensors if t is not None)
             )
         results, saved = result

@@ -218,7 +218,7 @@ class LSTM(_Layers):
                 input's dtype and device; zeros if None
         output  [T, B, D * hidden_size], h_n and c_n as h_0 and c_0
 
-    The kernels take float32 and float64 on the CPU without proj_size, and torch's own
+    The kernels take floating-point numbers on the CPU without proj_size, and torch's own
     implementation the rest. Raises what torch.nn.LSTM raises: ValueError for an input that is
     neither 2-D nor 3-D or not of the weights' dtype, RuntimeError for a wrong size or dtype of hx.
     It is no torch.nn.LSTM for isinstance, but a torch.nn.RNNBase.
@@ -344,8 +344,8 @@ class LSTMCell(_Cell, nn.LSTMCell):
 
     forward(input, hx=None) -> (h, c): input [B, input_size] or [input_size]; hx (h_0, c_0), each
     [B, hidden_size] or [hidden_size], zeros if None; h and c likewise. One dtype and device; the
-    kernels take float32 and float64 on the CPU. Raises ValueError for an input or a state that is
-    neither 1-D nor 2-D, RuntimeError for a wrong size or dtype.
+    kernels take floating-point numbers on the CPU. Raises ValueError for an input or a state that
+    is neither 1-D nor 2-D, RuntimeError for a wrong size or dtype.
     """
 
     _torch_class = nn.LSTMCell

@@ -92,8 +92,8 @@ def transformed() -> bool:
 
 
 def takes(cell: str, input: Tensor, initial: Tensors, weights: Weights) -> bool:
-    """Whether the kernels take these tensors: ordinary dense CPU tensors of one dtype, float32 or
-    float64, and of the shapes of one layer, or of one step (`check_layer`).
+    """Whether the kernels take these tensors: ordinary dense CPU tensors of one dtype, float32,
+    float64, bfloat16 or float16, of the shapes of one layer, or of one step (`check_layer`).
 
     `initial` is (h0,) or (h0, c0) or, for zeros, ().
     """
