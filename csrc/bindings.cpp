@@ -122,9 +122,15 @@ struct NewTensor {
 struct Layer {
   CellInfo cell{};
   int cell_index = 0;
-  int64_t T = 0, B = 0, I = 0, H = 0, D = 0;
-  bool one_step = false;  // input [B, I], states [B, H]
-  TensorView input, states[2], weights[8];
+  int64_t T = 0, B = 0, N = 0, I = 0, H = 0, P = 0, D = 0;
+  bool one_step   = false;  // input [B, I], states [B, P]
+  bool projects   = false;
+  bool cells      = false;  // c of every step is a result too
+  bool to_initial = false;
+  TensorView input, states[2], reset;
+  static constexpr int kWeights = 5;  // of each direction: weight_ih, weight_hh, biases, weight_hr
+  TensorView weights[2][kWeights];
+  std::vector<int64_t> offsets;  // empty: sequences of one length
   std::vector<py::object> copies;
   std::vector<Memory> memory;
   bool zero_states = false;
@@ -133,6 +139,7 @@ struct Layer {
   Dtype dtype() const { return input.dtype; }
   // Of what the kernels compute, and of what forward saves for backward.
   Dtype wide_dtype() const { return is_narrow(dtype()) ? Dtype::kFloat32 : dtype(); }
+  int64_t weights_of_direction() const { return projects ? 5 : 4; }
 
   // Reads a tensor, dense; false if it is not of this shape and dtype, or not ordinary.
   bool read_dense(PyObject* object, std::initializer_list<int64_t> shape, Dtype type,
@@ -146,38 +153,39 @@ struct Layer {
     return read_dense(object, shape, dtype(), out);
   }
 
-  // initial: (), (h0,) or (h0, c0). weights: 4 for each direction, biases may be None.
+  // initial: (), (h0,) or (h0, c0). weights: 4 for each direction, or 5 with a projection; biases may
+  // be None. options: None, or (batch_sizes, reset, reset_to_initial, cells) as ops.Options.
   bool read(int index, PyObject* input_object, const Items& initial, const Items& all_weights,
-            bool dense_input) {
-    const Torch& torch = Torch::get();
-    cell_index         = index;
-    cell               = kCells[index];
-    D                  = all_weights.size() / 4;
+            PyObject* options, bool dense_input) {
+    const Torch& torch  = Torch::get();
+    cell_index          = index;
+    cell                = kCells[index];
+    projects            = all_weights.size() % 5 == 0;
+    const int64_t count = weights_of_direction();
+    D                   = all_weights.size() / count;
     TensorView weight_hh;
-    if ((all_weights.size() != 4 && all_weights.size() != 8) || !torch.read(input_object, &input) ||
+    if (D < 1 || D > 2 || all_weights.size() % count != 0 || (projects && !cell.has_cell_state) ||
+        !torch.read(input_object, &input) || !is_floating(dtype()) ||
         !torch.read(all_weights[1], &weight_hh) || weight_hh.dims != 2) {
       return false;
     }
-    one_step = input.dims == 2 && D == 1;
-    if (!one_step && input.dims != 3) return false;
-    T = one_step ? 1 : input.shape[0];
-    B = input.shape[input.dims - 2];
-    I = input.shape[input.dims - 1];
-    H = weight_hh.shape[1];
-    if (T == 0 || H == 0) return false;
+    P = weight_hh.shape[1];
+    H = projects ? weight_hh.shape[0] / cell.gates : P;
+    if (!read_sequences(options)) return false;
+    if (T == 0 || H == 0 || P == 0) return false;
     dense_input |= is_narrow(dtype());  // it will be widened
     if (dense_input ? !input.is_dense() : I > 1 && input.strides[input.dims - 1] != 1) {
       if (!copy(input_object, &input)) return false;
     }
 
     const int64_t rows = cell.gates * H;
-    for (int i = 0; i < int(4 * D); ++i) {
-      PyObject* const object = all_weights[i];
-      const bool bias        = i % 4 >= 2;
-      if (bias && object == Py_None) continue;
-      if (!(bias         ? read_dense(object, {rows}, &weights[i])
-            : i % 4 == 0 ? read_dense(object, {rows, I}, &weights[i])
-                         : read_dense(object, {rows, H}, &weights[i]))) {
+    for (int64_t d = 0; d < D; ++d) {
+      TensorView* const w = weights[d];
+      const auto object   = [&](int64_t i) { return all_weights[d * count + i]; };
+      if (!read_dense(object(0), {rows, I}, &w[0]) || !read_dense(object(1), {rows, P}, &w[1]) ||
+          (object(2) != Py_None && !read_dense(object(2), {rows}, &w[2])) ||
+          (object(3) != Py_None && !read_dense(object(3), {rows}, &w[3])) ||
+          (projects && !read_dense(object(4), {P, H}, &w[4]))) {
         return false;
       }
     }
@@ -186,26 +194,96 @@ struct Layer {
     zero_states              = initial.size() == 0;
     if (zero_states) return true;
     if (initial.size() != num_states) return false;
-    for (int64_t i = 0; i < num_states; ++i) {
-      if (!read_state(initial[i], &states[i])) return false;
+    for (int i = 0; i < num_states; ++i) {
+      if (!read_state(initial[i], i, &states[i])) return false;
     }
     return true;
   }
 
-  // A state, or the gradient of one.
-  bool read_state(PyObject* object, TensorView* out) {
-    return one_step ? read_dense(object, {B, H}, out) : read_dense(object, {D, B, H}, out);
+  // Which sequences there are, from the input and the options.
+  bool read_sequences(PyObject* object) {
+    PyObject *batch_sizes = Py_None, *mask = Py_None;
+    if (object != Py_None) {
+      const Items options(object);
+      if (options.size() != 4) throw py::type_error("expected ops.Options");
+      batch_sizes = options[0];
+      mask        = options[1];
+      to_initial  = options[2] == Py_True;
+      cells       = options[3] == Py_True;
+    }
+    if (cells && !cell.has_cell_state) return false;
+    if (batch_sizes != Py_None) {
+      if (input.dims != 2 || !read_batch_sizes(batch_sizes)) return false;
+      N = input.shape[0];
+      I = input.shape[1];
+      if (offsets.back() != N) return false;
+    } else {
+      one_step = input.dims == 2 && D == 1;
+      if (!one_step && input.dims != 3) return false;
+      T = one_step ? 1 : input.shape[0];
+      B = input.shape[input.dims - 2];
+      I = input.shape[input.dims - 1];
+      N = T * B;
+    }
+    if (one_step && object != Py_None) return false;
+    if (mask == Py_None) return true;
+    return offsets.empty() ? read_dense(mask, {T, B}, Dtype::kBool, &reset)
+                           : read_dense(mask, {N}, Dtype::kBool, &reset);
   }
 
-  NewTensor new_state(PyObject* like) const {
-    return one_step ? NewTensor(like, dtype(), {B, H}) : NewTensor(like, dtype(), {D, B, H});
+  // batch_sizes [T]: positive and falling, as PackedSequence has them.
+  bool read_batch_sizes(PyObject* object) {
+    TensorView view;
+    if (!Torch::get().read(object, &view) || view.dtype != Dtype::kInt64 || view.dims != 1 ||
+        view.shape[0] == 0 || (!view.is_dense() && !copy(object, &view)) || !view.is_dense()) {
+      return false;
+    }
+    const auto* const sizes = static_cast<const int64_t*>(view.data);
+    T                       = view.shape[0];
+    B                       = sizes[0];
+    offsets.assign(1, 0);
+    for (int64_t t = 0; t < T; ++t) {
+      const int64_t size = sizes[t];
+      if (size <= 0 || size > (t ? offsets[size_t(t)] - offsets[size_t(t) - 1] : B)) return false;
+      offsets.push_back(offsets.back() + size);
+    }
+    return true;
   }
-  NewTensor new_output(PyObject* like) const { return {like, dtype(), {T, B, D * H}}; }
+
+  int64_t state_size(int i) const { return i == 0 ? P : H; }
+  // The i-th state (h, c), or the gradient of one.
+  bool read_state(PyObject* object, int i, TensorView* out) {
+    return one_step ? read_dense(object, {B, state_size(i)}, out)
+                    : read_dense(object, {D, B, state_size(i)}, out);
+  }
+  // The result that has `size` numbers for each row, or the gradient of one.
+  bool read_rows(PyObject* object, int64_t size, TensorView* out) {
+    return one_step || !offsets.empty() ? read_dense(object, {N, size}, out)
+                                        : read_dense(object, {T, B, size}, out);
+  }
+
+  NewTensor new_state(PyObject* like, int i) const {
+    return one_step ? NewTensor(like, dtype(), {B, state_size(i)})
+                    : NewTensor(like, dtype(), {D, B, state_size(i)});
+  }
+  NewTensor new_rows(PyObject* like, int64_t size) const {
+    return one_step || !offsets.empty() ? NewTensor(like, dtype(), {N, size})
+                                        : NewTensor(like, dtype(), {T, B, size});
+  }
+  NewTensor new_weight(PyObject* like, int64_t i) const {
+    const int64_t rows = cell.gates * H;
+    return i == 0   ? NewTensor(like, dtype(), {rows, I})
+           : i == 1 ? NewTensor(like, dtype(), {rows, P})
+           : i == 4 ? NewTensor(like, dtype(), {P, H})
+                    : NewTensor(like, dtype(), {rows});
+  }
   // Gives the kernels arrays that they can compute on: floats for narrow tensors, and zeros for
   // states that were not given.
   void widen_all(int num_threads) {
     widen(&input, num_threads);
-    for (TensorView& weight : weights) widen(&weight, num_threads);
+    for (auto& of_direction : weights) {
+      for (TensorView& weight : of_direction) widen(&weight, num_threads);
+    }
     if (zero_states) {
       const size_t bytes = sizeof(double) * size_t(D * B * H);
       memory.push_back(allocate(bytes));
@@ -226,24 +304,27 @@ struct Layer {
     view->data = floats;
   }
 
-  int64_t gates_size() const { return D * T * B * H * cell.gates; }
-  int64_t saved_size() const { return D * T * B * H * cell.saved; }
+  int64_t gates_size() const { return D * N * H * cell.gates; }
+  int64_t cell_size() const { return D * N * H * cell.saved; }  // gates and extra
+  int64_t saved_size() const { return cell_size() + (projects ? D * N * P : 0); }
 
   template <class Args>
   void fill(Args* args) const {
-    using T_      = std::remove_const_t<std::remove_pointer_t<decltype(args->h0)>>;
-    args->T       = T;
-    args->B       = B;
-    args->I       = I;
-    args->H       = H;
-    args->D       = D;
-    const auto of = [](const TensorView& view) { return static_cast<const T_*>(view.data); };
-    args->input   = of(input);
-    args->h0      = of(states[0]);
-    args->c0      = of(states[1]);
+    using T_        = std::remove_const_t<std::remove_pointer_t<decltype(args->h0)>>;
+    const auto of   = [](const TensorView& view) { return static_cast<const T_*>(view.data); };
+    args->sequences = {T, B, offsets.empty() ? nullptr : offsets.data(),
+                       static_cast<const bool*>(reset.data), to_initial};
+    args->I         = I;
+    args->H         = H;
+    args->P         = P;
+    args->D         = D;
+    args->input     = of(input);
+    args->h0        = of(states[0]);
+    args->c0        = of(states[1]);
     for (int64_t d = 0; d < D; ++d) {
-      args->weight_ih[d] = of(weights[4 * d]);
-      args->weight_hh[d] = of(weights[4 * d + 1]);
+      args->weight_ih[d] = of(weights[d][0]);
+      args->weight_hh[d] = of(weights[d][1]);
+      args->weight_hr[d] = of(weights[d][4]);
     }
   }
 
@@ -264,27 +345,45 @@ ForwardArgs<T> forward_args(const Layer& layer, int num_threads) {
   args.input_stride_t = layer.one_step ? 0 : layer.input.strides[0];
   args.input_stride_b = layer.input.strides[layer.input.dims - 2];
   for (int64_t d = 0; d < layer.D; ++d) {
-    args.bias_ih[d] = static_cast<const T*>(layer.weights[4 * d + 2].data);
-    args.bias_hh[d] = static_cast<const T*>(layer.weights[4 * d + 3].data);
+    args.bias_ih[d] = static_cast<const T*>(layer.weights[d][2].data);
+    args.bias_hh[d] = static_cast<const T*>(layer.weights[d][3].data);
   }
   return args;
 }
 
+// What forward writes; null: not wanted.
+struct Results {
+  void *output, *h_n, *c_n, *cells, *saved;
+};
+
 template <class T>
-void run_forward(const Layer& layer, int num_threads, bool save, void* saved, void* output,
-                 void* h_n, void* c_n) {
-  auto args   = forward_args<T>(layer, num_threads);
-  args.save   = save;
-  args.gates  = static_cast<T*>(saved);
-  args.extra  = args.gates ? args.gates + layer.gates_size() : nullptr;
-  args.output = static_cast<T*>(output);
-  args.h_n    = static_cast<T*>(h_n);
-  args.c_n    = static_cast<T*>(c_n);
+void run_forward(Layer& layer, int num_threads, const Results& results) {
+  auto args       = forward_args<T>(layer, num_threads);
+  args.save       = results.saved != nullptr;
+  args.gates      = static_cast<T*>(results.saved);
+  args.extra      = args.save ? args.gates + layer.gates_size() : nullptr;
+  args.hidden     = args.save ? args.gates + layer.cell_size() : nullptr;
+  args.output     = static_cast<T*>(results.output);
+  args.h_n        = static_cast<T*>(results.h_n);
+  args.c_n        = static_cast<T*>(results.c_n);
+  const int64_t H = layer.H, N = layer.N, D = layer.D;
+  if (results.cells && !args.save) {
+    layer.memory.push_back(allocate(sizeof(T) * size_t(D * N * H)));
+    args.extra = static_cast<T*>(layer.memory.back().get());
+  }
   const GilRelease no_gil;
   if (!kernels_of<T>().forward[layer.cell_index](args)) throw std::bad_alloc();
+  if (results.cells) {  // [N, D*H] of extra [D, N, H]
+    for (int64_t row = 0; row < N; ++row) {
+      for (int64_t d = 0; d < D; ++d) {
+        std::memcpy(static_cast<T*>(results.cells) + (row * D + d) * H,
+                    args.extra + (d * N + row) * H, sizeof(T) * size_t(H));
+      }
+    }
+  }
 }
 
-// forward(cell, save, num_threads, input, initial, weights) -> (results, saved), or None, or
+// forward(cell, save, num_threads, input, initial, weights, options) -> (results, saved), or None, or
 // NotImplemented if torch made no ordinary tensor.
 py::object forward(PyObject* const* arguments) {
   Layer layer;
@@ -292,32 +391,34 @@ py::object forward(PyObject* const* arguments) {
   const int num_threads = int(PyLong_AsLong(arguments[2]));
   PyObject* const like  = arguments[3];
   const Items initial(arguments[4]), weights(arguments[5]);
-  if (!layer.read(int(PyLong_AsLong(arguments[0])), like, initial, weights, false)) {
+  if (!layer.read(int(PyLong_AsLong(arguments[0])), like, initial, weights, arguments[6], false)) {
     return py::none();
   }
   layer.widen_all(num_threads);
   const bool cell_state  = layer.cell.has_cell_state;
-  const NewTensor output = layer.one_step ? layer.new_state(like) : layer.new_output(like);
-  const NewTensor h_n    = layer.one_step ? NewTensor() : layer.new_state(like);
-  const NewTensor c_n    = cell_state ? layer.new_state(like) : NewTensor();
+  const NewTensor output = layer.new_rows(like, layer.D * layer.P);
+  const NewTensor h_n    = layer.one_step ? NewTensor() : layer.new_state(like, 0);
+  const NewTensor c_n    = cell_state ? layer.new_state(like, 1) : NewTensor();
+  const NewTensor cells  = layer.cells ? layer.new_rows(like, layer.D * layer.H) : NewTensor();
   const NewTensor saved =
       save ? NewTensor(like, layer.wide_dtype(), {layer.saved_size()}, !is_narrow(layer.dtype()))
            : NewTensor();
-  (layer.wide_dtype() == Dtype::kFloat32 ? run_forward<float>
-                                         : run_forward<double>)(layer, num_threads, save,
-                                                                saved.data, output.data, h_n.data,
-                                                                c_n.data);
-  py::tuple results(1 + !layer.one_step + cell_state);
-  results[0] = output.finish(num_threads);
-  if (!layer.one_step) results[1] = h_n.finish(num_threads);
-  if (cell_state) results[results.size() - 1] = c_n.finish(num_threads);
+  (layer.wide_dtype() == Dtype::kFloat32
+       ? run_forward<float>
+       : run_forward<double>)(layer, num_threads,
+                              {output.data, h_n.data, c_n.data, cells.data, saved.data});
+  py::tuple results(1 + !layer.one_step + cell_state + layer.cells);
+  size_t i = 0;
+  for (const NewTensor* made : {&output, &h_n, &c_n, &cells}) {
+    if (made->object) results[i++] = made->finish(num_threads);
+  }
   return py::make_tuple(results, saved.finish(num_threads));
 }
 
 // The gradients that backward takes and gives; null: zero, and not wanted.
 struct Gradients {
-  TensorView output, h_n, c_n;
-  void *input[2]{}, *states[2]{}, *weights[8]{};
+  TensorView output, h_n, c_n, cells;
+  void *input[2]{}, *states[2]{}, *gates = nullptr, *weights[2][Layer::kWeights]{};
 };
 
 template <class T>
@@ -330,90 +431,94 @@ void run_backward(const Layer& layer, int num_threads, const void* saved, const 
   args.grad_output = static_cast<const T*>(grads.output.data);
   args.grad_h_n    = static_cast<const T*>(grads.h_n.data);
   args.grad_c_n    = static_cast<const T*>(grads.c_n.data);
+  args.grad_cells  = static_cast<const T*>(grads.cells.data);
+  args.hidden      = args.gates + layer.cell_size();
+  args.grad_gates  = static_cast<T*>(grads.gates);
   args.grad_h0     = static_cast<T*>(grads.states[0]);
   args.grad_c0     = static_cast<T*>(grads.states[1]);
   for (int64_t d = 0; d < layer.D; ++d) {
     args.grad_input[d]     = static_cast<T*>(grads.input[d]);
-    args.grad_weight_ih[d] = static_cast<T*>(grads.weights[4 * d]);
-    args.grad_weight_hh[d] = static_cast<T*>(grads.weights[4 * d + 1]);
-    args.grad_bias_ih[d]   = static_cast<T*>(grads.weights[4 * d + 2]);
-    args.grad_bias_hh[d]   = static_cast<T*>(grads.weights[4 * d + 3]);
+    args.grad_weight_ih[d] = static_cast<T*>(grads.weights[d][0]);
+    args.grad_weight_hh[d] = static_cast<T*>(grads.weights[d][1]);
+    args.grad_bias_ih[d]   = static_cast<T*>(grads.weights[d][2]);
+    args.grad_bias_hh[d]   = static_cast<T*>(grads.weights[d][3]);
+    args.grad_weight_hr[d] = static_cast<T*>(grads.weights[d][4]);
   }
   const GilRelease no_gil;
   if (!kernels_of<T>().backward[layer.cell_index](args)) throw std::bad_alloc();
   if (args.grad_input[1]) {
-    const int64_t n = layer.T * layer.B * layer.I;
+    const int64_t n = layer.N * layer.I;
     for (int64_t i = 0; i < n; ++i) args.grad_input[0][i] += args.grad_input[1][i];
   }
 }
 
-// backward(cell, num_threads, input, initial, weights, saved, grads, needed) -> gradients, or None, or
-// NotImplemented if it is one of grads that is not ordinary.
+// backward(cell, num_threads, input, initial, weights, options, saved, grads, needed, want_gates) ->
+// gradients (those of the gates last, if want_gates), or None, or NotImplemented if it is one of grads
+// that is not ordinary.
 py::object backward(PyObject* const* arguments) {
   Layer layer;
   const int num_threads = int(PyLong_AsLong(arguments[1]));
   PyObject* const like  = arguments[2];
-  const Items initial(arguments[3]), weights(arguments[4]), grads(arguments[6]),
-      needed(arguments[7]);
+  const Items initial(arguments[3]), weights(arguments[4]), grads(arguments[7]),
+      needed(arguments[8]);
+  const bool want_gates = arguments[9] == Py_True;
   TensorView saved;
-  if (!layer.read(int(PyLong_AsLong(arguments[0])), like, initial, weights, true) ||
-      !layer.read_dense(arguments[5], {layer.saved_size()}, layer.wide_dtype(), &saved)) {
+  if (!layer.read(int(PyLong_AsLong(arguments[0])), like, initial, weights, arguments[5], true) ||
+      !layer.read_dense(arguments[6], {layer.saved_size()}, layer.wide_dtype(), &saved)) {
     return py::none();
   }
-
-  if (needed.size() != 1 + initial.size() + weights.size() || grads.size() < 1 + !layer.one_step) {
+  const int64_t D = layer.D, H = layer.H, N = layer.N;
+  const bool cell_state = layer.cell.has_cell_state;
+  if (needed.size() != 1 + initial.size() + weights.size() ||
+      grads.size() != 1 + !layer.one_step + cell_state + layer.cells) {
     throw py::type_error("expected a gradient for each result and a bool for each input");
   }
 
-  // grads: of output, h_n and c_n; of a step, of h and c.
+  // grads: of output, h_n, c_n and cells; of a step, of h and c.
   Gradients gradients;
-  const auto read_state = [&](PyObject* grad, TensorView* out) {
-    return grad == Py_None || layer.read_state(grad, out);
-  };
-  const bool whole = layer.one_step
-                         ? read_state(grads[0], &gradients.output)
-                         : (grads[0] == Py_None ||
-                            layer.read_dense(grads[0], {layer.T, layer.B, layer.D * layer.H},
-                                             &gradients.output)) &&
-                               read_state(grads[1], &gradients.h_n);
-  if (!whole ||
-      (layer.cell.has_cell_state && !read_state(grads[grads.size() - 1], &gradients.c_n))) {
+  int64_t given       = 0;
+  const auto is_given = [&](bool result) { return result && grads[given++] != Py_None; };
+  if ((is_given(true) && !layer.read_rows(grads[given - 1], D * layer.P, &gradients.output)) ||
+      (is_given(!layer.one_step) && !layer.read_state(grads[given - 1], 0, &gradients.h_n)) ||
+      (is_given(cell_state) && !layer.read_state(grads[given - 1], 1, &gradients.c_n)) ||
+      (is_given(layer.cells) && !layer.read_rows(grads[given - 1], D * H, &gradients.cells))) {
     return py::reinterpret_borrow<py::object>(Py_NotImplemented);
   }
 
   layer.widen_all(num_threads);
-  for (TensorView* grad : {&gradients.output, &gradients.h_n, &gradients.c_n}) {
+  for (TensorView* grad : {&gradients.output, &gradients.h_n, &gradients.c_n, &gradients.cells}) {
     layer.widen(grad, num_threads);
   }
 
   const int64_t states = initial.size();
-  const Dtype dtype    = layer.dtype();
-  py::tuple results(size_t(1 + states + weights.size()));
+  py::tuple results(size_t(1 + states + weights.size() + want_gates));
   const auto wanted = [&](int64_t i) { return needed[i] == Py_True; };
   std::vector<NewTensor> made(results.size());  // as the results
   if (wanted(0)) {
-    made[0]            = layer.one_step ? NewTensor(like, dtype, {layer.B, layer.I})
-                                        : NewTensor(like, dtype, {layer.T, layer.B, layer.I});
+    made[0]            = layer.new_rows(like, layer.I);
     gradients.input[0] = made[0].data;
-    if (layer.D == 2) {
-      layer.memory.push_back(allocate(sizeof(double) * size_t(layer.T * layer.B * layer.I)));
+    if (D == 2) {
+      layer.memory.push_back(allocate(sizeof(double) * size_t(N * layer.I)));
       gradients.input[1] = layer.memory.back().get();
     }
   }
-  for (int64_t i = 0; i < states; ++i) {
-    if (wanted(1 + i)) made[size_t(1 + i)] = layer.new_state(like);
+  for (int i = 0; i < states; ++i) {
+    if (!wanted(1 + i)) continue;
+    made[size_t(1 + i)] = layer.new_state(like, i);
+    gradients.states[i] = made[size_t(1 + i)].data;
   }
   // One tensor each, also where two are equal (LSTM's biases): autograd may keep them as .grad.
-  const int64_t rows = layer.cell.gates * layer.H;
+  const int64_t of_direction = layer.weights_of_direction();
   for (int64_t i = 0; i < weights.size(); ++i) {
     if (!wanted(1 + states + i)) continue;
-    made[size_t(1 + states + i)] = i % 4 >= 2   ? NewTensor(like, dtype, {rows})
-                                   : i % 4 == 0 ? NewTensor(like, dtype, {rows, layer.I})
-                                                : NewTensor(like, dtype, {rows, layer.H});
+    NewTensor& weight = made[size_t(1 + states + i)];
+    weight            = layer.new_weight(like, i % of_direction);
+    gradients.weights[i / of_direction][i % of_direction] = weight.data;
   }
-  for (int64_t i = 0; i < states; ++i) gradients.states[i] = made[size_t(1 + i)].data;
-  for (int64_t i = 0; i < weights.size(); ++i) {
-    gradients.weights[i] = made[size_t(1 + states + i)].data;
+  if (want_gates) {
+    made.back()     = NewTensor(like, layer.wide_dtype(), {D, N, layer.cell.grad_gates * H},
+                                !is_narrow(layer.dtype()));
+    gradients.gates = made.back().data;
   }
   (layer.wide_dtype() == Dtype::kFloat32
        ? run_backward<float>
@@ -422,21 +527,21 @@ py::object backward(PyObject* const* arguments) {
   return std::move(results);
 }
 
-// takes(cell, input, initial, weights): whether forward would take them.
+// takes(cell, input, initial, weights, options): whether forward would take them.
 py::object takes(PyObject* const* arguments) {
   Layer layer;
   layer.check_only = true;
   return py::bool_(layer.read(int(PyLong_AsLong(arguments[0])), arguments[1], Items(arguments[2]),
-                              Items(arguments[3]), false));
+                              Items(arguments[3]), arguments[4], false));
 }
 
-// plan(cell, num_threads, input, initial, weights) -> (threads, row_shards, unit_shards, packed,
+// plan(cell, num_threads, input, initial, weights, options) -> (threads, row_shards, unit_shards, packed,
 // chunk) or None.
 py::object plan(PyObject* const* arguments) {
   Layer layer;
   layer.check_only = true;
   if (!layer.read(int(PyLong_AsLong(arguments[0])), arguments[2], Items(arguments[3]),
-                  Items(arguments[4]), false)) {
+                  Items(arguments[4]), arguments[5], false)) {
     return py::none();
   }
   const int num_threads = int(PyLong_AsLong(arguments[1]));
@@ -487,10 +592,10 @@ PYBIND11_MODULE(_C, m) {
       "isa", [] { return kernels().isa; },
       "Name of the instruction set whose kernels run; RuntimeError if FUSEDRNN_ISA can't be had.");
   m.def("release_threads", release_threads, "Ends this thread's idle OpenMP threads.");
-  static PyMethodDef methods[] = {definition<forward, 6>("forward"),
-                                  definition<backward, 8>("backward"),
-                                  definition<takes, 4>("takes"),
-                                  definition<plan, 5>("plan"),
+  static PyMethodDef methods[] = {definition<forward, 7>("forward"),
+                                  definition<backward, 10>("backward"),
+                                  definition<takes, 5>("takes"),
+                                  definition<plan, 6>("plan"),
                                   {nullptr, nullptr, 0, nullptr}};
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }

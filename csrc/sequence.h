@@ -3,11 +3,13 @@
 //
 // Legend, used in every comment below csrc/:
 //   T time steps, B batch, I input features, H hidden units, D directions (1 or 2),
+//   P size of h (H, or the rows of a projection), N rows of all time steps (T*B, or fewer),
 //   G gates of a cell (LSTM 4, GRU 3, RNN 1), E gradient rows of a cell (LSTM 4, GRU 4, RNN 1).
 //
 // All arrays are dense and row-major in the order given, of one dtype (float or double), and live
 // in the caller's memory until the call returns; unless said otherwise no two of them overlap.
-// Direction d = 0 runs from t = 0 upwards, d = 1 from t = T-1 downwards; "the step before t" is
+// [N, ...] holds the rows of time 0, then those of time 1 and so on: [T, B, ...] where all sequences
+// are equally long. Direction d = 0 runs from t = 0 upwards, d = 1 from t = T-1 downwards; "the step before t" is
 // meant in the direction's own order. The kernels read no shape but these numbers: checking is the
 // caller's.
 #pragma once
@@ -21,64 +23,93 @@ enum Cell { kLstm, kGru, kRnnTanh, kRnnRelu, kNumCells };
 
 // What a caller must know of a cell; csrc/cells/ has the rest.
 struct CellInfo {
-  int gates;  // G
-  int saved;  // numbers saved for backward for each (t, b, unit): the gates, then `extra`
+  int gates;       // G
+  int grad_gates;  // E
+  int saved;       // numbers saved for backward for each (t, b, unit): the gates, then `extra`
   bool has_cell_state;
 };
-constexpr CellInfo kCells[kNumCells] = {{4, 5, true}, {3, 4, false}, {1, 1, false}, {1, 1, false}};
+constexpr CellInfo kCells[kNumCells] = {
+    {4, 4, 5, true}, {3, 4, 4, false}, {1, 1, 1, false}, {1, 1, 1, false}};
+
+// A batch of sequences, and where their states begin anew.
+struct Sequences {
+  int64_t T, B;  // the longest one's steps; how many there are, numbered by falling length
+  // [T+1]: rows before time t, so that offsets[T] = N. At time t the first offsets[t+1] - offsets[t]
+  // sequences run. Null: all have T steps.
+  const int64_t* offsets;
+  // [N]: whether a boundary that no state crosses lies between this row's step and the one before it
+  // in time, for both directions. At time 0: whether direction 0 ignores h0 and c0. Null: no
+  // boundaries.
+  const bool* reset;
+  bool reset_to_initial;  // behind a boundary stand h0 and c0 again; else zeros
+};
 
 template <class scalar_t>
 struct ForwardArgs {
-  int64_t T, B, I, H, D;
+  Sequences sequences;
+  int64_t I, H, P, D;
   int num_threads;  // at most; fewer run where the work does not pay for them
   bool save;        // whether a backward pass will follow
 
-  // Features are dense, the other strides, in elements, free.
-  const scalar_t* input;  // [T, B, I]
+  // Features are dense, the other strides, in elements, free; with offsets, only stride_b is read.
+  const scalar_t* input;  // [N, I]
   int64_t input_stride_t, input_stride_b;
   const scalar_t* weight_ih[2];  // [G*H, I] of each direction
   const scalar_t* bias_ih[2];    // [G*H], or null
-  const scalar_t* weight_hh[2];  // [G*H, H]
+  const scalar_t* weight_hh[2];  // [G*H, P]
   const scalar_t* bias_hh[2];    // [G*H], or null
+  const scalar_t* weight_hr[2];  // [P, H], LSTM only, or null: then P = H
 
   // Out, if save: the activated gates (LSTM i f g o, GRU r z n, RNN h).
-  scalar_t* gates;  // [D, T, B, G*H]
+  scalar_t* gates;  // [D, N, G*H]
   // Out, if save: LSTM c, GRU a_hn (the recurrent part of n before the reset gate). RNN: not used.
-  scalar_t* extra;  // [D, T, B, H]
+  // LSTM's is written without save too, unless null.
+  scalar_t* extra;  // [D, N, H]
+  // Out, if save and weight_hr: h.
+  scalar_t* hidden;  // [D, N, P]
 
-  const scalar_t* h0;  // [D, B, H]
+  const scalar_t* h0;  // [D, B, P]
   const scalar_t* c0;  // [D, B, H], LSTM only
 
-  scalar_t* output;  // [T, B, D*H], direction d at column d*H
-  scalar_t* h_n;     // [D, B, H], or null if not wanted
+  scalar_t* output;  // [N, D*P], direction d at column d*P
+  scalar_t* h_n;     // [D, B, P], or null if not wanted
   scalar_t* c_n;     // [D, B, H], LSTM only; working memory until the call returns
 };
 
 template <class scalar_t>
 struct BackwardArgs {
-  int64_t T, B, I, H, D;
+  Sequences sequences;
+  int64_t I, H, P, D;
   int num_threads;
 
-  const scalar_t* gates;         // [D, T, B, G*H], as ForwardArgs left it
-  const scalar_t* extra;         // [D, T, B, H], as ForwardArgs left it
-  const scalar_t* input;         // [T, B, I]
+  const scalar_t* gates;         // [D, N, G*H], as ForwardArgs left it
+  const scalar_t* extra;         // [D, N, H], as ForwardArgs left it
+  const scalar_t* hidden;        // [D, N, P], as ForwardArgs left it
+  const scalar_t* input;         // [N, I]
   const scalar_t* weight_ih[2];  // [G*H, I]; not read without grad_input
-  const scalar_t* weight_hh[2];  // [G*H, H]
-  const scalar_t* h0;            // [D, B, H]
+  const scalar_t* weight_hh[2];  // [G*H, P]
+  const scalar_t* weight_hr[2];  // [P, H], or null
+  const scalar_t* h0;            // [D, B, P]
   const scalar_t* c0;            // [D, B, H], LSTM only
 
-  const scalar_t* grad_output;  // [T, B, D*H], or null for zero
-  const scalar_t* grad_h_n;     // [D, B, H], or null for zero
+  const scalar_t* grad_output;  // [N, D*P], or null for zero
+  const scalar_t* grad_h_n;     // [D, B, P], or null for zero
   const scalar_t* grad_c_n;     // [D, B, H], or null for zero; LSTM only
+  const scalar_t* grad_cells;   // [N, D*H], of c at every step, or null for zero; LSTM only
 
   // Out, each null if not wanted.
-  scalar_t* grad_input[2];      // [T, B, I]: each direction's share
-  scalar_t* grad_h0;            // [D, B, H]
-  scalar_t* grad_c0;            // [D, B, H]; LSTM only
+  scalar_t* grad_input[2];  // [N, I]: each direction's share
+  scalar_t* grad_h0;        // [D, B, P]
+  scalar_t* grad_c0;        // [D, B, H]; LSTM only
+  // Of the pre-activations. LSTM (i, f, g, o) and RNN: of gates_x and gates_h alike. GRU: (n_h, r, z,
+  // n_x): the first 3H columns are the gradient of gates_h, its n part first; the last 3H that of
+  // gates_x, in torch's order.
+  scalar_t* grad_gates;         // [D, N, E*H]
   scalar_t* grad_weight_ih[2];  // [G*H, I]
-  scalar_t* grad_weight_hh[2];  // [G*H, H]
+  scalar_t* grad_weight_hh[2];  // [G*H, P]
   scalar_t* grad_bias_ih[2];    // [G*H]
   scalar_t* grad_bias_hh[2];    // [G*H]
+  scalar_t* grad_weight_hr[2];  // [P, H]
 };
 
 // Types that are stored but not computed in.
@@ -90,7 +121,7 @@ struct Plan {
   int64_t row_shards;   // of one direction: shares of the batch,
   int64_t unit_shards;  // and of the hidden units
   bool packed;          // whether the weights are laid out anew for the call
-  int64_t chunk;        // steps whose input is projected at once
+  int64_t chunk;        // steps whose input is projected at once, at the beginning
 };
 
 // One ISA's kernels. Forward and backward return false, having done nothing, when their scratch

@@ -39,12 +39,15 @@ struct ExchangeApi {
 };
 
 constexpr int32_t kCpu    = 1;
+constexpr uint8_t kInt    = 0;
 constexpr uint8_t kFloat  = 2;
 constexpr uint8_t kBfloat = 4;
+constexpr uint8_t kBool   = 6;
 
 }  // namespace dlpack
 
-enum class Dtype { kFloat32, kFloat64, kFloat16, kBfloat16 };
+enum class Dtype { kFloat32, kFloat64, kFloat16, kBfloat16, kInt64, kBool };
+inline bool is_floating(Dtype dtype) { return dtype <= Dtype::kBfloat16; }
 
 constexpr int kMaxDims = 3;
 
@@ -144,7 +147,7 @@ class Torch {
     const py::object tensor = torch.attr("Tensor");
     tensor_type_            = type(tensor);
     parameter_type_         = type(torch.attr("nn").attr("Parameter"));
-    for (const char* name : {"float32", "float64", "float16", "bfloat16"}) {
+    for (const char* name : {"float32", "float64", "float16", "bfloat16", "int64", "bool"}) {
       dtypes_.push_back(torch.attr(name));
     }
     strided_                 = torch.attr("strided");
@@ -176,6 +179,10 @@ class Torch {
       *out = Dtype::kFloat16;
     } else if (type.code == dlpack::kBfloat && type.bits == 16) {
       *out = Dtype::kBfloat16;
+    } else if (type.code == dlpack::kInt && type.bits == 64) {
+      *out = Dtype::kInt64;
+    } else if (type.code == dlpack::kBool && type.bits == 8) {
+      *out = Dtype::kBool;
     } else {
       return false;
     }

@@ -4,13 +4,21 @@ from types import NotImplementedType
 
 from torch import Tensor
 
-from fusedrnn.ops import Tensors, Weights
+from fusedrnn.ops import Options, Tensors, Weights
 
 def isa() -> str: ...
 def release_threads() -> None: ...
-def takes(cell: int, input: Tensor, initial: Tensors, weights: Weights, /) -> bool: ...
+def takes(
+    cell: int, input: Tensor, initial: Tensors, weights: Weights, options: Options | None, /
+) -> bool: ...
 def plan(
-    cell: int, num_threads: int, input: Tensor, initial: Tensors, weights: Weights, /
+    cell: int,
+    num_threads: int,
+    input: Tensor,
+    initial: Tensors,
+    weights: Weights,
+    options: Options | None,
+    /,
 ) -> tuple[int, int, int, bool, int] | None: ...
 def forward(
     cell: int,
@@ -19,6 +27,7 @@ def forward(
     input: Tensor,
     initial: Tensors,
     weights: Weights,
+    options: Options | None,
     /,
 ) -> tuple[tuple[Tensor, ...], Tensor | None] | NotImplementedType | None: ...
 def backward(
@@ -27,8 +36,10 @@ def backward(
     input: Tensor,
     initial: Tensors,
     weights: Weights,
+    options: Options | None,
     saved: Tensor,
     grads: tuple[Tensor | None, ...],
     needed: tuple[bool, ...],
+    want_gates: bool,
     /,
 ) -> tuple[Tensor | None, ...] | NotImplementedType | None: ...

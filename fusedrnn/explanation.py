@@ -40,10 +40,12 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
     if reason is not None:
         return f"torch.nn: {reason}."
     layers = _layers(module, input, hx)
-    _, first, _, _ = layers[0]
+    _, first, _, _, options = layers[0]
     if (
         isinstance(module, nn.RNNBase)
-        and input.dtype is torch.bfloat16
+        and first.dtype is torch.bfloat16
+        and options is None
+        and not module.proj_size
         and modules._torch_is_faster(module, *first.shape[:2])
     ):
         return "torch.nn: oneDNN's bfloat16 products are faster on this CPU at this shape."
@@ -56,8 +58,8 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
                 ops.check_layer(*layer)
         except RuntimeError as error:
             return f"torch.nn: a shape does not fit, and the error is torch's ({error})."
-        return f"torch.nn: {_why_not_ordinary(*layers[plans.index(None)][1:])}."
-    lines = [f"kernels: {ops.isa()}, {_arithmetic(input.dtype)}."]
+        return f"torch.nn: {_why_not_ordinary(*layers[plans.index(None)][1:4])}."
+    lines = [f"kernels: {ops.isa()}, {_arithmetic(first.dtype)}."]
     for i, (layer, plan) in enumerate(zip(layers, plans, strict=True)):
         assert plan is not None
         where = f"Layer {i}: " if len(layers) > 1 else ""
@@ -72,18 +74,17 @@ def _name(cls: type) -> str:
 def _why_torch(module: Any, input: Any, hx: Any) -> str | None:
     """What modules.py sees before it asks the kernels; None if nothing."""
     states = hx if isinstance(hx, (tuple, list)) else () if hx is None else (hx,)
-    if isinstance(input, PackedSequence):
-        return "the input is a PackedSequence, which the kernels do not take yet"
+    packed = isinstance(input, PackedSequence)
+    if packed:
+        input = input.data
     if not isinstance(input, Tensor) or not all(isinstance(s, Tensor) for s in states):
         return "the input or hx is no tensor, and the error is torch's"
-    if getattr(module, "proj_size", 0):
-        return "the module has a projection (proj_size), which the kernels do not have yet"
     if _is_any_autocast_enabled():
         return "autocast is active, and torch knows what it converts"
     if _get_tracing_state() or (_len_torch_dispatch_stack() and not ops.transformed()):
         return "torch's operations are being recorded (torch.jit.trace or a dispatch mode)"
     of_layers = isinstance(module, nn.RNNBase)
-    dims = input.dim()
+    dims = input.dim() + packed
     if dims not in ((2, 3) if of_layers else (1, 2)):
         return f"the input has {dims} dimensions, and the error is torch's"
     if hx is not None and (
@@ -101,29 +102,37 @@ def _why_torch(module: Any, input: Any, hx: Any) -> str | None:
     return None
 
 
-def _layers(module: Any, input: Tensor, hx: Any) -> list[tuple[str, Tensor, Any, Any]]:
-    """(cell, input, initial states, weights) of each layer, inputs after the first invented."""
+def _layers(
+    module: Any, input: Any, hx: Any
+) -> list[tuple[str, Tensor, Any, Any, ops.Options | None]]:
+    """What `ops.plan` takes, of each layer; inputs after the first invented."""
     weights: Any
+    options = None
     states = list(hx) if isinstance(hx, (tuple, list)) else [] if hx is None else [hx]
     if isinstance(module, nn.RNNCellBase):
         if input.dim() == 1:
             input, states = input.unsqueeze(0), [s.unsqueeze(0) for s in states]
         weights = (module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh)
         if isinstance(module, nn.RNNCell):
-            return [(f"rnn_{module.nonlinearity}", input, states, weights)]
-        return [("lstm" if module._num_states == 2 else "gru", input, states, weights)]
+            return [(f"rnn_{module.nonlinearity}", input, states, weights, None)]
+        return [("lstm" if module._num_states == 2 else "gru", input, states, weights, None)]
     directions = 2 if module.bidirectional else 1
-    if input.dim() == 2:
+    if isinstance(input, PackedSequence):
+        options = ops.Options(input.batch_sizes)
+        input = input.data
+    elif input.dim() == 2:
         input, states = input.unsqueeze(1), [s.unsqueeze(1) for s in states]
     elif module.batch_first:
         input = input.transpose(0, 1)
     layers = []
     for i in range(0, len(module.all_weights), directions):
         both = module.all_weights[i : i + directions]
-        weights = [w for one in both for w in (*one, None, None)[:4]]
+        biases = () if module.bias else (None, None)
+        weights = [w for one in both for w in (*one[:2], *biases, *one[2:])]
         initial = [s[i : i + directions] for s in states]
-        layers.append((module.mode.lower(), input, initial, weights))
-        input = input.new_empty(*input.shape[:2], directions * module.hidden_size)
+        layers.append((module.mode.lower(), input, initial, weights, options))
+        size = directions * (module.proj_size or module.hidden_size)
+        input = input.new_empty(*input.shape[:-1], size)
     return layers
 
 
@@ -152,8 +161,17 @@ def _arithmetic(dtype: torch.dtype) -> str:
     return str(dtype)[6:]
 
 
-def _plan_in_words(plan: ops.Plan, cell: str, input: Tensor, initial: Any, weights: Any) -> str:
+def _plan_in_words(
+    plan: ops.Plan,
+    cell: str,
+    input: Tensor,
+    initial: Any,
+    weights: Any,
+    options: ops.Options | None,
+) -> str:
     steps = input.shape[0] if input.dim() == 3 else 1
+    if options is not None and options.batch_sizes is not None:
+        steps = len(options.batch_sizes)
     if plan.packed:
         words = (
             "weights laid out anew for the call, so that a register tile holds all gates of its "
@@ -167,7 +185,7 @@ def _plan_in_words(plan: ops.Plan, cell: str, input: Tensor, initial: Any, weigh
             f" of {available}: the work does not pay for more." if available > 1 else "."
         )
     splits = []
-    if len(weights) == 8:
+    if len(weights) in (8, 10):
         splits.append("the directions run side by side")
     if plan.row_shards > 1:
         splits.append(f"the batch is split in {plan.row_shards}, which never wait for each other")

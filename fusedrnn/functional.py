@@ -3,8 +3,9 @@
 Shapes, for one layer with D directions: input [T, B, I] of any strides, h0 and c0 [D, B, H]
 (expanded ones too), output [T, B, D*H]. `weights` holds four entries per direction: weight_ih
 [G*H, I], weight_hh [G*H, H], bias_ih and bias_hh [G*H] or None. G is 4 for LSTM (gate order i, f,
-g, o), 3 for GRU (r, z, n), 1 for RNN. One step alone: input [B, I], states and results [B, H].
-Definitions, and their sources, are torch.nn's: see reference.py.
+g, o), 3 for GRU (r, z, n), 1 for RNN. One step alone: input [B, I], states and results [B, H]. An
+LSTM with a projection has a fifth entry, weight_hr [P, H]; then weight_hh is [G*H, P], h0 [D, B, P]
+and the output [T, B, D*P]. Definitions, and their sources, are torch.nn's: see reference.py.
 
 The four floating-point dtypes run in the kernels on the CPU, first derivatives included. Whatever
 else torch can do with such a function (other dtypes and devices, double backward, forward mode,
@@ -66,24 +67,35 @@ def rnn(
 
 
 def layer(
-    cell: str, input: Tensor, initial: Sequence[Tensor], weights: Weights
+    cell: str,
+    input: Tensor,
+    initial: Sequence[Tensor],
+    weights: Weights,
+    options: ops.Options | None = None,
 ) -> tuple[Tensor, ...]:
     """One layer of `cell`, a key of ops.CELLS: (output, h_n) or, for "lstm", (output, h_n, c_n).
 
     `initial` is (h0,) or (h0, c0) or, for zeros, (). Also one step: with input [B, I] and states
     [B, H] the results are (h,) or (h, c), each [B, H]. Raises RuntimeError where a shape does not
     fit.
+
+    `options` are for sequences of several lengths, for boundaries within them and for c of all
+    steps as one more result: see ops.Options.
     """
     initial, weights = tuple(initial), tuple(weights)
-    results = kernel_layer(cell, input, initial, weights)
+    results = kernel_layer(cell, input, initial, weights, options)
     if results is None:
-        ops.check_layer(cell, input, initial, weights)
-        results = reference_layer(cell, input, initial, weights)
+        ops.check_layer(cell, input, initial, weights, options)
+        results = reference_layer(cell, input, initial, weights, options)
     return results
 
 
 def kernel_layer(
-    cell: str, input: Tensor, initial: ops.Tensors, weights: ops.Weights
+    cell: str,
+    input: Tensor,
+    initial: ops.Tensors,
+    weights: ops.Weights,
+    options: ops.Options | None = None,
 ) -> tuple[Tensor, ...] | None:
     """`layer` by the kernels; None where they do not take the call."""
     if ops.watched():
@@ -93,57 +105,80 @@ def kernel_layer(
             if t is not None and t.requires_grad:
                 if torch.is_inference_mode_enabled():
                     break  # torch records nothing then
-                if not ops.takes(cell, input, initial, weights):
+                if not ops.takes(cell, input, initial, weights, options):
                     return None
-                return _APPLY[cell](cell, input, *initial, *weights)  # type: ignore[no-any-return]
-    result = ops.forward(cell, input, initial, weights, False)
+                return _APPLY[cell](  # type: ignore[no-any-return]
+                    cell, len(initial), options, input, *initial, *weights
+                )
+    result = ops.forward(cell, input, initial, weights, False, options)
     return None if result is None else result[0]
 
 
 def reference_layer(
-    cell: str, input: Tensor, initial: Sequence[Tensor], weights: Weights
+    cell: str,
+    input: Tensor,
+    initial: Sequence[Tensor],
+    weights: Weights,
+    options: ops.Options | None = None,
 ) -> tuple[Tensor, ...]:
     """`layer` in plain torch operations, for whatever the kernels do not take."""
     ops.count("reference")
-    one_step = input.dim() == 2
+    options = options or ops.Options()
+    batch_sizes = options.batch_sizes
+    one_step = input.dim() == 2 and batch_sizes is None
     if one_step:
         input, initial = input.unsqueeze(0), [s.unsqueeze(0) for s in initial]
     if not initial:
+        per_direction = ops.weights_per_direction(weights)
         weight_hh = weights[1]
         assert weight_hh is not None
-        shape = (len(weights) // 4, input.shape[1], weight_hh.shape[1])
-        initial = [input.new_zeros(shape) for _ in range(ops.CELLS[cell].states)]
-    results = reference.scan(cell, input, tuple(initial), weights)
+        rows = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
+        sizes = (weight_hh.shape[1], weight_hh.shape[0] // ops.CELLS[cell].gates)  # of h and of c
+        initial = [
+            input.new_zeros((len(weights) // per_direction, rows, size))
+            for size in sizes[: ops.CELLS[cell].states]
+        ]
+    results = reference.scan(cell, input, tuple(initial), weights, *options)
     return tuple(r.squeeze(0) for r in results[1:]) if one_step else results
 
 
-def _unpack(tensors: Sequence[Any]) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-    """(input, initial, weights) of a Function's tensors: weights are 4 or 8, states at most 2."""
-    first_weight = 1 + (len(tensors) - 1) % 4
+def _unpack(
+    num_states: int, tensors: Sequence[Any]
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """(input, initial, weights) of a Function's tensors."""
+    first_weight = 1 + num_states
     return tensors[0], tuple(tensors[1:first_weight]), tuple(tensors[first_weight:])
 
 
 class _SequenceFunction(Function):
-    """apply(cell, input, [h0, [c0,]] *weights) -> the results of `layer`; no initial states: zeros.
+    """apply(cell, number of initial states, options, input, [h0, [c0,]] *weights) -> the results of
+    `layer`; no initial states: zeros.
 
     The input projection is inside, not before it: so the pre-activations' memory is reused for the
     gates that backward needs, and double backward has everything it starts from.
     """
 
     @staticmethod
-    def forward(ctx: Any, cell: str, *tensors: Tensor | None) -> Any:
-        arguments = _unpack(tensors)
-        result = ops.forward(cell, *arguments, True)
+    def forward(
+        ctx: Any, cell: str, num_states: int, options: ops.Options | None, *tensors: Tensor | None
+    ) -> Any:
+        arguments = _unpack(num_states, tensors)
+        result = ops.forward(cell, *arguments, True, options)
         if result is None:
-            ops.check_layer(cell, *arguments)
+            ops.check_layer(cell, *arguments, options)
             raise RuntimeError(
                 "Expected dense CPU tensors of one floating-point dtype, got "
                 + ", ".join(f"{t.dtype} on {t.device}" for t in tensors if t is not None)
             )
         results, saved = result
         ctx.cell = cell
+        ctx.num_states = num_states
+        ctx.flags = None if options is None else options[2:]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, saved)
+        if options is None:
+            ctx.save_for_backward(*tensors, saved)
+        else:
+            ctx.save_for_backward(*tensors, saved, *options[:2])
         return results
 
     @staticmethod
@@ -151,29 +186,34 @@ class _SequenceFunction(Function):
         if torch.is_autocast_enabled("cpu"):  # it is for forward passes
             with torch.autocast("cpu", enabled=False):
                 return _SequenceFunction.backward(ctx, *grads)
-        cell, needed = ctx.cell, ctx.needs_input_grad[1:]
-        *tensors, saved = ctx.saved_tensors
+        cell, num_states, needed = ctx.cell, ctx.num_states, ctx.needs_input_grad[3:]
+        if ctx.flags is None:
+            *tensors, saved = ctx.saved_tensors
+            options = None
+        else:
+            *tensors, saved, batch_sizes, reset = ctx.saved_tensors
+            options = ops.Options(batch_sizes, reset, *ctx.flags)
         if all(g is None for g in grads):
-            return (None,) * (1 + len(tensors))
+            return (None,) * (3 + len(tensors))
         found: Sequence[Tensor | None] | None = None
         if not (torch.is_grad_enabled() or ops.transformed()):
-            found = ops.backward(cell, *_unpack(tensors), saved, grads, needed)
+            found = ops.backward(cell, *_unpack(num_states, tensors), saved, grads, needed, options)
         if found is None:
-            found = _reference_backward(cell, tensors, grads, needed)
-        return None, *found
+            found = _reference_backward(cell, num_states, options, tensors, grads, needed)
+        return None, None, None, *found
 
 
 # One name each, as autograd's graph and torch.profiler show them.
 class LSTMFunction(_SequenceFunction):
-    """apply("lstm", input, [h0, c0,] *weights) -> (output, h_n, c_n)."""
+    """apply("lstm", 2 or 0, options, input, [h0, c0,] *weights) -> (output, h_n, c_n)."""
 
 
 class GRUFunction(_SequenceFunction):
-    """apply("gru", input, [h0,] *weights) -> (output, h_n)."""
+    """apply("gru", 1 or 0, options, input, [h0,] *weights) -> (output, h_n)."""
 
 
 class RNNFunction(_SequenceFunction):
-    """apply("rnn_tanh" or "rnn_relu", input, [h0,] *weights) -> (output, h_n)."""
+    """apply("rnn_tanh" or "rnn_relu", 1 or 0, options, input, [h0,] *weights) -> (output, h_n)."""
 
 
 _FUNCTIONS = {
@@ -188,6 +228,8 @@ _APPLY: dict[str, Any] = {name: super(Function, f).apply for name, f in _FUNCTIO
 
 def _reference_backward(
     cell: str,
+    num_states: int,
+    options: ops.Options | None,
     tensors: Sequence[Tensor | None],
     grads: Sequence[Tensor | None],
     needed: Sequence[bool],
@@ -202,7 +244,7 @@ def _reference_backward(
                 t if t is None else t.detach().requires_grad_(n)
                 for t, n in zip(inputs, needed, strict=True)
             ]
-        results = reference_layer(cell, *_unpack(inputs))
+        results = reference_layer(cell, *_unpack(num_states, inputs), options)
         wanted = [t for t, n in zip(inputs, needed, strict=True) if n and t is not None]
         pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
         found = iter(

@@ -2,8 +2,9 @@
 
 Constructor, parameters, state_dict, repr and pickling are torch's own. What is here is the walk
 over layers and directions, dropout between layers, and the choice between the kernels and torch's
-own implementation, which takes every call that the kernels do not: PackedSequence, proj_size, other
-dtypes and devices, autocast, tracing, export, and every wrong call, so that each error is torch's.
+own implementation, which takes every call that the kernels do not: other dtypes and devices,
+tracing, export, and every wrong call, so that each error is torch's. What torch has not (lengths,
+reset_mask, return_cell_states) is computed by functional.py, kernel or not.
 There is no math here; that begins in functional.py.
 """
 
@@ -19,24 +20,32 @@ from torch import Tensor, nn
 from torch._C import _is_any_autocast_enabled
 from torch._compile import _disable_dynamo
 from torch.compiler import is_compiling, is_exporting
+from torch.nested import nested_tensor_from_jagged
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
 from .functional import kernel_layer, reference_layer
 from .functional import layer as functional_layer
+from .ragged import Ragged, from_jagged, from_lengths
 
 States = list[Tensor] | tuple[Tensor, ...]  # (h,) or, for LSTM, (h, c); or () for zeros
 
 
 def _compute(
-    features: int, hidden: int, cell: str, input: Tensor, initial: States, weights: ops.Weights
+    features: int,
+    hidden: int,
+    cell: str,
+    input: Tensor,
+    initial: States,
+    weights: ops.Weights,
+    options: ops.Options | None = None,
 ) -> tuple[Tensor, ...] | None:
     """One layer, or step, by functional.py. None: the call is torch's own implementation's.
 
     RuntimeError if the weights are not those of `features` and `hidden`: torch may compute
     something from them.
     """
-    results = kernel_layer(cell, input, initial, weights)
+    results = kernel_layer(cell, input, initial, weights, options)
     if results is not None:
         return results
     if not ops.watched():
@@ -52,10 +61,10 @@ def _compute(
     ):
         return None
     try:
-        ops.check_layer(cell, input, initial, weights)
+        ops.check_layer(cell, input, initial, weights, options)
     except RuntimeError:
         return None  # torch has the error for it
-    return reference_layer(cell, input, initial, weights)
+    return reference_layer(cell, input, initial, weights, options)
 
 
 _TORCH_HAS_BFLOAT16 = torch._C._has_mkldnn and any(
@@ -116,25 +125,53 @@ class _Fused:
 
 
 @_disable_dynamo
-def _outside_graph(forward: Callable[..., Any], *args: Any) -> Any:
-    """forward(*args) outside the graph that torch.compile is building, hence by the kernels.
+def _outside_graph(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """forward(...) outside the graph that torch.compile is building, hence by the kernels.
 
     torch's own implementation inside a compiled graph drops the dropout between layers.
     """
-    return forward(*args)
+    return forward(*args, **kwargs)
+
+
+def _is_jagged(input: Any) -> bool:
+    return isinstance(input, Tensor) and input.layout is torch.jagged
+
+
+def _check_reset_mask(mask: Any, input: Tensor) -> None:
+    """ValueError unless mask is bool, and of the shape of all but the input's last dimension."""
+    if (
+        not isinstance(mask, Tensor)
+        or mask.dtype is not torch.bool
+        or mask.shape != input.shape[:-1]
+    ):
+        tensor = isinstance(mask, Tensor)
+        got = f"{mask.dtype} {list(mask.shape)}" if tensor else type(mask).__name__
+        raise ValueError(
+            f"reset_mask must be torch.bool {list(input.shape[:-1])}, the input's shape without "
+            f"its features, got {got}; convert with .bool(), transpose with .t()"
+        )
 
 
 class _Layers(_Fused, nn.RNNBase):
     """What LSTM, GRU and RNN share: layers x directions over functional.py's layer."""
 
-    def _compiling(self, forward: Callable[..., Any], input: Any, hx: Any) -> Any:
+    def _compiling(
+        self, forward: Callable[..., Any], input: Any, hx: Any, own: tuple[Any, ...]
+    ) -> Any:
         # An exported program keeps torch's own operation, as that of a torch.nn module does.
         if is_exporting():
             return self._torch_class.forward(self, input, hx)
-        return _outside_graph(forward, self, input, hx)
+        names = ("lengths", "reset_mask", "reset_to_hx", "return_cell_states")
+        return _outside_graph(forward, self, input, hx, **dict(zip(names, own, strict=False)))
 
-    def _kernels(self, input: Any, states: States) -> list[Tensor] | None:
-        """[output, *final states], or None where the call is torch's. No states: zeros."""
+    def _kernels(
+        self, input: Any, states: States, options: ops.Options | None = None, own: bool = False
+    ) -> list[Tensor] | None:
+        """[output, *final states], or None where the call is torch's. No states: zeros.
+
+        With options.batch_sizes the input is a PackedSequence's data. `own`: torch has no such
+        call.
+        """
         weights = self._flat_weights
         # torch's check goes through nn.Module.__getattr__: 8 us a call where this takes 0.6.
         # Whatever differs here (functional_call, parametrizations, pruning, ...) is left to it.
@@ -143,35 +180,44 @@ class _Layers(_Fused, nn.RNNBase):
             weights = self._flat_weights
         num_layers = self.num_layers
         num_directions = 2 if self.bidirectional else 1
-        per_layer = 4 * num_directions
+        kinds = (4 if self.bias else 2) + (self.proj_size > 0)
         if (
             not isinstance(input, Tensor)
             or NoneType in map(type, weights)
-            or len(weights) != num_layers * (per_layer if self.bias else per_layer // 2)
+            or len(weights) != num_layers * num_directions * kinds
         ):
             return None
 
-        batched = input.dim() == 3
+        packed = options is not None and options.batch_sizes is not None
+        batched = packed or input.dim() == 3
         if not batched:
             if input.dim() != 2:
                 return None
             input = input.unsqueeze(1)
             states = [s.unsqueeze(1) for s in states]
-        elif self.batch_first:
+        elif self.batch_first and not packed:
             input = input.transpose(0, 1)
-        seq_len, batch, features = input.shape
-        if features != self.input_size:
+        if input.shape[-1] != self.input_size:
             return None
-        if input.dtype is torch.bfloat16 and _torch_is_faster(self, seq_len, batch):
+        if (
+            input.dtype is torch.bfloat16
+            and options is None
+            and not self.proj_size
+            and _torch_is_faster(self, input.shape[0], input.shape[1])
+        ):
             return None
         cell = self.mode.lower()  # "lstm", "gru", "rnn_tanh", "rnn_relu"
         if not self.bias:
-            pairs = zip(weights[::2], weights[1::2], strict=True)
-            weights = [w for pair in pairs for w in (*pair, None, None)]
+            groups = zip(*[iter(weights)] * kinds, strict=True)
+            weights = [w for ih, hh, *hr in groups for w in (ih, hh, None, None, *hr)]
+        per_layer = len(weights) // num_layers
         if num_layers == 1:
-            results = _compute(self.input_size, self.hidden_size, cell, input, states, weights)
+            arguments = (cell, input, states, weights, options)
+            results = _compute(self.input_size, self.hidden_size, *arguments)
             if results is None:
-                return None
+                if not own:
+                    return None
+                results = functional_layer(*arguments)
             input, *final = results
         else:
             for state in states:
@@ -189,20 +235,144 @@ class _Layers(_Fused, nn.RNNBase):
                     input,
                     [s[start : start + num_directions] for s in states],
                     weights[layer * per_layer : (layer + 1) * per_layer],
+                    options,
                 )
-                features = num_directions * self.hidden_size if layer else self.input_size
+                features = input.shape[-1] if layer else self.input_size
                 results = _compute(features, self.hidden_size, *arguments)
-                if results is None and layer:
+                if results is None and (layer or own):
                     # Not back to torch: dropout has drawn its random numbers.
                     results = functional_layer(*arguments)
                 if results is None:
                     return None
                 input, *final = results
-                finals.append(final)
-            final = [torch.cat(f) for f in zip(*finals, strict=True)]
+                finals.append(final[: self._num_states])
+            cells = final[self._num_states :]  # the last layer's
+            final = [torch.cat(f) for f in zip(*finals, strict=True)] + cells
         if not batched:
             return [input.squeeze(1), *(f.squeeze(1) for f in final)]
-        return [input.transpose(0, 1) if self.batch_first else input, *final]
+        if self.batch_first and not packed:
+            final[self._num_states :] = [c.transpose(0, 1) for c in final[self._num_states :]]
+            return [input.transpose(0, 1), *final]
+        return [input, *final]
+
+    def _packed(self, input: PackedSequence, states: States) -> list[Any] | None:
+        """`_kernels` for a PackedSequence; output is one too."""
+        data, batch_sizes, order, back = input
+        if order is not None:
+            if any(s.dim() != 3 or s.shape[1] != order.shape[0] for s in states):
+                return None
+            states = [s.index_select(1, order) for s in states]
+        results = self._kernels(data, states, ops.Options(batch_sizes))
+        if results is None:
+            return None
+        output, *final = results
+        if back is not None:
+            final = [s.index_select(1, back) for s in final]
+        return [PackedSequence(output, batch_sizes, order, back), *final]
+
+    def _extended(
+        self,
+        input: Any,
+        states: States | None,
+        lengths: Tensor | Sequence[int] | None,
+        reset_mask: Tensor | None,
+        reset_to_hx: bool,
+        cells: bool,
+    ) -> list[Tensor]:
+        """[output, *final states, cells if wanted] of a call that torch.nn has not."""
+        if isinstance(input, PackedSequence):
+            raise ValueError(
+                "lengths, reset_mask and return_cell_states take padded or jagged input, got a "
+                "PackedSequence; pad it (torch.nn.utils.rnn.pad_packed_sequence) and give lengths"
+            )
+        if _is_jagged(input):
+            if lengths is not None or reset_mask is not None:
+                raise ValueError(
+                    "lengths and reset_mask are of padded input, got a jagged nested tensor; pad "
+                    "it (torch.nested.to_padded_tensor)"
+                )
+            ragged, flat = from_jagged(input), input.values()
+            self.check_input(flat, None)
+            rows, *finals = self._ragged(ragged, flat, states, input.shape[0], None, False, cells)
+            return [
+                nested_tensor_from_jagged(rows, input.offsets()),
+                *finals[: self._num_states],
+            ] + [nested_tensor_from_jagged(c, input.offsets()) for c in finals[self._num_states :]]
+
+        self.check_input(input, None)
+        if reset_mask is not None:
+            _check_reset_mask(reset_mask, input)
+        if lengths is None:
+            if input.dim() == 3:
+                self._check_states(states, input.shape[0 if self.batch_first else 1])
+            if reset_mask is not None and self.batch_first and input.dim() == 3:
+                reset_mask = reset_mask.transpose(0, 1)
+            if reset_mask is not None and input.dim() == 2:
+                reset_mask = reset_mask.unsqueeze(1)
+            options = ops.Options(None, reset_mask, reset_to_hx, cells)
+            results = self._kernels(input, states or (), options, own=True)
+            if results is None:  # an hx of another dimension
+                self._check_states(states, 1)
+            assert results is not None
+            return results
+        if input.dim() == 2:
+            raise ValueError("lengths are of an input of three dimensions, got two; unsqueeze it")
+        seq_len, batch = input.shape[:2] if not self.batch_first else input.shape[1::-1]
+        ragged = from_lengths(lengths, seq_len, batch, self.batch_first)
+        if reset_mask is not None:
+            reset_mask = ragged.gather(reset_mask.flatten())
+        results = self._ragged(
+            ragged, input.flatten(0, 1), states, batch, reset_mask, reset_to_hx, cells
+        )
+        for i in (0, *range(1 + self._num_states, len(results))):
+            results[i] = results[i].unflatten(0, input.shape[:2])
+        return results
+
+    def _ragged(
+        self,
+        ragged: Ragged,
+        flat: Tensor,
+        states: States | None,
+        batch: int,
+        reset: Tensor | None,
+        reset_to_hx: bool,
+        cells: bool,
+    ) -> list[Tensor]:
+        """`_extended` for flat input [rows, I]; output and cells are flat too."""
+        self._check_states(states, batch)
+        layers, directions = self._layers_and_directions()
+        sizes = (self.proj_size or self.hidden_size, self.hidden_size)[: self._num_states]
+        if states is None:
+            states = [flat.new_zeros(layers, batch, size) for size in sizes]
+        order = ragged.order
+        if len(order):
+            started = [s.index_select(1, order) for s in states]
+            options = ops.Options(ragged.batch_sizes, reset, reset_to_hx, cells)
+            results = self._kernels(ragged.gather(flat), started, options, own=True)
+            assert results is not None
+        else:  # all are empty
+            widths = (sizes[0], *(self.hidden_size,) * cells)
+            output, *every = (flat.new_zeros(0, directions * width) for width in widths)
+            results = [output, *(s.index_select(1, order) for s in states), *every]
+        end = 1 + self._num_states
+        ended = [s.index_copy(1, order, f) for s, f in zip(states, results[1:end], strict=True)]
+        output, *every = (ragged.scatter(r, flat) for r in (results[0], *results[end:]))
+        return [output, *ended, *every]
+
+    def _layers_and_directions(self) -> tuple[int, int]:
+        """The first dimension of a state, and D."""
+        directions = 2 if self.bidirectional else 1
+        return self.num_layers * directions, directions
+
+    def _check_states(self, states: States | None, batch: int) -> None:
+        """RuntimeError unless the states are those of so many sequences."""
+        layers, _ = self._layers_and_directions()
+        sizes = (self.proj_size or self.hidden_size, self.hidden_size)
+        for i, (state, size) in enumerate(zip(states or (), sizes, strict=False)):
+            if state.shape != (layers, batch, size):
+                raise RuntimeError(
+                    f"Expected hidden[{i}] size {(layers, batch, size)}, got {list(state.shape)}"
+                )
 
 
 class LSTM(_Layers):
@@ -211,17 +381,28 @@ class LSTM(_Layers):
     LSTM(input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
     bidirectional=False, proj_size=0, device=None, dtype=None)
 
-    forward(input, hx=None) -> (output, (h_n, c_n)), with D = 2 if bidirectional else 1:
+    forward(input, hx=None) -> (output, (h_n, c_n)), with D = 2 if bidirectional else 1 and P =
+    proj_size or hidden_size:
         input   [T, B, input_size], or [B, T, input_size] with batch_first, or [T, input_size], or
-                a PackedSequence
-        hx      (h_0, c_0), each [D * num_layers, B, hidden_size] (no B with a 2-D input) and of the
-                input's dtype and device; zeros if None
-        output  [T, B, D * hidden_size], h_n and c_n as h_0 and c_0
+                a PackedSequence, or a jagged nested tensor [B, *, input_size]
+        hx      (h_0, c_0), [D * num_layers, B, P] and [D * num_layers, B, hidden_size] (no B with a
+                2-D input) and of the input's dtype and device; zeros if None
+        output  [T, B, D * P] or as the input, h_n and c_n as h_0 and c_0
 
-    The kernels take floating-point numbers on the CPU without proj_size, and torch's own
-    implementation the rest. Raises what torch.nn.LSTM raises: ValueError for an input that is
-    neither 2-D nor 3-D or not of the weights' dtype, RuntimeError for a wrong size or dtype of hx.
-    It is no torch.nn.LSTM for isinstance, but a torch.nn.RNNBase.
+    What torch.nn.LSTM has not, by keyword:
+        lengths             integers [B] from 0 to T, in any order: the steps of each sequence of a
+                            padded input. Behind them the output is zero, and h_n and c_n are the
+                            states at each sequence's end.
+        reset_mask          bool [T, B], or [B, T] with batch_first: where true, the state is zero
+                            before that step, or h_0 and c_0 with reset_to_hx=True. A backward
+                            direction's state is reset between the same two steps.
+        return_cell_states  True: returns (output, (h_n, c_n), cells), cells being c of the last
+                            layer at every step, [T, B, D * hidden_size] or as the input
+
+    The kernels take floating-point numbers on the CPU, and torch's own implementation the rest.
+    Raises what torch.nn.LSTM raises: ValueError for an input that is neither 2-D nor 3-D or not of
+    the weights' dtype, RuntimeError for a wrong size or dtype of hx; and ValueError for lengths or
+    a reset_mask that do not fit. It is no torch.nn.LSTM for isinstance, but a torch.nn.RNNBase.
     """
 
     _torch_class = nn.LSTM
@@ -233,15 +414,41 @@ class LSTM(_Layers):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
 
-    def forward(self, input: Any, hx: Any = None) -> tuple[Any, tuple[Tensor, Tensor]]:
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset_mask: Tensor | None = None,
+        reset_to_hx: bool = False,
+        return_cell_states: bool = False,
+    ) -> Any:
         if is_compiling():
-            return self._compiling(LSTM.forward, input, hx)  # type: ignore[no-any-return]
+            own = (lengths, reset_mask, reset_to_hx, return_cell_states)
+            return self._compiling(LSTM.forward, input, hx, own)
+        if (
+            lengths is not None
+            or reset_mask is not None
+            or return_cell_states
+            or (type(input) is not Tensor and _is_jagged(input))
+        ):
+            if hx is not None and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
+                raise RuntimeError(f"hx must be (h_0, c_0), got {type(hx).__name__}")
+            output, h_n, c_n, *cells = self._extended(
+                input, hx, lengths, reset_mask, reset_to_hx, return_cell_states
+            )
+            return output, (h_n, c_n), *cells
         if hx is None or (isinstance(hx, (tuple, list)) and len(hx) == 2):
-            result = self._kernels(input, hx or ())
+            result = (
+                self._packed(input, hx or ())
+                if isinstance(input, PackedSequence)
+                else self._kernels(input, hx or ())
+            )
             if result is not None:
                 output, h_n, c_n = result
                 return output, (h_n, c_n)
-        return self._torch_forward(input, hx)  # type: ignore[no-any-return]
+        return self._torch_forward(input, hx)
 
     def _torch_forward(self, input: Any, hx: Any) -> Any:
         if isinstance(input, PackedSequence):
@@ -260,11 +467,35 @@ class _OneStateLayers(_Layers):
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__(*args, **kwargs)
 
-    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Tensor]:
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset_mask: Tensor | None = None,
+        reset_to_hx: bool = False,
+    ) -> tuple[Any, Tensor]:
         if is_compiling():
-            return self._compiling(_OneStateLayers.forward, input, hx)  # type: ignore[no-any-return]
+            own = (lengths, reset_mask, reset_to_hx)
+            return self._compiling(_OneStateLayers.forward, input, hx, own)  # type: ignore[no-any-return]
+        if (
+            lengths is not None
+            or reset_mask is not None
+            or (type(input) is not Tensor and _is_jagged(input))
+        ):
+            if hx is not None and not isinstance(hx, Tensor):
+                raise RuntimeError(f"hx must be the tensor h_0, got {type(hx).__name__}")
+            states = None if hx is None else (hx,)
+            output, h_n = self._extended(input, states, lengths, reset_mask, reset_to_hx, False)
+            return output, h_n
         if hx is None or isinstance(hx, Tensor):
-            result = self._kernels(input, () if hx is None else (hx,))
+            initial = () if hx is None else (hx,)
+            result = (
+                self._packed(input, initial)
+                if isinstance(input, PackedSequence)
+                else self._kernels(input, initial)
+            )
             if result is not None:
                 output, h_n = result
                 return output, h_n
@@ -277,8 +508,9 @@ class GRU(_OneStateLayers):
     GRU(input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
     bidirectional=False, device=None, dtype=None)
 
-    forward(input, hx=None) -> (output, h_n): shapes, dtypes and errors as LSTM's, where hx is the
-    tensor h_0. It is no torch.nn.GRU for isinstance, but a torch.nn.RNNBase.
+    forward(input, hx=None) -> (output, h_n): shapes, dtypes, errors, lengths and reset_mask as
+    LSTM's, where hx is the tensor h_0. It is no torch.nn.GRU for isinstance, but a
+    torch.nn.RNNBase.
     """
 
     _torch_class = nn.GRU
@@ -294,8 +526,9 @@ class RNN(_OneStateLayers):
     dropout=0.0, bidirectional=False, device=None, dtype=None); nonlinearity is "tanh" or "relu",
     a ValueError otherwise.
 
-    forward(input, hx=None) -> (output, h_n): shapes, dtypes and errors as LSTM's, where hx is the
-    tensor h_0. It is no torch.nn.RNN for isinstance, but a torch.nn.RNNBase.
+    forward(input, hx=None) -> (output, h_n): shapes, dtypes, errors, lengths and reset_mask as
+    LSTM's, where hx is the tensor h_0. It is no torch.nn.RNN for isinstance, but a
+    torch.nn.RNNBase.
     """
 
     _torch_class = nn.RNN

@@ -91,13 +91,33 @@ def transformed() -> bool:
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def takes(cell: str, input: Tensor, initial: Tensors, weights: Weights) -> bool:
+class Options(NamedTuple):
+    """What a layer's call can have beyond padded sequences. csrc/sequence.h, Sequences, defines it.
+
+    batch_sizes: int64 [T], positive and falling, as PackedSequence has them: then the input is
+        [N, I], the rows of time 0, of time 1 and so on, N = batch_sizes.sum() and B =
+        batch_sizes[0], and so is the output, [N, D*P]
+    reset: bool [T, B], or [N] with batch_sizes: whether a boundary that no state crosses lies
+        between a row's step and the one before it
+    reset_to_initial: behind a boundary stand h0 and c0 again, not zeros
+    cells: LSTM's c of every step, [T, B, D*H] or [N, D*H], is the last result
+    """
+
+    batch_sizes: Tensor | None = None
+    reset: Tensor | None = None
+    reset_to_initial: bool = False
+    cells: bool = False
+
+
+def takes(
+    cell: str, input: Tensor, initial: Tensors, weights: Weights, options: Options | None = None
+) -> bool:
     """Whether the kernels take these tensors: ordinary dense CPU tensors of one dtype, float32,
     float64, bfloat16 or float16, of the shapes of one layer, or of one step (`check_layer`).
 
     `initial` is (h0,) or (h0, c0) or, for zeros, ().
     """
-    return _C.takes(CELLS[cell].number, input, initial, weights)
+    return _C.takes(CELLS[cell].number, input, initial, weights, options)
 
 
 class Plan(NamedTuple):
@@ -110,21 +130,31 @@ class Plan(NamedTuple):
     chunk: int  # steps whose input is projected at once
 
 
-def plan(cell: str, input: Tensor, initial: Tensors, weights: Weights) -> Plan | None:
+def plan(
+    cell: str, input: Tensor, initial: Tensors, weights: Weights, options: Options | None = None
+) -> Plan | None:
     """How `forward` would run, or None if not `takes`. Computes nothing."""
-    made = _C.plan(CELLS[cell].number, torch.get_num_threads(), input, initial, weights)
+    made = _C.plan(CELLS[cell].number, torch.get_num_threads(), input, initial, weights, options)
     return None if made is None else Plan(*made)
 
 
 def forward(
-    cell: str, input: Tensor, initial: Tensors, weights: Weights, save: bool
+    cell: str,
+    input: Tensor,
+    initial: Tensors,
+    weights: Weights,
+    save: bool,
+    options: Options | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor | None] | None:
     """One layer, or one step, through the kernel and outside autograd; None if not `takes`.
 
-    Returns the results of functional.layer, and what `backward` needs if `save`: the gates [D, T,
-    B, G*H], then LSTM's c or GRU's a_hn [D, T, B, H], in one tensor of one dimension.
+    Returns the results of functional.layer, and what `backward` needs if `save`: the gates [D, N,
+    G*H], then LSTM's c or GRU's a_hn [D, N, H], then, with a projection, h [D, N, P], in one tensor
+    of one dimension; N = T*B without batch_sizes.
     """
-    result = _C.forward(CELLS[cell].number, save, torch.get_num_threads(), input, initial, weights)
+    result = _C.forward(
+        CELLS[cell].number, save, torch.get_num_threads(), input, initial, weights, options
+    )
     if result is None or result is NotImplemented:
         return None
     counts["kernel_forward"] += 1
@@ -139,8 +169,11 @@ def backward(
     saved: Tensor,
     grads: tuple[Tensor | None, ...],
     needed: tuple[bool, ...],
+    options: Options | None = None,
+    want_gates: bool = False,
 ) -> tuple[Tensor | None, ...] | None:
-    """The gradients of (input, *initial, *weights) as far as `needed`, from what `forward` saved.
+    """The gradients of (input, *initial, *weights) as far as `needed`, from what `forward` saved;
+    then, if `want_gates`, that of the pre-activations, BackwardArgs.grad_gates in csrc/sequence.h.
 
     grads: of each result, None for zero. Returns None if one of them is no ordinary tensor.
     RuntimeError if another argument is not as `forward` took or gave it.
@@ -151,9 +184,11 @@ def backward(
         input,
         initial,
         weights,
+        options,
         saved,
         grads,
         needed,
+        want_gates,
     )
     if result is None:  # what comes back may have passed a user's saved_tensors_hooks
         raise RuntimeError(
@@ -166,47 +201,100 @@ def backward(
     return result
 
 
+def weights_per_direction(weights: Sequence[Tensor | None]) -> int:
+    """4, or 5 with a projection."""
+    return 5 if weights and len(weights) % 5 == 0 else 4
+
+
 def check_weights(cell: str, features: int, hidden: int, weights: Sequence[Tensor | None]) -> None:
     """RuntimeError unless the weights' shapes are those of one layer, [G*H, features] and so on."""
     rows = CELLS[cell].gates * hidden
-    expected = ((rows, features), (rows, hidden), (rows,), (rows,))
+    per_direction = weights_per_direction(weights)
+    weight_hh = weights[1]
+    size = hidden
+    if per_direction == 5 and weight_hh is not None and weight_hh.dim() == 2:
+        size = weight_hh.shape[1]
+    expected = ((rows, features), (rows, size), (rows,), (rows,), (size, hidden))
     for i, weight in enumerate(weights):
-        if (weight is None and i % 4 < 2) or (
-            weight is not None and weight.shape != expected[i % 4]
+        k = i % per_direction
+        if (weight is None and k not in (2, 3)) or (
+            weight is not None and weight.shape != expected[k]
         ):
             got = None if weight is None else list(weight.shape)
-            raise RuntimeError(f"{_WEIGHTS[i % 4]} must be {list(expected[i % 4])}, got {got}")
+            raise RuntimeError(f"{_WEIGHTS[k]} must be {list(expected[k])}, got {got}")
 
 
-_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
 
 def check_layer(
-    cell: str, input: Tensor, initial: Sequence[Tensor], weights: Sequence[Tensor | None]
+    cell: str,
+    input: Tensor,
+    initial: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    options: Options | None = None,
 ) -> None:
     """RuntimeError unless the shapes are those of one layer, or of one step (input [B, I])."""
-    directions, rest = divmod(len(weights), 4)
-    if rest or directions not in (1, 2):
+    options = options or Options()
+    per_direction = weights_per_direction(weights)
+    directions, rest = divmod(len(weights), per_direction)
+    if rest or directions not in (1, 2) or (per_direction == 5 and cell != "lstm"):
         raise RuntimeError(
-            "Expected 4 weights (weight_ih, weight_hh, bias_ih, bias_hh) for each of 1 or 2 "
-            f"directions, got {len(weights)}"
+            "Expected 4 weights (weight_ih, weight_hh, bias_ih, bias_hh), and weight_hr of an LSTM "
+            f"with a projection, for each of 1 or 2 directions, got {len(weights)}"
         )
-    if input.dim() != 3 and not (input.dim() == 2 and directions == 1):
+    if options.batch_sizes is not None:
+        batch = _check_batch_sizes(input, options.batch_sizes)
+    elif input.dim() != 3 and not (input.dim() == 2 and directions == 1):
         raise RuntimeError(
             f"input must be [T, B, I], or [B, I] for one step, got {list(input.shape)}"
         )
+    else:
+        batch = input.shape[-2]
+    one_step = input.dim() == 2 and options.batch_sizes is None
     if input.dim() == 3 and input.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if options.reset is not None and (
+        options.reset.dtype is not torch.bool or options.reset.shape != input.shape[:-1] or one_step
+    ):
+        raise RuntimeError(
+            f"reset must be bool {list(input.shape[:-1])}, and the input no single step, got "
+            f"{options.reset.dtype} {list(options.reset.shape)}"
+        )
+    if options.cells and (cell != "lstm" or one_step):
+        raise RuntimeError(f"cells are an LSTM layer's, not of {cell} or of one step")
     weight_hh = weights[1]
-    if weight_hh is None or weight_hh.dim() != 2:
+    gates = CELLS[cell].gates
+    if weight_hh is None or weight_hh.dim() != 2 or weight_hh.shape[0] % gates:
         got = None if weight_hh is None else list(weight_hh.shape)
         raise RuntimeError(f"weight_hh must be [G*H, H], got {got}")
-    batch, features = input.shape[-2:]
-    hidden = weight_hh.shape[1]
-    expected_state = (directions, batch, hidden)[3 - input.dim() :]
+    hidden, size = weight_hh.shape[0] // gates, weight_hh.shape[1]
+    if per_direction == 4:
+        hidden = size
     if len(initial) not in (0, CELLS[cell].states):
         raise RuntimeError(f"Expected {CELLS[cell].states} initial states, got {len(initial)}")
-    for name, tensor in zip(("h0", "c0"), initial, strict=False):
-        if tensor.shape != expected_state:
-            raise RuntimeError(f"{name} must be {list(expected_state)}, got {list(tensor.shape)}")
-    check_weights(cell, features, hidden, weights)
+    for name, tensor, width in zip(("h0", "c0"), initial, (size, hidden), strict=False):
+        expected = (directions, batch, width)[one_step:]
+        if tensor.shape != expected:
+            raise RuntimeError(f"{name} must be {list(expected)}, got {list(tensor.shape)}")
+    check_weights(cell, input.shape[-1], hidden, weights)
+
+
+def _check_batch_sizes(input: Tensor, batch_sizes: Tensor) -> int:
+    """B; RuntimeError unless batch_sizes is as Options says."""
+    if input.dim() != 2:
+        raise RuntimeError(f"input must be [N, I] with batch_sizes, got {list(input.shape)}")
+    sizes = batch_sizes.tolist() if batch_sizes.dim() == 1 else []
+    if (
+        batch_sizes.dtype is not torch.int64
+        or not sizes
+        or sizes[-1] <= 0
+        or sizes != sorted(sizes, reverse=True)
+        or sum(sizes) != input.shape[0]
+    ):
+        raise RuntimeError(
+            f"batch_sizes must be int64 [T], positive, falling, and {input.shape[0]} in all as the "
+            f"input has rows, got {batch_sizes.dtype} {list(batch_sizes.shape)}, "
+            f"{sum(sizes)} in all"
+        )
+    return int(sizes[0])

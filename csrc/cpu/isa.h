@@ -12,9 +12,10 @@
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
+#include "backward.h"
 #include "dispatch.h"
+#include "forward.h"
 #include "narrow.h"
-#include "scan.h"
 
 #define FUSEDRNN_STRING(x) #x
 #define FUSEDRNN_NAME_STRING(x) FUSEDRNN_STRING(x)
@@ -22,6 +23,16 @@
 #define FUSEDRNN_KERNELS(name) FUSEDRNN_JOIN(kernels_, name)
 
 namespace fusedrnn {
+namespace {
+
+template <class T>
+constexpr KernelsOf<T> kernels_of() {
+  return {{forward<Lstm, T>, forward<Gru, T>, forward<Rnn<false>, T>, forward<Rnn<true>, T>},
+          {backward<Lstm, T>, backward<Gru, T>, backward<Rnn<false>, T>, backward<Rnn<true>, T>},
+          {plan<Lstm, T>, plan<Gru, T>, plan<Rnn<false>, T>, plan<Rnn<true>, T>}};
+}
+
+}  // namespace
 
 const Kernels& FUSEDRNN_KERNELS(FUSEDRNN_ISA_NAME)() {
   static constexpr Kernels kernels = {FUSEDRNN_NAME_STRING(FUSEDRNN_ISA_NAME), kernels_of<float>(),

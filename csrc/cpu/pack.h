@@ -1,9 +1,9 @@
-// weight_ih and weight_hh, laid out once per call in the order in which the register tiles of
+// weight_ih, weight_hh and weight_hr, laid out once per call in the order in which the register tiles of
 // step.h read them: panels of V hidden units (V lanes of one vector), each dense, so that a step
 // streams them front to back.
 //
 //   forward   [H/V] x { bias row [G][V], then [K = I or H] rows of [G][V] }: all gates of V units
-//   backward  [H/V] x {                       [K = G*H]    rows of    [V] }
+//   backward  [P/V] x {                       [K = G*H]    rows of    [V] }
 //
 // Units beyond H are zero. Not a cache: a packed copy lives as long as the call (weights change in
 // ways that no version counter shows).
@@ -44,10 +44,6 @@ template <class Cell, class T>
 constexpr int64_t forward_panel_size(int64_t K) {
   return (K + 1) * Cell::kGates * kLanes<T>;
 }
-template <class Cell, class T>
-constexpr int64_t backward_panel_size(int64_t H) {
-  return Cell::kGates * H * kLanes<T>;
-}
 
 // The panels of blocks [begin, end), from weight [G*H, K] and bias [G*H] (or null).
 template <class Cell, class T>
@@ -76,17 +72,18 @@ void pack_forward(T* panels, const T* weight, const T* bias, int64_t H, int64_t 
   }
 }
 
-// The same for the backward product. Its row blocks begin with Cell::kRecurrentRow, in the order of
-// grad_gates (sequence.h).
+// The same for the backward product, from weight [G*H, columns]. Its row blocks begin with
+// Cell::kRecurrentRow, in the order of grad_gates (sequence.h).
 template <class Cell, class T>
-void pack_backward(T* panels, const T* weight_hh, int64_t H, int64_t begin, int64_t end) {
+void pack_backward(T* panels, const T* weight, int64_t H, int64_t columns, int64_t begin,
+                   int64_t end) {
   constexpr int G = Cell::kGates, V = kLanes<T>;
   for (int64_t block = begin; block < end; ++block) {
-    T* out          = panels + block * backward_panel_size<Cell, T>(H);
-    const int units = int(H - block * V < V ? H - block * V : V);
+    T* out         = panels + block * G * H * V;
+    const int left = int(columns - block * V < V ? columns - block * V : V);
     for (int g = 0; g < G; ++g) {
-      const T* in = weight_hh + (g + Cell::kRecurrentRow) % G * H * H + block * V;
-      for (int64_t k = 0; k < H; ++k, in += H, out += V) store(out, load(in, units));
+      const T* in = weight + (g + Cell::kRecurrentRow) % G * H * columns + block * V;
+      for (int64_t k = 0; k < H; ++k, in += columns, out += V) store(out, load(in, left));
     }
   }
 }

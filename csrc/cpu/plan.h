@@ -7,6 +7,7 @@
 #include "pack.h"
 #include "step.h"
 #include "threads.h"
+#include "walk.h"
 
 namespace fusedrnn {
 namespace {
@@ -19,13 +20,11 @@ struct Shard {
   int64_t row_begin, row_end;
   int64_t block_begin, block_end;
   int unit_shards;        // threads at the step barrier
+  int unit_shard;         // which of them this is
   int row_shard;          // which of its direction's row shards this is
   int direction_threads;  // threads that share a direction's packed weights
   int direction_rank;     // this one's number among them
 };
-
-FUSEDRNN_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-FUSEDRNN_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 inline int64_t l2_bytes() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
@@ -48,7 +47,9 @@ constexpr int64_t kChunkRows = 48;
 constexpr int64_t kMaxUnpackedPasses = 4;
 
 struct Shape {
-  int64_t T, B, H, D;
+  Sequences sequences;
+  int64_t rows;  // N
+  int64_t H, P, D;
   int64_t gates;         // G
   int64_t lanes;         // V
   int64_t weight_bytes;  // of one direction, packed
@@ -61,8 +62,20 @@ FUSEDRNN_INLINE int row_shards_of(const Shape& s, int threads) {
   // Rows are split where every thread still gets a full tile (a split of fewer rows would stream
   // the same weights for less work) and the weights, which each thread then reads whole, fit its
   // L2.
-  const int64_t by_rows = s.weight_bytes <= s.l2_bytes ? s.B / s.max_rows : 1;
+  const int64_t by_rows = s.weight_bytes <= s.l2_bytes ? s.sequences.B / s.max_rows : 1;
   return int(max64(1, min64(threads, by_rows)));
+}
+
+// The first row of the k-th of n row shards with equal work: so many sequences that their steps are
+// k n-ths of all.
+inline int64_t first_row(const Shape& s, int64_t k, int64_t n) {
+  const int64_t B = s.sequences.B;
+  if (!s.sequences.offsets || k == 0 || k == n) return B * k / n;
+  int64_t row = 0;
+  for (int64_t steps = 0; row < B && steps < s.rows * k / n; ++row) {
+    steps += steps_of(s.sequences, row);
+  }
+  return row;
 }
 
 // Threads that pay for themselves, of at most `wanted`.
@@ -74,9 +87,10 @@ FUSEDRNN_INLINE int useful_threads(const Shape& s, int wanted) {
   // The same for a whole call without barriers: what starting a parallel region costs. Two threads
   // against one: 1.2x at 32K a thread (one step, H=128), 1.5x at 200K, 1.7x at 128K to 1M.
   constexpr int64_t kMinCall = 64 * 1024;
-  const int64_t step         = s.B * s.H * s.H * s.gates;
-  const int64_t call         = s.D * s.T * step;
-  const int64_t per_step     = s.D * max64(s.B / s.max_rows, max64(1, step / kMinStep));
+  const int64_t row          = s.P * s.H * s.gates;
+  const int64_t step         = s.rows / s.sequences.T * row;
+  const int64_t call         = s.D * s.rows * row;
+  const int64_t per_step     = s.D * max64(s.sequences.B / s.max_rows, max64(1, step / kMinStep));
   return int(max64(1, available_threads(min64(wanted, min64(per_step, call / kMinCall)))));
 }
 
@@ -101,12 +115,12 @@ FUSEDRNN_INLINE Shard shard_of(const Shape& s, int thread, int threads) {
     shard.direction_end = shard.direction_begin;
     return shard;
   }
-  const int unit    = rank % shard.unit_shards;
+  shard.unit_shard  = rank % shard.unit_shards;
   shard.row_shard   = rank / shard.unit_shards;
-  shard.row_begin   = s.B * shard.row_shard / row_shards;
-  shard.row_end     = s.B * (shard.row_shard + 1) / row_shards;
-  shard.block_begin = blocks * unit / shard.unit_shards;
-  shard.block_end   = blocks * (unit + 1) / shard.unit_shards;
+  shard.row_begin   = first_row(s, shard.row_shard, row_shards);
+  shard.row_end     = first_row(s, shard.row_shard + 1, row_shards);
+  shard.block_begin = blocks * shard.unit_shard / shard.unit_shards;
+  shard.block_end   = blocks * (shard.unit_shard + 1) / shard.unit_shards;
   return shard;
 }
 

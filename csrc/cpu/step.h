@@ -102,7 +102,8 @@ struct ProjectStep {
   int64_t I, H;
   const T* input;  // rows of I
   int64_t input_stride;
-  T* gates;         // rows of G*H
+  T* gates;  // rows of G*H
+  int64_t gates_stride;
   const T* panels;  // pack_forward's
 };
 
@@ -116,7 +117,7 @@ void project_tile(const ProjectStep<T>& s, int64_t row, int64_t block) {
     const int64_t unit = (block + p) * kLanes<T>;
     const int lanes    = lanes_of<T>(s.H, unit);
     unroll<G>([&](auto g) FUSEDRNN_LAMBDA {
-      store(s.gates + ((row + m) * G + g) * s.H + unit, acc[m][p * G + g], lanes);
+      store(s.gates + (row + m) * s.gates_stride + g * s.H + unit, acc[m][p * G + g], lanes);
     });
   });
 }
@@ -125,15 +126,15 @@ void project_tile(const ProjectStep<T>& s, int64_t row, int64_t block) {
 // gates and extra are dense.
 template <class T>
 struct ForwardStep {
-  int64_t H;
+  int64_t H, P;
   bool save;
   T* gates;         // [B, G*H]: for the activated gates, if save; forward_tile finds gates_x there
   T* extra;         // [B, H]: LSTM c (always); GRU a_hn, or null
-  const T* h_prev;  // [B, H]
+  const T* h_prev;  // [B, P]
   int64_t h_prev_stride;
   const T* prev;  // [B, H]: LSTM c_prev, GRU h_prev
   int64_t prev_stride;
-  T* h;  // [B, H]
+  T* h;  // [B, H]: before the projection, if there is one
   int64_t h_stride;
   const T* panels;  // pack_forward's
 };
@@ -165,7 +166,7 @@ template <class Cell, class T, int M, int P>
 void forward_tile(const ForwardStep<T>& s, int64_t row, int64_t block) {
   constexpr int G = Cell::kGates;
   Vec<T> acc[M][P * G];
-  affine<Cell, M, P>(acc, s.h_prev + row * s.h_prev_stride, s.h_prev_stride, s.H, s.panels, block);
+  affine<Cell, M, P>(acc, s.h_prev + row * s.h_prev_stride, s.h_prev_stride, s.P, s.panels, block);
   unroll<M * P>([&](auto mp) FUSEDRNN_LAMBDA {
     constexpr int m = mp / P, p = mp % P;
     const int64_t unit = (block + p) * kLanes<T>;
@@ -178,26 +179,77 @@ void forward_tile(const ForwardStep<T>& s, int64_t row, int64_t block) {
   });
 }
 
+// What the gradient of h [B, P] of one direction at one time step is the sum of. Of the cell's h
+// [B, H] if a projection comes after it: that is the product alone.
+template <class T>
+struct GradH {
+  // The product: of the step after's grad_gates and weight_hh, or of the projection's gradient and
+  // weight_hr.
+  const T* terms;  // K of each row, or null for zero
+  int64_t K, stride;
+  const T* panels;  // pack_backward's
+  const bool* cut;  // [B] or null: the rows between which and the step after lies a boundary
+  const T* output;  // [B, P] or null
+  int64_t output_stride;
+  const T* h_n;  // [B, P] or null
+  int64_t P;
+};
+
+template <class T, int M, int P>
+FUSEDRNN_INLINE void grad_h_product(Vec<T> (&acc)[M][P], const GradH<T>& s, int64_t row,
+                                    int64_t block) {
+  if (!s.terms) return;
+  const int64_t panel_size = s.K * kLanes<T>;
+  product<M, P, 1>(acc, s.terms + row * s.stride, s.stride, s.K, s.panels + block * panel_size,
+                   panel_size);
+}
+template <class T>
+FUSEDRNN_INLINE Vec<T> grad_h_sum(const GradH<T>& s, int64_t row, int64_t unit, int lanes,
+                                  Vec<T> product) {
+  Vec<T> grad_h = s.cut && s.cut[row] ? Vec<T>{} : product;
+  if (s.output) grad_h = grad_h + load(s.output + row * s.output_stride + unit, lanes);
+  if (s.h_n) grad_h = grad_h + load(s.h_n + row * s.P + unit, lanes);
+  return grad_h;
+}
+
+// The gradient of a projection's result.
+template <class T>
+struct GradHStep {
+  GradH<T> grad_h;
+  T* out;  // [B, P]
+};
+
+template <class T, int M, int P>
+void grad_h_tile(const GradHStep<T>& s, int64_t row, int64_t block) {
+  Vec<T> acc[M][P] = {};
+  grad_h_product<T, M, P>(acc, s.grad_h, row, block);
+  unroll<M * P>([&](auto mp) FUSEDRNN_LAMBDA {
+    constexpr int m = mp / P, p = mp % P;
+    const int64_t unit = (block + p) * kLanes<T>;
+    const int lanes    = lanes_of<T>(s.grad_h.P, unit);
+    store(s.out + (row + m) * s.grad_h.P + unit,
+          grad_h_sum<T>(s.grad_h, row + m, unit, lanes, acc[m][p]), lanes);
+  });
+}
+
 template <class T>
 struct BackwardStep {
   int64_t H;
-  const T* gates;        // [B, G*H]
-  const T* extra;        // [B, H]: LSTM c, GRU a_hn
-  const T* prev;         // [B, H]: LSTM c_prev, GRU h_prev; dense
-  const T* grad_output;  // [B, H] or null
-  int64_t grad_output_stride;
-  const T* grad_h_n;         // [B, H] or null: added at the first step that runs
-  const T* grad_gates_next;  // [B, E*H] of the step after, or null at the first step that runs
-  T* carry;                  // [B, H]
-  T* grad_gates;             // [B, E*H]
-  T* h;                      // [B, H] or null: LSTM and RNN write this step's h here
-  const T* panels;           // pack_backward's
+  GradH<T> grad_h;
+  const T* gates;       // [B, G*H]
+  const T* extra;       // [B, H]: LSTM c, GRU a_hn
+  const T* prev;        // [B, H]: LSTM c_prev, GRU h_prev; dense
+  const T* grad_cells;  // [B, H] or null: LSTM
+  int64_t grad_cells_stride;
+  T* carry;       // [B, H]
+  T* grad_gates;  // [B, E*H]
+  T* h;           // [B, H] or null: LSTM and RNN write this step's h here, but for the rows cut
 };
 
-// The cell's gradient for V units of one row; grad_h is what came through weight_hh.
+// The cell's gradient for V units of one row, from the product in their gradient of h.
 template <class Cell, class T>
 FUSEDRNN_INLINE void backward_units(const BackwardStep<T>& s, int64_t row, int64_t block,
-                                    Vec<T> grad_h) {
+                                    Vec<T> product) {
   constexpr int G    = Cell::kGates;
   constexpr int E    = Cell::kGradGates;
   const int64_t H    = s.H;
@@ -207,39 +259,36 @@ FUSEDRNN_INLINE void backward_units(const BackwardStep<T>& s, int64_t row, int64
   Vec<T> gates[G];
   unroll<G>([&](auto g)
                 FUSEDRNN_LAMBDA { gates[g] = load(s.gates + row * G * H + g * H + unit, lanes); });
-  if (s.grad_output) {
-    grad_h = grad_h + load(s.grad_output + row * s.grad_output_stride + unit, lanes);
-  }
-  if (s.grad_h_n) grad_h = grad_h + load(s.grad_h_n + at, lanes);
+  const Vec<T> grad_h = grad_h_sum<T>(s.grad_h, row, unit, lanes, product);
   Vec<T> extra{}, prev{}, carry{};
   if constexpr (Cell::kHasExtra) extra = load(s.extra + at, lanes);
   if constexpr (Cell::kHasCell || Cell::kPrevIsH) prev = load(s.prev + at, lanes);
   if constexpr (Cell::kHasCarry) carry = load(s.carry + at, lanes);
+  if constexpr (Cell::kHasCell) {
+    if (s.grad_cells) {
+      carry = carry + load(s.grad_cells + row * s.grad_cells_stride + unit, lanes);
+    }
+  }
   const auto out = Cell::backward(gates, extra, prev, grad_h, carry);
   unroll<E>([&](auto e) FUSEDRNN_LAMBDA {
     store(s.grad_gates + row * E * H + e * H + unit, out.grad_gates[e], lanes);
   });
   if constexpr (Cell::kHasCarry) store(s.carry + at, out.carry, lanes);
   if constexpr (!Cell::kPrevIsH) {
-    if (s.h) store(s.h + at, out.h, lanes);
+    if (s.h && !(s.grad_h.cut && s.grad_h.cut[row])) store(s.h + at, out.h, lanes);
   }
 }
 
 template <class Cell, class T, int M, int P>
 void backward_tile(const BackwardStep<T>& s, int64_t row, int64_t block) {
   Vec<T> acc[M][P] = {};
-  if (s.grad_gates_next) {
-    constexpr int64_t E      = Cell::kGradGates;
-    const int64_t panel_size = backward_panel_size<Cell, T>(s.H);
-    product<M, P, 1>(acc, s.grad_gates_next + row * E * s.H, E * s.H, Cell::kGates * s.H,
-                     s.panels + block * panel_size, panel_size);
-  }
+  grad_h_product<T, M, P>(acc, s.grad_h, row, block);
   // Not unrolled: through memory, the cell's code stands once per tile and not M*P times.
-  Vec<T> grad_h[M * P];
-  unroll<M * P>([&](auto mp) FUSEDRNN_LAMBDA { grad_h[mp] = acc[mp / P][mp % P]; });
+  Vec<T> products[M * P];
+  unroll<M * P>([&](auto mp) FUSEDRNN_LAMBDA { products[mp] = acc[mp / P][mp % P]; });
 #pragma GCC unroll 1
   for (int mp = 0; mp < M * P; ++mp) {
-    backward_units<Cell, T>(s, row + mp / P, block + mp % P, grad_h[mp]);
+    backward_units<Cell, T>(s, row + mp / P, block + mp % P, products[mp]);
   }
 }
 
@@ -282,6 +331,14 @@ struct BackwardTiles {
   static constexpr int Q = 1;
   template <int M, int P>
   static constexpr Tile<Step> tile = backward_tile<Cell, T, M, P>;
+};
+
+template <class T>
+struct GradHTiles {
+  using Step             = GradHStep<T>;
+  static constexpr int Q = 1;
+  template <int M, int P>
+  static constexpr Tile<Step> tile = grad_h_tile<T, M, P>;
 };
 
 template <class Tiles, int M, int kLog2 = 0>

@@ -72,6 +72,7 @@ template <class Cell, class T, int M>
 void unpacked_tile(const UnpackedStep<T>& s, int64_t row, int64_t block) {
   constexpr int G    = Cell::kGates;
   const int64_t H    = s.step.H;
+  const int64_t P    = s.step.P;
   const int64_t unit = block * kLanes<T>;
   const int units    = lanes_of<T>(H, unit);
   Vec<T> gates_x[G][M], gates_h[G][M];
@@ -81,7 +82,7 @@ void unpacked_tile(const UnpackedStep<T>& s, int64_t row, int64_t block) {
                           s.weight_ih + first * s.I, s.bias_ih ? s.bias_ih + first : nullptr,
                           units);
     affine_unpacked<T, M>(gates_h[g], s.step.h_prev + row * s.step.h_prev_stride,
-                          s.step.h_prev_stride, H, s.weight_hh + first * H,
+                          s.step.h_prev_stride, P, s.weight_hh + first * P,
                           s.bias_hh ? s.bias_hh + first : nullptr, units);
   }
   for (int m = 0; m < M; ++m) {

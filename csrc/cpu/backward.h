@@ -1,0 +1,301 @@
+// WHEN: a layer's backward pass over all time steps, and then the gradients of its weights.
+#pragma once
+
+#include "../cells/rnn.h"
+#include "call.h"
+#include "layer_grads.h"
+#include "step.h"
+
+namespace fusedrnn {
+namespace {
+
+// How a backward call lays out a direction's scratch.
+template <class Cell, class T>
+struct BackwardLayout {
+  int64_t recurrent     = 0;  // elements: packed weight_hh,
+  int64_t projection    = 0;  // packed weight_hr,
+  int64_t h_prev        = 0;  // [N, P], if it is wanted
+  int64_t c_prev        = 0;  // [B, H], of steps that some rows begin with
+  int64_t carry         = 0;  // [B, H]: the cell's part of the gradient of the state before,
+  int64_t initial_carry = 0;  // [B, H], and of h0 or c0
+  int64_t initial_gates = 0;  // [B, E*H]: grad_gates, summed over a row's steps behind h0
+  int64_t grad_gates    = 0;  // [N, E*H], unless they are wanted
+  int64_t grad_h        = 0;  // [N, P], of the projection's result
+  int64_t unprojected   = 0;  // [N, H]: what weight_hr was multiplied with
+
+  explicit BackwardLayout(const BackwardArgs<T>& a) {
+    const Sequences& s      = a.sequences;
+    const int64_t rows      = rows_before(s, s.T);
+    const int64_t gate_size = Cell::kGradGates * a.H;
+    if (s.T > 1) recurrent = blocks_of<T>(a.P) * kLanes<T> * Cell::kGates * a.H;
+    if (a.weight_hr[0]) {
+      projection  = blocks_of<T>(a.H) * kLanes<T> * a.P;
+      grad_h      = rows * a.P;
+      unprojected = rows * a.H;
+    }
+    if (Cell::kPrevIsH || a.grad_weight_hh[0] || a.grad_weight_hh[1]) h_prev = rows * a.P;
+    if (Cell::kHasCell && (s.offsets || s.reset)) c_prev = s.B * a.H;
+    if (Cell::kHasCarry) carry = initial_carry = s.B * a.H;
+    if (a.grad_h0) initial_gates = s.B * gate_size;
+    if (!a.grad_gates) grad_gates = rows * gate_size;
+  }
+  int64_t elements() const {
+    return recurrent + projection + h_prev + c_prev + carry + initial_carry + initial_gates +
+           grad_gates + grad_h + unprojected;
+  }
+};
+
+template <class Cell, class T>
+void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
+                        const Scratch<T>& scratch) {
+  constexpr int G      = Cell::kGates;
+  constexpr int E      = Cell::kGradGates;
+  const Sequences& s   = a.sequences;
+  const int64_t H      = a.H;
+  const int64_t P      = a.P;
+  const int64_t rows   = rows_before(s, s.T);
+  const T* const h0    = a.h0 + d * s.B * P;
+  const T* const c0    = Cell::kHasCell ? a.c0 + d * s.B * H : nullptr;
+  const T* const gates = a.gates + d * rows * G * H;
+  const T* const extra = Cell::kHasExtra ? a.extra + d * rows * H : nullptr;
+  const bool projects  = a.weight_hr[d] != nullptr;
+  const Walk walk(s, d);
+  const BackwardLayout<Cell, T> layout(a);
+
+  T* const recurrent     = scratch.numbers(d);
+  T* const projection    = recurrent + layout.recurrent;
+  T* const all_h_prev    = projection + layout.projection;
+  T* const c_prev        = all_h_prev + layout.h_prev;
+  T* const carry         = c_prev + layout.c_prev;
+  T* const initial_carry = carry + layout.carry;
+  T* const initial_gates = initial_carry + layout.initial_carry;
+  T* const all_grad_h    = initial_gates + layout.initial_gates;
+  T* const unprojected   = all_grad_h + layout.grad_h;
+  T* const grad_gates =
+      a.grad_gates ? a.grad_gates + d * rows * E * H : unprojected + layout.unprojected;
+
+  const int64_t h_blocks = blocks_of<T>(P);
+  const int64_t h_block_begin =
+      projects ? h_blocks * shard.unit_shard / shard.unit_shards : shard.block_begin;
+  const int64_t h_block_end =
+      projects ? h_blocks * (shard.unit_shard + 1) / shard.unit_shards : shard.block_end;
+  const auto part_of_h = [&](int64_t count) {
+    return own_part<T>(shard, count, P, h_block_begin, h_block_end);
+  };
+  const auto part_of_c = [&](int64_t count) {
+    return own_part<T>(shard, count, H, shard.block_begin, shard.block_end);
+  };
+
+  // h of the step before each, what grad_weight_hh is the product with. Not the output, which its
+  // owner may have changed by now: GRU's is computed from the saved gates, forwards, LSTM's and RNN's
+  // by the steps below, that of a projection was saved.
+  const auto h_prev = [&](int64_t i) { return all_h_prev + walk.offset(i) * P; };
+  for (int64_t i = 0; layout.h_prev && i < s.T; ++i) {
+    const Tile2d part = part_of_h(walk.count(i));
+    for (int64_t row = part.row_begin; row < part.row_end; ++row) {
+      T* const to         = h_prev(i) + row * P;
+      const Source source = walk.source(i, row);
+      const Tile2d one    = {row, row + 1, part.unit, part.units};
+      if (source != Source::kPrevious) {
+        copy_rows<T>(one, h_prev(i), P,
+                     [&](int64_t) { return source == Source::kInitial ? h0 + row * P : nullptr; });
+      } else if (projects) {
+        const T* const hidden = a.hidden + (d * rows + walk.offset(i - 1)) * P;
+        copy_rows<T>(one, h_prev(i), P, [&](int64_t) { return hidden + row * P; });
+      } else if constexpr (Cell::kPrevIsH) {
+        recompute_h<Cell>(H, shard.block_begin, shard.block_end,
+                          gates + (walk.offset(i - 1) + row) * G * H, h_prev(i - 1) + row * P, to);
+      }
+    }
+  }
+
+  if constexpr (Cell::kHasCarry) {
+    const T* const grad_c_n = Cell::kHasCell && a.grad_c_n ? a.grad_c_n + d * s.B * H : nullptr;
+    copy_rows<T>(part_of_c(s.B), carry, H,
+                 [&](int64_t row) { return grad_c_n ? grad_c_n + row * H : nullptr; });
+    copy_rows<T>(part_of_c(s.B), initial_carry, H, [](int64_t) -> const T* { return nullptr; });
+  }
+
+  Barrier direction_barrier = scratch.direction_barrier(d, shard);
+  if (s.T > 1) {
+    pack_shared(shard, h_blocks, h_block_begin, h_block_end, direction_barrier,
+                [&](int64_t begin, int64_t end) {
+                  pack_backward<Cell, T>(recurrent, a.weight_hh[d], H, P, begin, end);
+                });
+  }
+  if (projects) {
+    pack_shared(shard, blocks_of<T>(H), shard.block_begin, shard.block_end, direction_barrier,
+                [&](int64_t begin, int64_t end) {
+                  pack_backward<Rnn<false>, T>(projection, a.weight_hr[d], P, H, begin, end);
+                });
+  }
+
+  BackwardStep<T> step{};
+  step.H                 = H;
+  step.carry             = carry;
+  step.grad_cells_stride = a.D * H;
+  GradHStep<T> grad_h_step{};
+  GradH<T>& grad_h     = projects ? grad_h_step.grad_h : step.grad_h;
+  grad_h.K             = G * H;
+  grad_h.stride        = E * H;
+  grad_h.panels        = recurrent;
+  grad_h.output_stride = a.D * P;
+  grad_h.P             = P;
+
+  Barrier barrier = scratch.step_barrier(d, shard);
+  for (int64_t i = s.T - 1; i >= 0; --i) {
+    const int64_t offset    = walk.offset(i);
+    const int64_t count     = walk.count(i);
+    const int64_t row_begin = min64(shard.row_begin, count);
+    const int64_t row_end   = min64(shard.row_end, count);
+    // The rows before this one go on at the next step, the others end here.
+    const int64_t ending =
+        i == s.T - 1 ? row_begin : max64(row_begin, min64(row_end, walk.count(i + 1)));
+    const bool descending = i % 2 == 1;
+    step.gates            = gates + offset * G * H;
+    step.grad_cells       = a.grad_cells ? a.grad_cells + offset * a.D * H + d * H : nullptr;
+    step.grad_gates       = grad_gates + offset * E * H;
+    if constexpr (Cell::kHasExtra) step.extra = extra + offset * H;
+    if constexpr (Cell::kPrevIsH) step.prev = h_prev(i);
+    if constexpr (Cell::kHasCell) {
+      const T* const previous = i == 0 ? nullptr : extra + walk.offset(i - 1) * H;
+      if (walk.uniform(i, row_begin, row_end)) {
+        step.prev = i == 0 ? c0 : previous;
+      } else {
+        copy_rows<T>(part_of_c(count), c_prev, H, [&](int64_t row) -> const T* {
+          const Source source = walk.source(i, row);
+          if (source == Source::kPrevious) return previous + row * H;
+          return source == Source::kInitial ? c0 + row * H : nullptr;
+        });
+        step.prev = c_prev;
+      }
+    }
+    T* const grad_of_h = projects ? all_grad_h + offset * P : nullptr;
+    grad_h.output      = a.grad_output ? a.grad_output + offset * a.D * P + d * P : nullptr;
+    const auto run     = [&](int64_t begin, int64_t end) {
+      if (projects) {
+        grad_h_step.out = grad_of_h;
+        run_tiles<GradHTiles<T>>(grad_h_step, begin, end, h_block_begin, h_block_end, descending);
+      } else {
+        run_tiles<BackwardTiles<Cell, T>>(step, begin, end, shard.block_begin, shard.block_end,
+                                          descending);
+      }
+    };
+    if (row_begin < ending) {
+      grad_h.terms = grad_gates + walk.offset(i + 1) * E * H;
+      grad_h.cut   = walk.boundaries(i + 1);
+      grad_h.h_n   = nullptr;
+      step.h       = layout.h_prev && !projects ? h_prev(i + 1) : nullptr;
+      run(row_begin, ending);
+    }
+    grad_h.terms = nullptr;
+    grad_h.cut   = nullptr;
+    grad_h.h_n   = a.grad_h_n ? a.grad_h_n + d * s.B * P : nullptr;
+    step.h       = nullptr;
+    run(ending, row_end);
+    if (projects) {
+      barrier.wait();
+      step.grad_h        = {};
+      step.grad_h.terms  = grad_of_h;
+      step.grad_h.K      = P;
+      step.grad_h.stride = P;
+      step.grad_h.panels = projection;
+      step.h             = unprojected + offset * H;
+      run_tiles<BackwardTiles<Cell, T>>(step, row_begin, row_end, shard.block_begin,
+                                        shard.block_end, descending);
+    }
+    // What the cell passes on leaves the recurrence where a row begins.
+    if (Cell::kHasCarry && !(i > 0 && walk.uniform(i, row_begin, row_end))) {
+      const Tile2d part = part_of_c(count);
+      for (int64_t row = part.row_begin; row < part.row_end; ++row) {
+        const Source source = walk.source(i, row);
+        for (int64_t at = row * H + part.unit; at < row * H + part.unit + part.units; ++at) {
+          if (source == Source::kInitial) initial_carry[at] += carry[at];
+          if (source != Source::kPrevious) carry[at] = 0;
+        }
+      }
+    }
+    barrier.wait();
+  }
+
+  // Once grad_gates and h_prev are whole, each thread takes some rows of every gradient.
+  direction_barrier.wait();
+  const auto mine = [&](int64_t of) { return of * shard.direction_rank / shard.direction_threads; };
+  const auto next = [&](int64_t of) {
+    return of * (shard.direction_rank + 1) / shard.direction_threads;
+  };
+  if (T* const out = a.grad_input[d]) {  // = grad_gates_x weight_ih
+    matrix_product<T>({G * H, grad_gates + (E - G) * H, E * H, 1, a.weight_ih[d], out, a.I, false},
+                      mine(rows), next(rows));
+  }
+  const int64_t B_begin = mine(s.B), B_end = next(s.B);
+  if (a.grad_h0) {  // = initial_gates_h weight_hh + initial_carry
+    std::memset(initial_gates + B_begin * E * H, 0, sizeof(T) * size_t((B_end - B_begin) * E * H));
+    for (int64_t i = 0; i < s.T; ++i) {
+      const int64_t end = min64(B_end, walk.count(i));
+      if (i > 0 && walk.uniform(i, B_begin, end)) continue;
+      for (int64_t row = B_begin; row < end; ++row) {
+        if (walk.source(i, row) != Source::kInitial) continue;
+        const T* const from = grad_gates + (walk.offset(i) + row) * E * H;
+        for (int64_t j = 0; j < E * H; ++j) initial_gates[row * E * H + j] += from[j];
+      }
+    }
+    T* const out = a.grad_h0 + d * s.B * P;
+    // The row blocks from kRecurrentRow on belong to the first columns, the ones before to the rest.
+    constexpr int kFirst = G - Cell::kRecurrentRow;
+    const T* const w     = a.weight_hh[d];
+    ProductStep<T> part{kFirst * H, initial_gates, E * H, 1, w + Cell::kRecurrentRow * H * P, out,
+                        P,          false};
+    matrix_product<T>(part, B_begin, B_end);
+    if (Cell::kRecurrentRow) {
+      part = {Cell::kRecurrentRow * H, initial_gates + kFirst * H, E * H, 1, w, out, P, true};
+      matrix_product<T>(part, B_begin, B_end);
+    }
+    // The (larger) carry last: small terms added to a large sum one by one lose more.
+    for (int64_t j = B_begin * H; Cell::kPrevIsH && j < B_end * H; ++j) out[j] += initial_carry[j];
+  }
+  if (Cell::kHasCell && a.grad_c0) {
+    std::memcpy(a.grad_c0 + (d * s.B + B_begin) * H, initial_carry + B_begin * H,
+                sizeof(T) * size_t((B_end - B_begin) * H));
+  }
+  for (int g = 0; g < G; ++g) {
+    // The columns of grad_gates that belong to row block g of weight_ih, and of weight_hh.
+    const T* const of_ih = grad_gates + (E - G + g) * H;
+    const T* const of_hh = grad_gates + (g - Cell::kRecurrentRow + G) % G * H;
+    if (T* const out = a.grad_weight_ih[d]) {  // = grad_gates_x^T input
+      matrix_product<T>({rows, of_ih, 1, E * H, a.input, out + g * H * a.I, a.I, false}, mine(H),
+                        next(H));
+    }
+    if (T* const out = a.grad_weight_hh[d]) {  // = grad_gates_h^T h_prev
+      matrix_product<T>({rows, of_hh, 1, E * H, all_h_prev, out + g * H * P, P, false}, mine(H),
+                        next(H));
+    }
+    if (T* const out = a.grad_bias_ih[d]) {
+      column_sums(out + g * H, of_ih, E * H, rows, mine(H), next(H));
+    }
+    if (T* const out = a.grad_bias_hh[d]) {
+      if (E == G && a.grad_bias_ih[d]) {  // the same columns
+        std::memcpy(out + g * H + mine(H), a.grad_bias_ih[d] + g * H + mine(H),
+                    sizeof(T) * size_t(next(H) - mine(H)));
+      } else {
+        column_sums(out + g * H, of_hh, E * H, rows, mine(H), next(H));
+      }
+    }
+  }
+  if (T* const out = a.grad_weight_hr[d]) {  // = grad_h^T unprojected
+    matrix_product<T>({rows, all_grad_h, 1, P, unprojected, out, H, false}, mine(P), next(P));
+  }
+}
+
+template <class Cell, class T>
+bool backward(const BackwardArgs<T>& a) {
+  const BackwardLayout<Cell, T> layout(a);
+  const Shape shape = shape_of<Cell, T>(a, layout.recurrent + layout.projection, kMaxRows<1>);
+  return run_call<T>(shape, layout.elements(), a.num_threads,
+                     [&](int64_t d, const Shard& shard, const Scratch<T>& scratch) {
+                       backward_direction<Cell, T>(a, d, shard, scratch);
+                     });
+}
+
+}  // namespace
+}  // namespace fusedrnn

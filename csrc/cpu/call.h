@@ -1,0 +1,123 @@
+// One call's threads and the scratch memory that they share; what each of them does in it is
+// forward.h's and backward.h's.
+#pragma once
+
+#include <cstdlib>
+
+#include "../memory.h"
+#include "plan.h"
+
+namespace fusedrnn {
+namespace {
+
+// Scratch of one call, shared by its threads: for each direction `elements` numbers, on a cache
+// line boundary, and barrier counters.
+template <class T>
+class Scratch {
+ public:
+  Scratch(int64_t elements, int64_t directions, int threads)
+      : elements_((elements + 63) / 64 * 64), threads_(threads) {
+    const size_t counters = sizeof(BarrierCounter) * size_t(directions * (threads + 1));
+    const size_t numbers  = sizeof(T) * size_t(elements_ * directions);
+    const size_t bytes    = counters + numbers;
+    // From 2 large pages on, a multiple of them.
+    const size_t alignment = bytes < 2 * kLargePage ? 64 : kLargePage;
+    const size_t rounded   = (bytes + alignment - 1) / alignment * alignment;
+    memory_                = static_cast<char*>(std::aligned_alloc(alignment, rounded));
+    if (!memory_) return;
+    advise_large_pages(memory_, rounded);
+    std::memset(memory_, 0, counters);
+    numbers_ = reinterpret_cast<T*>(memory_ + counters);
+  }
+  ~Scratch() { std::free(memory_); }
+  Scratch(const Scratch&)            = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  bool ok() const { return memory_ != nullptr; }
+  T* numbers(int64_t direction) const { return numbers_ + direction * elements_; }
+
+  // The barrier of all threads of a direction.
+  Barrier direction_barrier(int64_t direction, const Shard& s) const {
+    return Barrier(counter(direction, 0), s.direction_threads);
+  }
+  // The barrier after each step, for the threads that split the units of the same rows.
+  Barrier step_barrier(int64_t direction, const Shard& s) const {
+    return Barrier(counter(direction, 1 + s.row_shard), s.unit_shards);
+  }
+
+ private:
+  BarrierCounter* counter(int64_t direction, int i) const {
+    return reinterpret_cast<BarrierCounter*>(memory_) + direction * (threads_ + 1) + i;
+  }
+
+  int64_t elements_;
+  int threads_;
+  char* memory_ = nullptr;
+  T* numbers_   = nullptr;
+};
+
+// Packs `blocks` panels of a direction's weights, each of its threads a part. Threads that split only
+// units pack what they will read themselves, [begin, end), into their own cache, and need not wait.
+template <class PackBlocks>
+void pack_shared(const Shard& s, int64_t blocks, int64_t begin, int64_t end, Barrier& barrier,
+                 const PackBlocks& pack_blocks) {
+  if (s.direction_threads == s.unit_shards) {
+    pack_blocks(begin, end);
+  } else {
+    pack_blocks(blocks * s.direction_rank / s.direction_threads,
+                blocks * (s.direction_rank + 1) / s.direction_threads);
+    barrier.wait();
+  }
+}
+
+// A thread's rows at one step, and its units of one array there: all in one copy per row.
+struct Tile2d {
+  int64_t row_begin, row_end, unit, units;
+};
+
+template <class T>
+Tile2d own_part(const Shard& s, int64_t count, int64_t H, int64_t block_begin, int64_t block_end) {
+  const int64_t unit = block_begin * kLanes<T>;
+  return {min64(s.row_begin, count), min64(s.row_end, count), unit,
+          max64(0, min64(block_end * kLanes<T>, H) - unit)};
+}
+
+// to[row][unit..] = from(row)[unit..], or zeros where from gives null.
+template <class T, class From>
+void copy_rows(const Tile2d& part, T* to, int64_t to_stride, const From& from) {
+  const size_t bytes = sizeof(T) * size_t(part.units);
+  for (int64_t row = part.row_begin; row < part.row_end; ++row) {
+    T* const out      = to + row * to_stride + part.unit;
+    const T* const in = from(row);
+    if (!in) {
+      std::memset(out, 0, bytes);
+    } else {
+      std::memcpy(out, in + part.unit, bytes);
+    }
+  }
+}
+
+template <class Cell, class T, class Args>
+Shape shape_of(const Args& a, int64_t weight_elements, int max_rows) {
+  return {
+      a.sequences, rows_before(a.sequences, a.sequences.T), a.H,        a.P,     a.D, Cell::kGates,
+      kLanes<T>,   int64_t(sizeof(T)) * weight_elements,    l2_bytes(), max_rows};
+}
+
+// body(direction, shard, scratch) for all of a call, in one parallel region; false, with nothing
+// done, if there is no memory for the scratch.
+template <class T, class Body>
+bool run_call(const Shape& shape, int64_t scratch_elements, int num_threads, const Body& body) {
+  const int threads = useful_threads(shape, num_threads);
+  const Scratch<T> scratch(scratch_elements, shape.D, threads);
+  if (!scratch.ok()) return false;
+  parallel(threads, [&](int thread, int running) {
+    const FlushDenormals<T> flush;
+    const Shard shard = shard_of(shape, thread, running);
+    for (int64_t d = shard.direction_begin; d < shard.direction_end; ++d) body(d, shard, scratch);
+  });
+  return true;
+}
+
+}  // namespace
+}  // namespace fusedrnn

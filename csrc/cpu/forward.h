@@ -1,0 +1,300 @@
+// WHEN: a layer's forward pass over all time steps.
+#pragma once
+
+#include "../cells/rnn.h"
+#include "call.h"
+#include "step.h"
+#include "unpacked.h"
+
+namespace fusedrnn {
+namespace {
+
+// A projection is a product by rows of one gate.
+using Projection = Rnn<false>;
+
+// How a forward call lays out a direction's scratch, and how it walks time: the input of a chunk of
+// steps is projected just before they run, so that gates_x is still in the cache when they read it.
+template <class Cell, class T>
+struct ForwardLayout {
+  int64_t recurrent   = 0;  // elements: packed weight_hh,
+  int64_t input       = 0;  // packed weight_ih,
+  int64_t projection  = 0;  // packed weight_hr,
+  int64_t unprojected = 0;  // [B, H] what weight_hr is multiplied with,
+  int64_t started     = 0;  // [2, B, P] states before steps that some rows begin with,
+  int64_t gates       = 0;  // gates_x of a chunk, unless it goes to the saved gates
+  int64_t chunk_rows  = 0;  // at most
+
+  bool packed() const { return recurrent > 0; }
+
+  explicit ForwardLayout(const ForwardArgs<T>& a) {
+    const Sequences& s  = a.sequences;
+    const int64_t rows  = rows_before(s, s.T);
+    const auto round_up = [](int64_t elements) { return (elements + 15) / 16 * 16; };
+    if (s.offsets || s.reset) started = round_up(2 * s.B * a.P);
+    const int64_t passes  = s.T * ((s.B + kUnpackedRows - 1) / kUnpackedRows);
+    const int64_t weights = Cell::kGates * a.H * (a.I + a.P) * int64_t(sizeof(T));
+    if (!a.weight_hr[0] &&
+        passes <= (weights <= l2_bytes() ? kMaxUnpackedPasses : 2 * kMaxUnpackedPasses)) {
+      return;
+    }
+    recurrent = round_up(blocks_of<T>(a.H) * forward_panel_size<Cell, T>(a.P));
+    input     = round_up(blocks_of<T>(a.H) * forward_panel_size<Cell, T>(a.I));
+    if (a.weight_hr[0]) {
+      projection  = round_up(blocks_of<T>(a.P) * forward_panel_size<Projection, T>(a.H));
+      unprojected = round_up(s.B * a.H);
+    }
+    // Rows of consecutive steps are one matrix: then a chunk is one product.
+    const bool one_matrix = s.offsets || s.B == 1 || a.input_stride_t == s.B * a.input_stride_b;
+    chunk_rows            = one_matrix ? max64(s.B, min64(rows, kChunkRows)) : s.B;
+    if (!a.save) gates = chunk_rows * Cell::kGates * a.H;
+  }
+  int64_t elements() const {
+    return recurrent + input + projection + unprojected + started + gates;
+  }
+
+  // Steps of the chunk that begins with the i-th.
+  int64_t chunk(const Walk& walk, int64_t i, int64_t T_) const {
+    int64_t steps = 1, rows = walk.count(i);
+    while (i + steps < T_ && rows + walk.count(i + steps) <= chunk_rows) {
+      rows += walk.count(i + steps++);
+    }
+    return steps;
+  }
+};
+
+template <class Cell, class T>
+void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
+                       const Scratch<T>& scratch) {
+  constexpr int G     = Cell::kGates;
+  const Sequences& s  = a.sequences;
+  const int64_t H     = a.H;
+  const int64_t P     = a.P;
+  const int64_t DP    = a.D * P;
+  const int64_t first = d * rows_before(s, s.T);  // of this direction, in arrays [D, N, ..]
+  const T* const h0   = a.h0 + d * s.B * P;
+  const T* const c0   = Cell::kHasCell ? a.c0 + d * s.B * H : nullptr;
+  T* const c_n        = Cell::kHasCell ? a.c_n + d * s.B * H : nullptr;
+  const Walk walk(s, d);
+  const ForwardLayout<Cell, T> layout(a);
+
+  T* const recurrent   = scratch.numbers(d);
+  T* const input       = recurrent + layout.recurrent;
+  T* const projection  = input + layout.input;
+  T* const unprojected = projection + layout.projection;
+  T* const started     = unprojected + layout.unprojected;
+  T* const chunk_gates = started + layout.started;
+
+  UnpackedStep<T> unpacked{};
+  ForwardStep<T>& step = unpacked.step;
+  step.H               = H;
+  step.P               = P;
+  step.save            = a.save;
+  ProjectStep<T> project{};
+  project.I            = a.I;
+  project.H            = H;
+  project.input_stride = s.B == 1 && !s.offsets ? a.input_stride_t : a.input_stride_b;
+  project.gates_stride = G * H;
+  project.panels       = input;
+  ProjectStep<T> project_h{H, P, unprojected, H, nullptr, DP, projection};
+  // This thread's blocks of h, where they are not those of its units.
+  const bool projects    = a.weight_hr[d] != nullptr;
+  const int64_t h_blocks = blocks_of<T>(P);
+  const int64_t h_block_begin =
+      projects ? h_blocks * shard.unit_shard / shard.unit_shards : shard.block_begin;
+  const int64_t h_block_end =
+      projects ? h_blocks * (shard.unit_shard + 1) / shard.unit_shards : shard.block_end;
+  if (layout.packed()) {
+    const int64_t blocks      = blocks_of<T>(H);
+    Barrier direction_barrier = scratch.direction_barrier(d, shard);
+    pack_shared(shard, blocks, shard.block_begin, shard.block_end, direction_barrier,
+                [&](int64_t begin, int64_t end) {
+                  pack_forward<Cell, T>(recurrent, a.weight_hh[d], a.bias_hh[d], H, P, begin, end);
+                  pack_forward<Cell, T>(input, a.weight_ih[d], a.bias_ih[d], H, a.I, begin, end);
+                });
+    if (projects) {
+      pack_shared(shard, h_blocks, h_block_begin, h_block_end, direction_barrier,
+                  [&](int64_t begin, int64_t end) {
+                    pack_forward<Projection, T>(projection, a.weight_hr[d], nullptr, P, H, begin,
+                                                end);
+                  });
+    }
+    step.panels = recurrent;
+  } else {
+    unpacked.I            = a.I;
+    unpacked.input_stride = a.input_stride_b;
+    unpacked.weight_ih    = a.weight_ih[d];
+    unpacked.bias_ih      = a.bias_ih[d];
+    unpacked.weight_hh    = a.weight_hh[d];
+    unpacked.bias_hh      = a.bias_hh[d];
+  }
+
+  const auto part_of_h = [&](int64_t count) {
+    return own_part<T>(shard, count, P, h_block_begin, h_block_end);
+  };
+  const auto part_of_c = [&](int64_t count) {
+    return own_part<T>(shard, count, H, shard.block_begin, shard.block_end);
+  };
+  const auto input_of = [&](int64_t i) {
+    return a.input +
+           (s.offsets ? walk.offset(i) * a.input_stride_b : walk.time(i) * a.input_stride_t);
+  };
+  const auto output_of = [&](int64_t i) { return a.output + walk.offset(i) * DP + d * P; };
+
+  // Makes step i's h_prev and prev, and says through step where they are. Before the barrier that
+  // precedes the step: its h_prev is also read by the threads that have the other units.
+  const auto start = [&](int64_t i) {
+    const int64_t count = walk.count(i);
+    const bool uniform =
+        walk.uniform(i, min64(shard.row_begin, count), min64(shard.row_end, count));
+    const T* const h_from = i == 0 ? h0 : output_of(i - 1);
+    const T* const c_from = i == 0 ? c0 : step.extra;
+    if (uniform) {
+      step.h_prev        = h_from;
+      step.h_prev_stride = i == 0 ? P : DP;
+      step.prev          = c_from;
+    } else {
+      T* const h_started = started + i % 2 * s.B * P;
+      copy_rows<T>(part_of_h(count), h_started, P, [&](int64_t row) -> const T* {
+        const Source source = walk.source(i, row);
+        if (source == Source::kPrevious) return h_from + row * DP;
+        return source == Source::kInitial ? h0 + row * P : nullptr;
+      });
+      step.h_prev        = h_started;
+      step.h_prev_stride = P;
+      if constexpr (Cell::kHasCell) {
+        const Tile2d part = part_of_c(count);
+        for (int64_t row = part.row_begin; row < part.row_end; ++row) {
+          const Source source = walk.source(i, row);
+          T* const to         = c_n + row * H + part.unit;
+          const T* const from = (source == Source::kPrevious ? c_from : c0) + row * H + part.unit;
+          if (source == Source::kZero) {
+            std::memset(to, 0, sizeof(T) * size_t(part.units));
+          } else if (to != from) {
+            std::memcpy(to, from, sizeof(T) * size_t(part.units));
+          }
+        }
+        step.prev = c_n;
+      }
+    }
+    step.prev_stride = H;
+    if constexpr (Cell::kPrevIsH) {
+      step.prev        = step.h_prev;
+      step.prev_stride = step.h_prev_stride;
+    }
+    return uniform;
+  };
+
+  Barrier barrier = scratch.step_barrier(d, shard);
+  if (!start(0)) barrier.wait();
+  int64_t chunk_end   = 0;  // steps
+  int64_t chunk_first = 0;  // row
+  for (int64_t i = 0; i < s.T; ++i) {
+    const int64_t offset    = walk.offset(i);
+    const int64_t count     = walk.count(i);
+    const int64_t row_begin = min64(shard.row_begin, count);
+    const int64_t row_end   = min64(shard.row_end, count);
+    // gates_x of a row of [N]
+    const auto gates_of = [&](int64_t row) {
+      return layout.gates ? chunk_gates + (row - chunk_first) * G * H
+                          : a.gates + (first + row) * G * H;
+    };
+    if (layout.packed() && i == chunk_end) {
+      const int64_t begin = i;
+      const bool all_rows = shard.row_begin == 0 && shard.row_end == s.B;
+      // Row shards may be in different chunks, and share the memory for gates_x: row b of every chunk
+      // must be in b's place.
+      chunk_end                     += all_rows || !s.offsets ? layout.chunk(walk, i, s.T) : 1;
+      const int64_t in_memory_first  = d == 0 ? begin : chunk_end - 1;
+      chunk_first                    = walk.offset(in_memory_first);
+      if (all_rows) {
+        const int64_t in_memory_last = d == 0 ? chunk_end - 1 : begin;
+        project.input                = input_of(in_memory_first);
+        project.gates                = gates_of(chunk_first);
+        run_tiles<ProjectTiles<Cell, T>>(
+            project, 0, walk.offset(in_memory_last) + walk.count(in_memory_last) - chunk_first,
+            shard.block_begin, shard.block_end, false);
+      } else {
+        for (int64_t j = begin; j < chunk_end; ++j) {
+          project.input = input_of(j);
+          project.gates = gates_of(walk.offset(j));
+          run_tiles<ProjectTiles<Cell, T>>(project, min64(shard.row_begin, walk.count(j)),
+                                           min64(shard.row_end, walk.count(j)), shard.block_begin,
+                                           shard.block_end, false);
+        }
+      }
+    }
+
+    T* const h    = output_of(i);
+    step.h        = projects ? unprojected : h;
+    step.h_stride = projects ? H : DP;
+    step.gates    = a.save || layout.gates ? gates_of(offset) : nullptr;
+    if constexpr (Cell::kHasCell) {  // c passes through extra if there is one, else in place in c_n
+      step.extra = a.extra ? a.extra + (first + offset) * H : c_n;
+    } else if constexpr (Cell::kHasExtra) {
+      step.extra = a.save ? a.extra + (first + offset) * H : nullptr;
+    }
+
+    if (layout.packed()) {
+      run_tiles<ForwardTiles<Cell, T>>(step, row_begin, row_end, shard.block_begin, shard.block_end,
+                                       i % 2 == 1);
+    } else {
+      unpacked.input = input_of(i);
+      run_unpacked<Cell, T>(unpacked, row_begin, row_end, shard.block_begin, shard.block_end);
+    }
+    if (projects) {
+      barrier.wait();
+      project_h.gates = h;
+      run_tiles<ProjectTiles<Projection, T>>(project_h, row_begin, row_end, h_block_begin,
+                                             h_block_end, i % 2 == 1);
+      if (a.save) {
+        copy_rows<T>(part_of_h(count), a.hidden + (first + offset) * P, P,
+                     [&](int64_t row) { return h + row * DP; });
+      }
+    }
+
+    // The rows whose sequences end here.
+    const int64_t going_on = i + 1 < s.T ? min64(count, walk.count(i + 1)) : 0;
+    const auto ended       = [&](Tile2d part) {
+      part.row_begin = max64(part.row_begin, going_on);
+      return part;
+    };
+    if (a.h_n) {
+      copy_rows<T>(ended(part_of_h(count)), a.h_n + d * s.B * P, P,
+                   [&](int64_t row) { return h + row * DP; });
+    }
+    if (Cell::kHasCell && a.extra) {
+      copy_rows<T>(ended(part_of_c(count)), c_n, H,
+                   [&](int64_t row) { return step.extra + row * H; });
+    }
+    if (i + 1 < s.T) start(i + 1);
+    barrier.wait();
+  }
+}
+
+template <class Cell, class T>
+Shape forward_shape(const ForwardArgs<T>& a, const ForwardLayout<Cell, T>& layout) {
+  return shape_of<Cell, T>(a, layout.recurrent + layout.input + layout.projection,
+                           kMaxRows<Cell::kGates>);
+}
+
+template <class Cell, class T>
+bool forward(const ForwardArgs<T>& a) {
+  const ForwardLayout<Cell, T> layout(a);
+  return run_call<T>(forward_shape<Cell, T>(a, layout), layout.elements(), a.num_threads,
+                     [&](int64_t d, const Shard& shard, const Scratch<T>& scratch) {
+                       forward_direction<Cell, T>(a, d, shard, scratch);
+                     });
+}
+
+template <class Cell, class T>
+Plan plan(const ForwardArgs<T>& a) {
+  const ForwardLayout<Cell, T> layout(a);
+  const Shape shape = forward_shape<Cell, T>(a, layout);
+  const int threads = useful_threads(shape, a.num_threads);
+  const Shard shard = shard_of(shape, 0, threads);
+  return {threads, shard.direction_threads / shard.unit_shards, shard.unit_shards, layout.packed(),
+          layout.packed() ? layout.chunk(Walk(a.sequences, 0), 0, a.sequences.T) : 1};
+}
+
+}  // namespace
+}  // namespace fusedrnn

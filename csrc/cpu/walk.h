@@ -1,0 +1,73 @@
+// Which rows run at each step of a direction's walk over time, and where their states come from.
+#pragma once
+
+#include "../sequence.h"
+#include "vec.h"
+
+namespace fusedrnn {
+namespace {
+
+FUSEDRNN_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+FUSEDRNN_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Rows before time t; at t = T, all.
+FUSEDRNN_INLINE int64_t rows_before(const Sequences& s, int64_t t) {
+  return s.offsets ? s.offsets[t] : t * s.B;
+}
+
+// The length of sequence `row`: the first time at which fewer run.
+inline int64_t steps_of(const Sequences& s, int64_t row) {
+  if (!s.offsets) return s.T;
+  int64_t low = 0, high = s.T;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (s.offsets[middle + 1] - s.offsets[middle] > row) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// What the state before a row's step is: that of the direction's step before, h0 and c0, or zeros.
+enum class Source { kPrevious, kInitial, kZero };
+
+class Walk {
+ public:
+  Walk(const Sequences& sequences, int64_t direction) : s_(sequences), direction_(direction) {}
+
+  int64_t time(int64_t i) const { return direction_ == 0 ? i : s_.T - 1 - i; }  // of the i-th step
+  int64_t offset(int64_t i) const { return rows_before(s_, time(i)); }
+  int64_t count(int64_t i) const { return rows_before(s_, time(i) + 1) - offset(i); }
+
+  // [count]: the rows between which and the step before lies a boundary; null if none does.
+  const bool* boundaries(int64_t i) const {
+    if (!s_.reset || (i == 0 && direction_ == 1)) return nullptr;
+    const int64_t later = direction_ == 0 ? time(i) : time(i - 1);
+    return s_.reset + rows_before(s_, later);
+  }
+
+  Source source(int64_t i, int64_t row) const {
+    if (i > 0 && row >= count(i - 1)) return Source::kInitial;  // a shorter sequence's last time
+    const bool* const cut = boundaries(i);
+    if (cut && cut[row]) return s_.reset_to_initial ? Source::kInitial : Source::kZero;
+    return i == 0 ? Source::kInitial : Source::kPrevious;
+  }
+
+  // Whether all rows of [begin, end) have the same source, as they have where nothing is special.
+  bool uniform(int64_t i, int64_t begin, int64_t end) const {
+    if (!s_.reset && !s_.offsets) return true;
+    for (int64_t row = begin; row < end; ++row) {
+      if (source(i, row) != (i == 0 ? Source::kInitial : Source::kPrevious)) return false;
+    }
+    return true;
+  }
+
+ private:
+  const Sequences& s_;
+  int64_t direction_;
+};
+
+}  // namespace
+}  // namespace fusedrnn

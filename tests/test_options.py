@@ -1,0 +1,227 @@
+"""Layers with ops.Options (sequences of several lengths, boundaries, cell states) and projections:
+the kernels against reference.py, and what must not change a bit."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import ran
+from layers import LAYER_CELLS, relative_error
+
+from fusedrnn import functional, ops
+
+CASES = list(itertools.product(LAYER_CELLS, ("padded", "packed"), (None, "zero", "initial")))
+
+
+def problem(cell, T, B, I, H, D, *, P=0, packed, reset, cells=False, dtype, seed=0):  # noqa: E741
+    """(leaves, number of states, options): the leaves are input, initial states, weights."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape, scale=1.0):
+        return (scale * torch.randn(*shape, generator=generator)).to(dtype).requires_grad_()
+
+    batch_sizes, rows = None, (T, B)
+    if packed:
+        lengths = torch.randint(1, T + 1, (B,), generator=generator)
+        lengths[0] = T
+        batch_sizes = (torch.arange(T).unsqueeze(1) < lengths).sum(1)
+        rows = (int(batch_sizes.sum()),)
+    mask = torch.rand(rows, generator=generator) < 0.3 if reset else None
+    options = ops.Options(batch_sizes, mask, reset == "initial", cells)
+    gates = ops.CELLS[cell].gates * H
+    states = [randn(D, B, size) for size in (P or H, H)[: ops.CELLS[cell].states]]
+    weights = []
+    for _ in range(D):
+        weights += [randn(gates, I), randn(gates, P or H, scale=(P or H) ** -0.5)]
+        weights += [randn(gates), randn(gates)]
+        weights += [randn(P, H, scale=H**-0.5)] if P else []
+    return [randn(*rows, I), *states, *weights], len(states), options
+
+
+def run(function, cell, leaves, num_states, options, seed=1):
+    """Results, then gradients of every leaf from all results."""
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    results = function(
+        cell, leaves[0], leaves[1 : 1 + num_states], leaves[1 + num_states :], options
+    )
+    assert results is not None
+    generator = torch.Generator().manual_seed(seed)
+    grads = [torch.randn(r.shape, generator=generator).to(r.dtype) for r in results]
+    torch.autograd.backward(results, grads)
+    return [*(r.detach() for r in results), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("D", [1, 2])
+@pytest.mark.parametrize(("cell", "form", "reset"), CASES)
+def test_kernels_match_the_reference(cell, form, reset, D):
+    sizes = [(1, 1, 1, 1), (2, 3, 4, 5), (7, 5, 3, 17), (20, 17, 8, 33), (6, 40, 16, 64)]
+    for seed, size in enumerate(sizes):
+        for P in (0, 1, size[3] // 2) if cell == "lstm" else (0,):
+            made = problem(
+                cell,
+                *size,
+                D,
+                P=min(P, size[3] - 1),
+                packed=form == "packed",
+                reset=reset,
+                cells=cell == "lstm",
+                dtype=torch.float64,
+                seed=seed,
+            )
+            with ran("kernel_forward", "kernel_backward"):
+                actual = run(functional.kernel_layer, cell, *made)
+            expected = run(functional.reference_layer, cell, *made)
+            for a, b in zip(actual, expected, strict=True):
+                assert relative_error(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("P", [0, 24])
+@pytest.mark.parametrize("form", ["padded", "packed"])
+@pytest.mark.parametrize("D", [1, 2])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_the_same_bits_for_every_thread_count(cell, D, form, P):
+    """Shapes that split the batch (B=48), and hidden units (B=3)."""
+    if P and cell != "lstm":
+        P = 0
+    shared = []
+    for B in (3, 48):
+        leaves, num_states, options = problem(
+            cell, 30, B, 64, 96, D, P=P, packed=form == "packed", reset="zero", dtype=torch.float32
+        )
+        found, used = [], []
+        threads = torch.get_num_threads()
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            initial, weights = leaves[1 : 1 + num_states], leaves[1 + num_states :]
+            used.append(ops.plan(cell, leaves[0], initial, weights, options))
+            found.append(run(functional.kernel_layer, cell, leaves, num_states, options))
+        torch.set_num_threads(threads)
+        if used[1].threads > 1:
+            shared.append((used[1].row_shards, used[1].unit_shards))
+        assert all(map(torch.equal, *found))
+    if D == 1 and len(shared) == 2:  # on one core there is one thread
+        assert shared == [(1, 2), (2, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+def test_other_dtypes(cell, dtype):
+    leaves, num_states, options = problem(
+        cell, 9, 6, 5, 20, 2, packed=True, reset="initial", cells=cell == "lstm", dtype=dtype
+    )
+    with ran("kernel_forward", "kernel_backward"):
+        actual = run(functional.kernel_layer, cell, leaves, num_states, options)
+    wide = [leaf.double() for leaf in leaves]
+    expected = run(functional.reference_layer, cell, wide, num_states, options)
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype is dtype
+        assert relative_error(a.double(), b) < 20 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+def test_double_backward(cell):
+    leaves, num_states, options = problem(
+        cell, 3, 2, 2, 3, 2, packed=True, reset="initial", cells=cell == "lstm", dtype=torch.float64
+    )
+
+    def function(*tensors):
+        initial, weights = tensors[1 : 1 + num_states], tensors[1 + num_states :]
+        return functional.layer(cell, tensors[0], initial, weights, options)
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_each_gradient_alone():
+    """From one result only, and for one leaf only."""
+    leaves, num_states, options = problem(
+        "lstm", 5, 4, 3, 6, 2, P=2, packed=True, reset="initial", cells=True, dtype=torch.float64
+    )
+
+    def results(function, tensors):
+        return function(
+            "lstm", tensors[0], tensors[1 : 1 + num_states], tensors[1 + num_states :], options
+        )
+
+    for i, wanted in itertools.product(range(4), range(len(leaves))):
+        found = []
+        for function in (functional.kernel_layer, functional.reference_layer):
+            tensors = [leaf.detach() for leaf in leaves]
+            tensors[wanted].requires_grad_()
+            result = results(function, tensors)[i]
+            found += torch.autograd.grad(result.square().sum(), tensors[wanted], allow_unused=True)
+        if found[1] is None:  # cells do not depend on the last projection, say
+            assert found[0] is None or not found[0].any()
+        else:
+            assert relative_error(*found) < 1e-12
+
+
+def test_the_gradients_of_the_gates():
+    """What per-sample gradients are made from: their column sums are the biases' gradients."""
+    for cell in LAYER_CELLS:
+        leaves, num_states, options = problem(
+            cell, 5, 4, 3, 6, 2, packed=True, reset="zero", dtype=torch.float64
+        )
+        leaves = [leaf.detach() for leaf in leaves]
+        arguments = (leaves[0], leaves[1 : 1 + num_states], leaves[1 + num_states :])
+        results, saved = ops.forward(cell, *arguments, True, options)
+        grads = tuple(map(torch.ones_like, results))
+        found = ops.backward(cell, *arguments, saved, grads, (True,) * len(leaves), options, True)
+        *of_leaves, gates = found
+        H, G = 6, ops.CELLS[cell].gates
+        assert gates.shape == (2, len(leaves[0]), {3: 4}.get(G, G) * H)
+        for d in range(2):
+            bias_ih = of_leaves[1 + num_states + 4 * d + 2]
+            torch.testing.assert_close(gates[d, :, -G * H :].sum(0), bias_ih)
+
+
+def test_reset_everywhere_is_a_sequence_of_steps():
+    leaves, _, _ = problem("gru", 6, 3, 4, 5, 1, packed=False, reset=None, dtype=torch.float64)
+    input, h0, *weights = leaves
+    options = ops.Options(None, torch.ones(6, 3, dtype=torch.bool), True)
+    output, _ = functional.layer("gru", input, (h0,), weights, options)
+    steps = [functional.layer("gru", x, (h0[0],), weights)[0] for x in input]
+    torch.testing.assert_close(output, torch.stack(steps), rtol=1e-12, atol=1e-12)
+
+
+def _sizes(*sizes, dtype=torch.int64):
+    return ops.Options(torch.tensor(sizes, dtype=dtype))
+
+
+WRONG = {
+    "batch_sizes of a padded input": (torch.randn(4, 2, 3), _sizes(2, 2), r"\[N, I\]"),
+    "rows missing": (torch.randn(4, 3), _sizes(3, 2), "batch_sizes"),
+    "rising": (torch.randn(4, 3), _sizes(1, 3), "batch_sizes"),
+    "not positive": (torch.randn(4, 3), _sizes(4, 0), "batch_sizes"),
+    "none": (torch.randn(0, 3), _sizes(), "batch_sizes"),
+    "int32": (torch.randn(4, 3), _sizes(2, 2, dtype=torch.int32), "int64"),
+    "shape of reset": (
+        torch.randn(4, 2, 3),
+        ops.Options(None, torch.zeros(2, 4, dtype=torch.bool)),
+        r"reset must be bool \[4, 2\]",
+    ),
+    "dtype of reset": (torch.randn(4, 2, 3), ops.Options(None, torch.zeros(4, 2)), "reset must be"),
+    "cells of a GRU": (torch.randn(4, 2, 3), ops.Options(cells=True), "cells"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_options(case):
+    input, options, message = WRONG[case]
+    weights = (torch.randn(15, 3), torch.randn(15, 5), None, None)
+    with ran(), pytest.raises(RuntimeError, match=message):
+        functional.layer("gru", input, (), weights, options)
+
+
+def test_wrong_projections():
+    w = (torch.randn(20, 3), torch.randn(20, 2), None, None)
+    input = torch.randn(4, 2, 3)
+    with pytest.raises(RuntimeError, match="weight_hr"):
+        functional.layer("lstm", input, (), (*w, None))
+    with pytest.raises(RuntimeError, match=r"weight_hr must be \[2, 5\], got \[3, 5\]"):
+        functional.layer("lstm", input, (), (*w, torch.randn(3, 5)))
+    with pytest.raises(RuntimeError, match="LSTM"):
+        functional.layer("gru", input, (), (*w, torch.randn(2, 5)))
+    hx = (torch.zeros(1, 2, 2), torch.zeros(1, 2, 2))
+    with pytest.raises(RuntimeError, match=r"c0 must be \[1, 2, 5\]"):
+        functional.layer("lstm", input, hx, (*w, torch.randn(2, 5)))
