@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -258,6 +259,8 @@ def run(arguments: list[str]) -> None:
         _parser().error("run wants SCRIPT or -m MODULE")
     if not of_module and not os.path.exists(program):
         _parser().error(f"run: there is no file {program!r}")
+    if of_module and importlib.util.find_spec(program.partition(".")[0]) is None:
+        _parser().error(f"run: there is no module {program!r}")
     try:
         from fusedrnn.patching import patched
     except Exception as error:  # as in report()

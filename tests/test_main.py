@@ -284,6 +284,7 @@ def test_torch_is_left_as_it_was(program, end):
         (["run", "-m"], "run wants SCRIPT or -m MODULE"),
         (["run", "--jsn", "x.py"], "run wants SCRIPT or -m MODULE"),
         (["run", "missing.py"], "run: there is no file 'missing.py'"),
+        (["run", "-m", "missing.one"], "run: there is no module 'missing.one'"),
         (["--jsn"], "unrecognized arguments: --jsn"),
     ],
 )
