@@ -34,7 +34,7 @@ def _called(cls: Any, module: Any, input: Any, hx: Any) -> Any:
 class LSTM(modules.LSTM, nn.LSTM):
     """fusedrnn.LSTM that is a torch.nn.LSTM for isinstance too, as `patched` makes it.
 
-    For torch.compile too, which leaves a function at the call of a torch.nn.LSTM, not to return.
+    For torch.compile too, which compiles the rest of a function no more once it meets one.
     """
 
     __init__ = nn.LSTM.__init__
@@ -94,8 +94,8 @@ def patched() -> Iterator[None]:
 
     Whatever name the code that builds them uses for the class; in all threads of the process. For
     isinstance the modules are torch.nn's, inside and after, and they stay as they are after it.
-    `restore` makes them torch.nn's; `replace` makes them fusedrnn.LSTM and so on, which
-    torch.compile breaks a graph at, while it gives up the rest of a function at a torch.nn.LSTM.
+    `restore` makes them torch.nn's. `replace` makes them fusedrnn.LSTM and so on, behind which
+    torch.compile goes on, while it compiles no more of a function that has met a torch.nn.LSTM.
 
     Not reached: modules built before, copies and pickles of those; subclasses of torch.nn's
     classes, whether they override forward or not. type(module) is torch.nn.LSTM is False. A module
