@@ -591,6 +591,14 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "isa", [] { return kernels().isa; },
       "Name of the instruction set whose kernels run; RuntimeError if FUSEDRNN_ISA can't be had.");
+  // How this file was built, for `python -m fusedrnn`.
+#if defined(__clang__)
+  m.attr("compiler") = __VERSION__;
+#else
+  m.attr("compiler") = "gcc " __VERSION__;
+#endif
+  m.attr("isas") = isa_names();
+  m.attr("cuda") = "";  // architectures, likewise: no CUDA kernels yet
   m.def("release_threads", release_threads, "Ends this thread's idle OpenMP threads.");
   static PyMethodDef methods[] = {definition<forward, 7>("forward"),
                                   definition<backward, 10>("backward"),

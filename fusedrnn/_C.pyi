@@ -6,6 +6,10 @@ from torch import Tensor
 
 from fusedrnn.ops import Options, Tensors, Weights
 
+compiler: str  # that built this file
+isas: str  # that it has kernels for, best first: "avx512, avx2, generic"
+cuda: str  # CUDA architectures, likewise
+
 def isa() -> str: ...
 def release_threads() -> None: ...
 def takes(

@@ -1,16 +1,24 @@
 """Fused LSTM, GRU and RNN for PyTorch: drop-in modules over hand-written kernels.
 
-`replace(model)` swaps the recurrent modules inside a model; LSTM, GRU, RNN, LSTMCell, GRUCell and
-RNNCell are the modules themselves, with torch.nn's signatures and results.
+`replace(model)` swaps the recurrent modules inside a model; `with patched():` has other code build
+its models of them; LSTM, GRU, RNN, LSTMCell, GRUCell and RNNCell are the modules themselves, with
+torch.nn's signatures and results.
 """
 
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from fusedrnn import functional
-from fusedrnn.convert import replace, restore
-from fusedrnn.explanation import explain
-from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-from fusedrnn.ops import isa
+try:
+    from fusedrnn import functional
+    from fusedrnn.convert import replace, restore
+    from fusedrnn.explanation import explain
+    from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+    from fusedrnn.ops import isa
+    from fusedrnn.patching import patched
+except Exception:
+    # `python -m fusedrnn` says what is wrong. Python imports this to find it, and argv[0] is "-m".
+    if sys.argv[:1] != ["-m"] or {"fusedrnn", "-mfusedrnn"}.isdisjoint(sys.orig_argv):
+        raise
 
 try:
     __version__ = version("fusedrnn")  # pyproject.toml has it, and only it
@@ -27,6 +35,7 @@ __all__ = [
     "explain",
     "functional",
     "isa",
+    "patched",
     "replace",
     "restore",
 ]

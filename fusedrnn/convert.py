@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from . import modules
+from . import modules, patching
 
 _TO_FUSED: dict[type[nn.Module], type[nn.Module]] = {
     cls._torch_class: cls
@@ -29,6 +29,9 @@ _TO_FUSED: dict[type[nn.Module], type[nn.Module]] = {
     )
 }
 _TO_TORCH = {fused: original for original, fused in _TO_FUSED.items()}
+for _made in patching.CLASSES[:3]:  # torch.nn's for isinstance, and fusedrnn's
+    _TO_TORCH[_made] = _made._torch_class
+    _TO_FUSED[_made] = _TO_FUSED[_made._torch_class]
 
 
 @dataclass(repr=False)
@@ -129,8 +132,8 @@ def _reason_to_skip(
 
 
 def _type_name(cls: type) -> str:
-    if cls in _TO_FUSED:
+    if cls in _TO_TORCH.values():
         return f"torch.nn.{cls.__name__}"
-    if cls in _TO_TORCH:
+    if cls in _TO_FUSED.values():
         return f"fusedrnn.{cls.__name__}"
     return f"{cls.__module__}.{cls.__qualname__}".removeprefix("builtins.")

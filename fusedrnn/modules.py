@@ -10,6 +10,7 @@ There is no math here; that begins in functional.py.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from operator import is_
 from types import NoneType
@@ -64,6 +65,7 @@ def _compute(
         ops.check_layer(cell, input, initial, weights, options)
     except RuntimeError:
         return None  # torch has the error for it
+    ops.log.debug("%s layer: reference, as torch.func or forward-mode AD is active", cell)
     return reference_layer(cell, input, initial, weights, options)
 
 
@@ -114,6 +116,10 @@ class _Fused:
                 f"Convert with .to(dtype). ({error})"
             ) from error
         ops.count("torch")
+        if ops.log.isEnabledFor(logging.DEBUG):
+            from .explanation import explain  # which imports this file
+
+            ops.log.debug("%s: %s", type(self).__name__, explain(self, input, hx))  # type: ignore[arg-type]
         return result
 
     def __prepare_scriptable__(self) -> nn.Module:

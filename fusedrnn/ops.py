@@ -6,9 +6,10 @@ must be known before that, and the errors. Not an autograd layer: functional.py 
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch._C import (
     _is_any_autocast_enabled,
     _len_torch_dispatch_stack,
 )
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 
 try:
     import fusedrnn._C as _C
@@ -27,6 +28,8 @@ except ImportError as error:
         "fusedrnn's compiled extension fusedrnn._C cannot be loaded "
         f"({error}). Build it: `pip install .` in fusedrnn's source folder."
     ) from error
+
+log = logging.getLogger("fusedrnn")  # DEBUG: the choice of kernels, and what was left to others
 
 # Calls since import, by what computed them: a kernel, the reference in plain torch operations, or
 # torch.nn's own implementation. One layer is one call.
@@ -51,6 +54,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_C.release_threads)
 
 _ISA = _C.isa()  # at import: a FUSEDRNN_ISA that cannot be had is an error here, not at first use
+log.debug("kernels: %s", _ISA)
 
 
 class Cell(NamedTuple):
@@ -138,6 +142,16 @@ def plan(
     return None if made is None else Plan(*made)
 
 
+def _recorded(cell: str, what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` as torch.profiler shows it, under a name like "fusedrnn::lstm_forward"."""
+
+    def call(*args: Any) -> Any:
+        with profiler.record_function(f"fusedrnn::{cell.partition('_')[0]}_{what}"):
+            return function(*args)
+
+    return call
+
+
 def forward(
     cell: str,
     input: Tensor,
@@ -152,9 +166,11 @@ def forward(
     G*H], then LSTM's c or GRU's a_hn [D, N, H], then, with a projection, h [D, N, P], in one tensor
     of one dimension; N = T*B without batch_sizes.
     """
-    result = _C.forward(
-        CELLS[cell].number, save, torch.get_num_threads(), input, initial, weights, options
-    )
+    call = _C.forward
+    if profiler._is_profiler_enabled:
+        call = _recorded(cell, "forward", call)
+    threads = torch.get_num_threads()
+    result = call(CELLS[cell].number, save, threads, input, initial, weights, options)
     if result is None or result is NotImplemented:
         return None
     counts["kernel_forward"] += 1
@@ -178,7 +194,10 @@ def backward(
     grads: of each result, None for zero. Returns None if one of them is no ordinary tensor.
     RuntimeError if another argument is not as `forward` took or gave it.
     """
-    result = _C.backward(
+    call = _C.backward
+    if profiler._is_profiler_enabled:
+        call = _recorded(cell, "backward", call)
+    result = call(
         CELLS[cell].number,
         torch.get_num_threads(),
         input,

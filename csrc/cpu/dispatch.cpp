@@ -4,6 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace fusedrnn {
 namespace {
@@ -14,19 +15,9 @@ struct Isa {
   const Kernels& (*kernels)();
 };
 
-std::string names(const Isa* isas, int n, bool only_present) {
-  std::string out;
-  for (int i = 0; i < n; ++i) {
-    if (only_present && !isas[i].present) continue;
-    out += (out.empty() ? "" : ", ") + std::string(isas[i].name);
-  }
-  return out;
-}
-
-}  // namespace
-
-const Kernels& select_kernels(const char* name) {
-  const Isa isas[] = {
+// What this build holds, best first.
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> all = {
 #if defined(FUSEDRNN_X86)
       // __builtin_cpu_supports asks the operating system too whether it saves the wide registers.
       {"avx512",
@@ -37,19 +28,37 @@ const Kernels& select_kernels(const char* name) {
 #endif
       {"generic", true, kernels_generic},
   };
-  constexpr int n = sizeof(isas) / sizeof(isas[0]);
+  return all;
+}
 
+std::string names(bool only_present) {
+  std::string out;
+  for (const Isa& isa : isas()) {
+    if (only_present && !isa.present) continue;
+    out += (out.empty() ? "" : ", ") + std::string(isa.name);
+  }
+  return out;
+}
+
+}  // namespace
+
+const char* isa_names() {
+  static const std::string all = names(false);
+  return all.c_str();
+}
+
+const Kernels& select_kernels(const char* name) {
   const bool any = !name || !*name;
-  for (const Isa& isa : isas) {
+  for (const Isa& isa : isas()) {
     if (any ? isa.present : std::strcmp(isa.name, name) == 0) {
       if (isa.present) return isa.kernels();
       throw std::runtime_error("FUSEDRNN_ISA=" + std::string(name) +
-                               ": this CPU lacks it. Set FUSEDRNN_ISA to one of " +
-                               names(isas, n, true) + ", or unset it to get the best of them.");
+                               ": this CPU lacks it. Set FUSEDRNN_ISA to one of " + names(true) +
+                               ", or unset it to get the best of them.");
     }
   }
   throw std::runtime_error("FUSEDRNN_ISA=" + std::string(name) + " is not known. Expected one of " +
-                           names(isas, n, false) + "; unset it to get the best that this CPU has.");
+                           names(false) + "; unset it to get the best that this CPU has.");
 }
 
 }  // namespace fusedrnn

@@ -15,4 +15,7 @@ const Kernels& kernels_avx512();
 // std::runtime_error if there is no such ISA, or this CPU or build lacks it. Null or "": the best.
 const Kernels& select_kernels(const char* name);
 
+// The names of the ISAs that this build has kernels for, best first: "avx2, generic".
+const char* isa_names();
+
 }  // namespace fusedrnn
