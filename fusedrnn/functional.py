@@ -9,6 +9,12 @@ Definitions, and their sources, are torch.nn's: see reference.py.
 The four floating-point dtypes run in the kernels on the CPU, first derivatives included. Whatever
 else torch can do with such a function (other dtypes and devices, double backward, forward mode,
 torch.func) is computed by reference.py, and counted: `ops.counts`.
+
+Under autocast on the CPU the kernels compute in float32, where it would convert to its own dtype,
+and round the results once. Their dtype is torch.nn's: autocast's own for LSTM and RNN, and for a
+step of RNN; the wider of that and of the initial state (without one, of the input) for GRU and for
+a step of LSTM. torch.nn.LSTM gives other dtypes for some float16 inputs and raises for others; here
+it is the same rule for all. float64 stays float64, as in torch.
 """
 
 from __future__ import annotations
@@ -77,16 +83,21 @@ def layer(
     initial, weights = tuple(initial), tuple(weights)
     results = kernel_layer(cell, input, initial, weights)
     if results is None:
+        results = autocast_layer(cell, input, initial, weights)
+    if results is None:
         ops.check_layer(cell, input, initial, weights)
         results = reference_layer(cell, input, initial, weights)
     return results
 
 
 def kernel_layer(
-    cell: str, input: Tensor, initial: ops.Tensors, weights: ops.Weights
+    cell: str, input: Tensor, initial: ops.Tensors, weights: ops.Weights, watched: bool = True
 ) -> tuple[Tensor, ...] | None:
-    """`layer` by the kernels; None where they do not take the call."""
-    if ops.watched():
+    """`layer` by the kernels; None where they do not take the call, or `watched` and ops.watched().
+
+    Under autocast see `autocast_layer`.
+    """
+    if watched and ops.watched():
         return None
     if torch.is_grad_enabled():
         for t in (input, *initial, *weights):
@@ -98,6 +109,39 @@ def kernel_layer(
                 return _APPLY[cell](cell, input, *initial, *weights)  # type: ignore[no-any-return]
     result = ops.forward(cell, input, initial, weights, False)
     return None if result is None else result[0]
+
+
+def autocast_layer(
+    cell: str, input: Tensor, initial: ops.Tensors, weights: ops.Weights
+) -> tuple[Tensor, ...] | None:
+    """`kernel_layer` under autocast; None also where there is none, or other things watch too."""
+    if not ops.only_autocast():
+        return None
+    dtype = autocast_dtype(cell, input, initial, weights)
+    if dtype is None:
+        return kernel_layer(cell, input, initial, weights, False)
+    initial = [s.float() for s in initial]
+    weights = [w if w is None else w.float() for w in weights]
+    results = kernel_layer(cell, input.float(), initial, weights, False)
+    return None if results is None else tuple(r.to(dtype) for r in results)
+
+
+def autocast_dtype(
+    cell: str, input: Tensor, initial: ops.Tensors, weights: ops.Weights
+) -> torch.dtype | None:
+    """The dtype of the results where autocast converts, and the kernels are to compute in float32.
+
+    None where they are to compute with the tensors as they are.
+    """
+    if not torch.is_autocast_enabled("cpu"):  # another device's
+        return None
+    low = torch.get_autocast_dtype("cpu")
+    dtypes = {t.dtype for t in (input, *initial, *weights) if t is not None}
+    if dtypes == {low} or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
+        return None
+    if cell.startswith("rnn") or (cell == "lstm" and input.dim() == 3):
+        return low
+    return torch.promote_types(low, initial[-1].dtype if initial else input.dtype)
 
 
 def reference_layer(

@@ -3,7 +3,7 @@
 Constructor, parameters, state_dict, repr and pickling are torch's own. What is here is the walk
 over layers and directions, dropout between layers, and the choice between the kernels and torch's
 own implementation, which takes every call that the kernels do not: PackedSequence, proj_size, other
-dtypes and devices, autocast, tracing, export, and every wrong call, so that each error is torch's.
+dtypes and devices, tracing, export, and every wrong call, so that each error is torch's.
 There is no math here; that begins in functional.py.
 """
 
@@ -22,7 +22,7 @@ from torch.compiler import is_compiling, is_exporting
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
-from .functional import kernel_layer, reference_layer
+from .functional import autocast_layer, kernel_layer, reference_layer
 from .functional import layer as functional_layer
 
 States = list[Tensor] | tuple[Tensor, ...]  # (h,) or, for LSTM, (h, c); or () for zeros
@@ -39,9 +39,12 @@ def _compute(
     results = kernel_layer(cell, input, initial, weights)
     if results is not None:
         return results
-    if not ops.watched():
-        ops.check_weights(cell, features, hidden, weights)
-        return None
+    if not ops.watched() or ops.only_autocast():
+        if ops.watched() and not _torch_is_faster(cell, hidden, input):
+            results = autocast_layer(cell, input, initial, weights)
+        if results is None:
+            ops.check_weights(cell, features, hidden, weights)
+        return results
     # Under torch.func and forward-mode AD by the reference: its operations have the rules that
     # torch's fused ones lack.
     tensors = (input, *initial, *weights)
@@ -63,18 +66,25 @@ _TORCH_HAS_BFLOAT16 = torch._C._has_mkldnn and any(
 )
 
 
-def _torch_is_faster(module: nn.RNNBase, seq_len: int, batch: int) -> bool:
-    """Whether torch's bfloat16 layer is faster than ours, which computes in float32.
+def _torch_is_faster(cell: str, hidden: int, input: Tensor) -> bool:
+    """Whether torch's layer would compute [T, B, I] in bfloat16, and faster than ours in float32.
 
     On a CPU that multiplies bfloat16 itself it can be. torch.nn's time over ours on a Zen 4 core,
     no_grad / training, at (B, H): LSTM (1, 32) 3.2 / 3.1, (1, 128) 1.0 / 1.9, (1, 512) 0.8 / 2.5,
     (8, 128) 0.6 / 0.8, (64, 512) 0.5 / 0.7. GRU (8, 128) 2.9 / 4.5, (8, 256) 1.4 / 2.0, (32, 256)
     0.9 / 0.9, (64, 512) 0.6 / 0.6; RNN (32, 256) 1.1 / 1.1, (64, 512) 0.7 / 0.7.
     """
-    if not (_TORCH_HAS_BFLOAT16 and torch.backends.mkldnn.enabled) or seq_len == 1:
+    if not (_TORCH_HAS_BFLOAT16 and torch.backends.mkldnn.enabled) or input.dim() != 3:
         return False
-    hidden = module.hidden_size
-    if module.mode == "LSTM":
+    if torch.is_autocast_enabled("cpu"):
+        taken = input.dtype in (torch.float32, torch.bfloat16)
+        bfloat16 = taken and torch.get_autocast_dtype("cpu") is torch.bfloat16
+    else:
+        bfloat16 = input.dtype is torch.bfloat16
+    seq_len, batch = input.shape[:2]
+    if not bfloat16 or seq_len == 1:
+        return False
+    if cell == "lstm":
         return batch > 1 or (hidden > 256 and not torch.is_grad_enabled())
     return batch >= 32 and hidden >= 256
 
@@ -92,8 +102,9 @@ class _Fused:
         except RuntimeError as error:
             # torch names the dtypes only on some of its paths.
             states = hx if isinstance(hx, (tuple, list)) else (hx,)
+            data = input.data if isinstance(input, PackedSequence) else input
             dtypes = {
-                "input": {input.data.dtype},
+                "input": {data.dtype},
                 "hx": {s.dtype for s in states if isinstance(s, Tensor)},
                 "weights": {p.dtype for p in self.parameters()},  # type: ignore[attr-defined]
             }
@@ -159,12 +170,11 @@ class _Layers(_Fused, nn.RNNBase):
             states = [s.unsqueeze(1) for s in states]
         elif self.batch_first:
             input = input.transpose(0, 1)
-        seq_len, batch, features = input.shape
-        if features != self.input_size:
-            return None
-        if input.dtype is torch.bfloat16 and _torch_is_faster(self, seq_len, batch):
+        if input.shape[2] != self.input_size:
             return None
         cell = self.mode.lower()  # "lstm", "gru", "rnn_tanh", "rnn_relu"
+        if input.dtype is torch.bfloat16 and _torch_is_faster(cell, self.hidden_size, input):
+            return None
         if not self.bias:
             pairs = zip(weights[::2], weights[1::2], strict=True)
             weights = [w for pair in pairs for w in (*pair, None, None)]
