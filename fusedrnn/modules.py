@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._C import _is_any_autocast_enabled
 from torch._compile import _disable_dynamo
 from torch.compiler import is_compiling, is_exporting
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
@@ -120,7 +121,12 @@ class _Fused:
 
     def __prepare_scriptable__(self) -> nn.Module:
         # torch.jit.script asks for this: it cannot compile our forward, but it can torch's. The
-        # module that it compiles shares the parameters; torch puts it in this one's place.
+        # module that it compiles shares the parameters; torch puts it in this one's place. Not that
+        # of a subclass's own forward or of parametrized weights: torch has the error for these.
+        cls: Any = type(self)
+        fused = next(c for c in cls.__mro__ if "_torch_class" in vars(c))
+        if cls.forward is not fused.forward or is_parametrized(self):  # type: ignore[arg-type]
+            return self  # type: ignore[return-value]
         module = self._torch_class.__new__(self._torch_class)
         module.__dict__.update(self.__dict__)
         return module  # type: ignore[no-any-return]
