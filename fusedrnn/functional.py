@@ -115,7 +115,7 @@ def autocast_layer(
     cell: str, input: Tensor, initial: ops.Tensors, weights: ops.Weights
 ) -> tuple[Tensor, ...] | None:
     """`kernel_layer` under autocast; None also where there is none, or other things watch too."""
-    if not ops.only_autocast():
+    if not input.is_cpu or not ops.only_autocast():
         return None
     dtype = autocast_dtype(cell, input, initial, weights)
     if dtype is None:
