@@ -87,6 +87,8 @@ def layer(
     if results is None:
         ops.check_layer(cell, input, initial, weights)
         results = reference_layer(cell, input, initial, weights)
+        dtype = autocast_dtype(cell, input, initial, weights) if ops.only_autocast() else None
+        results = results if dtype is None else tuple(r.to(dtype) for r in results)
     return results
 
 

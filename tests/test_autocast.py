@@ -279,6 +279,20 @@ def test_functional_layers(cell, low):
     assert all(map(torch.equal, actual, expected))
 
 
+@LOW
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_that_the_kernels_refuse_late(kind, low):
+    """It has to be the reference's, because dropout has drawn its numbers, in the same dtype."""
+    module, twin = (build(modules, kind, I, H, 2, dropout=0.5) for _ in range(2))
+    module.weight_hh_l1.data = torch._neg_view(module.weight_hh_l1.data.neg())
+    results = []
+    for one, computed in ((module, ("kernel_forward", "reference")), (twin, ("kernel_forward",))):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", low), ran(*computed):
+            results.append(flat(one(input_of(kind), hx_of(kind, F32, 2))))
+    torch.testing.assert_close(*results, rtol=0.05, atol=0.02)
+
+
 @pytest.mark.parametrize("kind", LAYERS + CELLS)
 def test_autocast_of_another_device_changes_nothing(kind):
     module, input = build(modules, kind, I, H), input_of(kind)
