@@ -17,6 +17,7 @@ from torch._C import (
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import modules, ops
+from fusedrnn.functional import autocast_dtype
 
 
 def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
@@ -40,16 +41,20 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
     if reason is not None:
         return f"torch.nn: {reason}."
     layers = _layers(module, input, hx)
-    _, first, _, _, options = layers[0]
+    cell, first, _, weights, options = layers[0]
+    hidden: Any = module.hidden_size
     if (
-        isinstance(module, nn.RNNBase)
-        and first.dtype is torch.bfloat16
-        and options is None
-        and not module.proj_size
-        and modules._torch_is_faster(module, *first.shape[:2])
+        options is None
+        and ops.weights_per_direction(weights) == 4
+        and modules._torch_is_faster(cell, hidden, first)
     ):
         return "torch.nn: oneDNN's bfloat16 products are faster on this CPU at this shape."
-    if ops.watched():
+    converted = None
+    if ops.only_autocast():
+        converted = autocast_dtype(*layers[0])
+        if converted is not None:
+            layers = [(c, i.float(), _floats(s), _floats(w), o) for c, i, s, w, o in layers]
+    elif ops.watched():
         return "reference: torch.func or forward-mode AD is active, and its operations have rules."
     plans = [ops.plan(*layer) for layer in layers]
     if None in plans:
@@ -59,7 +64,10 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
         except RuntimeError as error:
             return f"torch.nn: a shape does not fit, and the error is torch's ({error})."
         return f"torch.nn: {_why_not_ordinary(*layers[plans.index(None)][1:4])}."
-    lines = [f"kernels: {ops.isa()}, {_arithmetic(first.dtype)}."]
+    arithmetic = _arithmetic(layers[0][1].dtype)
+    if converted is not None:
+        arithmetic += f" under autocast, results in {str(converted)[6:]}"
+    lines = [f"kernels: {ops.isa()}, {arithmetic}."]
     for i, (layer, plan) in enumerate(zip(layers, plans, strict=True)):
         assert plan is not None
         where = f"Layer {i}: " if len(layers) > 1 else ""
@@ -79,8 +87,8 @@ def _why_torch(module: Any, input: Any, hx: Any) -> str | None:
         input = input.data
     if not isinstance(input, Tensor) or not all(isinstance(s, Tensor) for s in states):
         return "the input or hx is no tensor, and the error is torch's"
-    if _is_any_autocast_enabled():
-        return "autocast is active, and torch knows what it converts"
+    if _is_any_autocast_enabled() and not ops.only_autocast():
+        return "autocast is active where torch's operations are transformed or recorded"
     if _get_tracing_state() or (_len_torch_dispatch_stack() and not ops.transformed()):
         return "torch's operations are being recorded (torch.jit.trace or a dispatch mode)"
     of_layers = isinstance(module, nn.RNNBase)
@@ -134,6 +142,10 @@ def _layers(
         size = directions * (module.proj_size or module.hidden_size)
         input = input.new_empty(*input.shape[:-1], size)
     return layers
+
+
+def _floats(tensors: Any) -> list[Tensor | None]:
+    return [t if t is None else t.float() for t in tensors]
 
 
 def _why_not_ordinary(input: Tensor, initial: Any, weights: Any) -> str:

@@ -10,6 +10,12 @@ and the output [T, B, D*P]. Definitions, and their sources, are torch.nn's: see 
 The four floating-point dtypes run in the kernels on the CPU, first derivatives included. Whatever
 else torch can do with such a function (other dtypes and devices, double backward, forward mode,
 torch.func) is computed by reference.py, and counted: `ops.counts`.
+
+Under autocast on the CPU the kernels compute in float32, where it would convert to its own dtype,
+and round the results once. Their dtype is torch.nn's: autocast's own for LSTM and RNN, and for a
+step of RNN; the wider of that and of the initial state (without one, of the input) for GRU and for
+a step of LSTM. torch.nn.LSTM gives other dtypes for some float16 inputs and raises for others; here
+it is the same rule for all. float64 stays float64, as in torch.
 """
 
 from __future__ import annotations
@@ -85,8 +91,13 @@ def layer(
     initial, weights = tuple(initial), tuple(weights)
     results = kernel_layer(cell, input, initial, weights, options)
     if results is None:
+        results = autocast_layer(cell, input, initial, weights, options)
+    if results is None:
         ops.check_layer(cell, input, initial, weights, options)
         results = reference_layer(cell, input, initial, weights, options)
+        if ops.only_autocast():
+            dtype = autocast_dtype(cell, input, initial, weights, options)
+            results = results if dtype is None else tuple(r.to(dtype) for r in results)
     return results
 
 
@@ -96,9 +107,13 @@ def kernel_layer(
     initial: ops.Tensors,
     weights: ops.Weights,
     options: ops.Options | None = None,
+    watched: bool = True,
 ) -> tuple[Tensor, ...] | None:
-    """`layer` by the kernels; None where they do not take the call."""
-    if ops.watched():
+    """`layer` by the kernels; None where they do not take the call, or `watched` and ops.watched().
+
+    Under autocast see `autocast_layer`.
+    """
+    if watched and ops.watched():
         return None
     if torch.is_grad_enabled():
         for t in (input, *initial, *weights):
@@ -112,6 +127,48 @@ def kernel_layer(
                 )
     result = ops.forward(cell, input, initial, weights, False, options)
     return None if result is None else result[0]
+
+
+def autocast_layer(
+    cell: str,
+    input: Tensor,
+    initial: ops.Tensors,
+    weights: ops.Weights,
+    options: ops.Options | None = None,
+) -> tuple[Tensor, ...] | None:
+    """`kernel_layer` under autocast; None also where there is none, or other things watch too."""
+    if not input.is_cpu or not ops.only_autocast():
+        return None
+    dtype = autocast_dtype(cell, input, initial, weights, options)
+    if dtype is None:
+        return kernel_layer(cell, input, initial, weights, options, False)
+    initial = [s.float() for s in initial]
+    weights = [w if w is None else w.float() for w in weights]
+    results = kernel_layer(cell, input.float(), initial, weights, options, False)
+    return None if results is None else tuple(r.to(dtype) for r in results)
+
+
+def autocast_dtype(
+    cell: str,
+    input: Tensor,
+    initial: ops.Tensors,
+    weights: ops.Weights,
+    options: ops.Options | None = None,
+) -> torch.dtype | None:
+    """The dtype of the results where autocast converts, and the kernels are to compute in float32.
+
+    None where they are to compute with the tensors as they are.
+    """
+    if not torch.is_autocast_enabled("cpu"):  # another device's
+        return None
+    low = torch.get_autocast_dtype("cpu")
+    dtypes = {t.dtype for t in (input, *initial, *weights) if t is not None}
+    if dtypes == {low} or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
+        return None
+    padded_lstm = cell == "lstm" and input.dim() == 3
+    if cell.startswith("rnn") or padded_lstm or ops.weights_per_direction(weights) == 5:
+        return low
+    return torch.promote_types(low, initial[-1].dtype if initial else input.dtype)
 
 
 def reference_layer(

@@ -22,10 +22,11 @@ from torch._C import _is_any_autocast_enabled
 from torch._compile import _disable_dynamo
 from torch.compiler import is_compiling, is_exporting
 from torch.nested import nested_tensor_from_jagged
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
-from .functional import kernel_layer, reference_layer
+from .functional import autocast_layer, kernel_layer, reference_layer
 from .functional import layer as functional_layer
 from .ragged import Ragged, from_jagged, from_lengths
 
@@ -49,9 +50,13 @@ def _compute(
     results = kernel_layer(cell, input, initial, weights, options)
     if results is not None:
         return results
-    if not ops.watched():
-        ops.check_weights(cell, features, hidden, weights)
-        return None
+    if not ops.watched() or ops.only_autocast():
+        ordinary = options is None and ops.weights_per_direction(weights) == 4
+        if ops.watched() and not (ordinary and _torch_is_faster(cell, hidden, input)):
+            results = autocast_layer(cell, input, initial, weights, options)
+        if results is None:
+            ops.check_weights(cell, features, hidden, weights)
+        return results
     # Under torch.func and forward-mode AD by the reference: its operations have the rules that
     # torch's fused ones lack.
     tensors = (input, *initial, *weights)
@@ -74,18 +79,25 @@ _TORCH_HAS_BFLOAT16 = torch._C._has_mkldnn and any(
 )
 
 
-def _torch_is_faster(module: nn.RNNBase, seq_len: int, batch: int) -> bool:
-    """Whether torch's bfloat16 layer is faster than ours, which computes in float32.
+def _torch_is_faster(cell: str, hidden: int, input: Tensor) -> bool:
+    """Whether torch's layer would compute [T, B, I] in bfloat16, and faster than ours in float32.
 
     On a CPU that multiplies bfloat16 itself it can be. torch.nn's time over ours on a Zen 4 core,
     no_grad / training, at (B, H): LSTM (1, 32) 3.2 / 3.1, (1, 128) 1.0 / 1.9, (1, 512) 0.8 / 2.5,
     (8, 128) 0.6 / 0.8, (64, 512) 0.5 / 0.7. GRU (8, 128) 2.9 / 4.5, (8, 256) 1.4 / 2.0, (32, 256)
     0.9 / 0.9, (64, 512) 0.6 / 0.6; RNN (32, 256) 1.1 / 1.1, (64, 512) 0.7 / 0.7.
     """
-    if not (_TORCH_HAS_BFLOAT16 and torch.backends.mkldnn.enabled) or seq_len == 1:
+    if not (_TORCH_HAS_BFLOAT16 and torch.backends.mkldnn.enabled) or input.dim() != 3:
         return False
-    hidden = module.hidden_size
-    if module.mode == "LSTM":
+    if torch.is_autocast_enabled("cpu"):
+        taken = input.dtype in (torch.float32, torch.bfloat16)
+        bfloat16 = taken and torch.get_autocast_dtype("cpu") is torch.bfloat16
+    else:
+        bfloat16 = input.dtype is torch.bfloat16
+    seq_len, batch = input.shape[:2]
+    if not bfloat16 or seq_len == 1:
+        return False
+    if cell == "lstm":
         return batch > 1 or (hidden > 256 and not torch.is_grad_enabled())
     return batch >= 32 and hidden >= 256
 
@@ -103,8 +115,9 @@ class _Fused:
         except RuntimeError as error:
             # torch names the dtypes only on some of its paths.
             states = hx if isinstance(hx, (tuple, list)) else (hx,)
+            data = input.data if isinstance(input, PackedSequence) else input
             dtypes = {
-                "input": {input.data.dtype},
+                "input": {data.dtype},
                 "hx": {s.dtype for s in states if isinstance(s, Tensor)},
                 "weights": {p.dtype for p in self.parameters()},  # type: ignore[attr-defined]
             }
@@ -124,7 +137,12 @@ class _Fused:
 
     def __prepare_scriptable__(self) -> nn.Module:
         # torch.jit.script asks for this: it cannot compile our forward, but it can torch's. The
-        # module that it compiles shares the parameters; torch puts it in this one's place.
+        # module that it compiles shares the parameters; torch puts it in this one's place. Not that
+        # of a subclass's own forward or of parametrized weights: torch has the error for these.
+        cls: Any = type(self)
+        fused = next(c for c in cls.__mro__ if "_torch_class" in vars(c))
+        if cls.forward is not fused.forward or is_parametrized(self):  # type: ignore[arg-type]
+            return self  # type: ignore[return-value]
         module = self._torch_class.__new__(self._torch_class)
         module.__dict__.update(self.__dict__)
         return module  # type: ignore[no-any-return]
@@ -205,14 +223,14 @@ class _Layers(_Fused, nn.RNNBase):
             input = input.transpose(0, 1)
         if input.shape[-1] != self.input_size:
             return None
+        cell = self.mode.lower()  # "lstm", "gru", "rnn_tanh", "rnn_relu"
         if (
             input.dtype is torch.bfloat16
             and options is None
             and not self.proj_size
-            and _torch_is_faster(self, input.shape[0], input.shape[1])
+            and _torch_is_faster(cell, self.hidden_size, input)
         ):
             return None
-        cell = self.mode.lower()  # "lstm", "gru", "rnn_tanh", "rnn_relu"
         if not self.bias:
             groups = zip(*[iter(weights)] * kinds, strict=True)
             weights = [w for ih, hh, *hr in groups for w in (ih, hh, None, None, *hr)]

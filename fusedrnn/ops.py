@@ -90,6 +90,13 @@ def watched() -> bool:
     )
 
 
+def only_autocast() -> bool:
+    """Whether `watched`, and by autocast alone: the kernels convert as it would."""
+    return _is_any_autocast_enabled() and not (
+        transformed() or _get_tracing_state() or _len_torch_dispatch_stack()
+    )
+
+
 def transformed() -> bool:
     """Whether a functorch transform or forward-mode AD is active."""
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0

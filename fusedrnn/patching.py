@@ -14,21 +14,21 @@ from functools import wraps
 from threading import Lock
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.compiler import is_compiling
 
 from . import modules
 
 
-def _called(cls: Any, module: Any, input: Any, hx: Any) -> Any:
-    """cls.forward(module, input, hx), hidden from torch.compile where it is active.
+def _called(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """cls.forward(*args, **kwargs), hidden from torch.compile where it is active.
 
     Dynamo refuses every torch.nn.LSTM, but tries each function that its forward calls.
     """
     if not is_compiling() and get_eval_frame_callback() is not None:
-        return modules._outside_graph(cls.forward, module, input, hx)
-    return cls.forward(module, input, hx)
+        return modules._outside_graph(cls.forward, *args, **kwargs)
+    return cls.forward(*args, **kwargs)
 
 
 class LSTM(modules.LSTM, nn.LSTM):
@@ -37,28 +37,31 @@ class LSTM(modules.LSTM, nn.LSTM):
     For torch.compile too, which compiles the rest of a function no more once it meets one.
     """
 
+    _torch_class = nn.LSTM
     __init__ = nn.LSTM.__init__
 
-    def forward(self, input: Any, hx: Any = None) -> tuple[Any, tuple[Tensor, Tensor]]:
-        return _called(modules.LSTM, self, input, hx)  # type: ignore[no-any-return]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _called(modules.LSTM, self, *args, **kwargs)
 
 
 class GRU(modules.GRU, nn.GRU):
     """As LSTM above."""
 
+    _torch_class = nn.GRU
     __init__ = nn.GRU.__init__
 
-    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Tensor]:
-        return _called(modules.GRU, self, input, hx)  # type: ignore[no-any-return]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _called(modules.GRU, self, *args, **kwargs)
 
 
 class RNN(modules.RNN, nn.RNN):
     """As LSTM above."""
 
+    _torch_class = nn.RNN
     __init__ = nn.RNN.__init__
 
-    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Tensor]:
-        return _called(modules.RNN, self, input, hx)  # type: ignore[no-any-return]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _called(modules.RNN, self, *args, **kwargs)
 
 
 # What torch.nn's constructors make instead. The cells are torch.nn's cells already.

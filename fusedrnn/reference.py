@@ -101,7 +101,9 @@ def scan(
         ended: list[tuple[Tensor, ...]] = []  # states of the sequences that are at their end
         every = []
         for t, gates_x_t in steps if d == 0 else reversed(steps):
-            rows, running = gates_x_t.shape[0], state[0].shape[0]
+            rows = running = 0  # where all run always
+            if sizes is not None:
+                rows, running = gates_x_t.shape[0], state[0].shape[0]
             if running > rows:
                 ended.insert(0, tuple(s[rows:] for s in state))
                 state = tuple(s[:rows] for s in state)

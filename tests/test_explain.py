@@ -69,13 +69,29 @@ def test_what_torch_computes():
     if modules._TORCH_HAS_BFLOAT16:
         lstm = build(modules, "LSTM", I, H, dtype=torch.bfloat16)
         assert "oneDNN's bfloat16 products are faster" in says(lstm, x.bfloat16())
-    with torch.autocast("cpu", torch.bfloat16):
-        assert "autocast" in says(build(modules, "GRU", I, H), x)
 
     class Tagged(torch.Tensor):
         pass
 
     assert "no ordinary one" in says(build(modules, "GRU", I, H), x.as_subclass(Tagged))
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", LAYERS + CELLS)
+def test_autocast(kind, low, monkeypatch):
+    monkeypatch.setattr(modules, "_TORCH_HAS_BFLOAT16", False)
+    module = build(modules, kind, I, H)
+    x = torch.randn(*((T,) if kind in LAYERS else ()), B, I)
+    with torch.autocast("cpu", low):
+        dtype = str((module(x)[0][0] if kind in LAYERS else module(x)[0]).dtype)[6:]
+        assert f"float32 under autocast, results in {dtype}." in says(module, x)
+        assert f", {str(low)[6:]} widened" in says(module.to(low), x.to(low))
+        assert ", float64." in says(module.double(), x.double())
+        assert "several dtypes" in fusedrnn.explain(module, x)
+    if kind == "LSTM":
+        monkeypatch.setattr(modules, "_TORCH_HAS_BFLOAT16", True)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert "are faster on this CPU" in fusedrnn.explain(module.float(), x)
 
 
 def test_what_the_reference_computes():

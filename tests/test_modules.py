@@ -487,18 +487,6 @@ def test_complex_numbers_are_computed_by_torch(kind):
 
 
 @pytest.mark.parametrize("kind", LAYERS + CELLS)
-def test_autocast_is_left_to_torch(kind):
-    theirs, ours = pair(kind, I, H)
-    input = random_input(*((T,) if kind in LAYERS else ()), B, I, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        with ran("torch"):
-            actual = flat(ours(input))
-        expected = flat(theirs(input))
-    assert [a.dtype for a in actual] == [e.dtype for e in expected]
-    assert all(map(torch.equal, actual, expected))
-
-
-@pytest.mark.parametrize("kind", LAYERS + CELLS)
 def test_meta_device(kind):
     module = build(modules, kind, I, H).to("meta")
     input = torch.empty(*((T,) if kind in LAYERS else ()), B, I, device="meta")

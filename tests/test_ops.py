@@ -35,9 +35,9 @@ def test_a_call_left_to_torch_is_logged_with_the_reason(caplog):
     caplog.set_level(logging.DEBUG, "fusedrnn")
     fusedrnn.LSTM(3, 4)(torch.randn(5, 2, 3))
     assert caplog.messages == []  # by the kernels
-    fusedrnn.LSTM(3, 4, proj_size=2)(torch.randn(5, 2, 3))
+    fusedrnn.LSTM(3, 4, device="meta")(torch.empty(5, 2, 3, device="meta"))
     (message,) = caplog.messages
-    assert message.startswith("LSTM: torch.nn: the module has a projection (proj_size)")
+    assert message.startswith("LSTM: torch.nn: the tensors are on meta")
 
 
 def test_a_call_left_to_the_reference_is_logged(caplog):
