@@ -316,14 +316,18 @@ class _Layers(_Fused, nn.RNNBase):
                     "it (torch.nested.to_padded_tensor)"
                 )
             ragged, flat = from_jagged(input), input.values()
-            self.check_input(flat, None)
+            self.check_input(flat.unsqueeze(1), None)
             rows, *finals = self._ragged(ragged, flat, states, input.shape[0], None, False, cells)
             return [
                 nested_tensor_from_jagged(rows, input.offsets()),
                 *finals[: self._num_states],
             ] + [nested_tensor_from_jagged(c, input.offsets()) for c in finals[self._num_states :]]
 
-        self.check_input(input, None)
+        if input.dim() not in (2, 3):
+            raise ValueError(
+                f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead"
+            )
+        self.check_input(input.unsqueeze(1) if input.dim() == 2 else input, None)
         if reset_mask is not None:
             _check_reset_mask(reset_mask, input)
         if lengths is None:
