@@ -48,7 +48,9 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
     ):
         return "torch.nn: oneDNN's bfloat16 products are faster on this CPU at this shape."
     if ops.watched():
-        return "reference: torch.func or forward-mode AD is active, and its operations have rules."
+        if ops.only_transformed() and input.dtype in ops.DTYPES and input.device.type == "cpu":
+            return "kernels: through an operator that has rules for torch.func (library.py)."
+        return "reference: forward-mode AD is active, and its operations have rules."
     plans = [ops.plan(*layer) for layer in layers]
     if None in plans:
         try:

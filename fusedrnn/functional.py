@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.compiler import is_compiling
 
-from fusedrnn import ops, reference
+from fusedrnn import library, ops, reference
 from fusedrnn.reference import Weights
 
 __all__ = [
@@ -75,11 +76,23 @@ def layer(
     fit.
     """
     initial, weights = tuple(initial), tuple(weights)
+    if is_compiling():
+        return _layer_in_graph(cell, input, initial, weights)
     results = kernel_layer(cell, input, initial, weights)
     if results is None:
         ops.check_layer(cell, input, initial, weights)
-        results = reference_layer(cell, input, initial, weights)
+        results = other_layer(cell, input, initial, weights)
     return results
+
+
+def _layer_in_graph(
+    cell: str, input: Tensor, initial: tuple[Tensor, ...], weights: tuple[Tensor | None, ...]
+) -> tuple[Tensor, ...]:
+    """`layer` while torch.compile or torch.export builds a graph."""
+    ops.check_layer(cell, input, initial, weights)
+    if library.fits_a_graph([t for t in (input, *initial, *weights) if t is not None]):
+        return library.layer(cell, input, initial, weights)
+    return reference_layer(cell, input, initial, weights)
 
 
 def kernel_layer(
@@ -98,6 +111,16 @@ def kernel_layer(
                 return _APPLY[cell](cell, input, *initial, *weights)  # type: ignore[no-any-return]
     result = ops.forward(cell, input, initial, weights, False)
     return None if result is None else result[0]
+
+
+def other_layer(
+    cell: str, input: Tensor, initial: ops.Tensors, weights: ops.Weights
+) -> tuple[Tensor, ...]:
+    """`layer` where `kernel_layer` is None: under torch.func alone by operators that have rules for
+    it, otherwise by the reference. Checks nothing."""
+    if ops.only_transformed():
+        return library.layer(cell, input, initial, weights)
+    return reference_layer(cell, input, initial, weights)
 
 
 def reference_layer(

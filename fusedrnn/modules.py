@@ -21,8 +21,8 @@ from torch._compile import _disable_dynamo
 from torch.compiler import is_compiling, is_exporting
 from torch.nn.utils.rnn import PackedSequence
 
-from . import ops
-from .functional import kernel_layer, reference_layer
+from . import library, ops
+from .functional import kernel_layer, other_layer
 from .functional import layer as functional_layer
 
 States = list[Tensor] | tuple[Tensor, ...]  # (h,) or, for LSTM, (h, c); or () for zeros
@@ -42,8 +42,7 @@ def _compute(
     if not ops.watched():
         ops.check_weights(cell, features, hidden, weights)
         return None
-    # Under torch.func and forward-mode AD by the reference: its operations have the rules that
-    # torch's fused ones lack.
+    # Under torch.func and forward-mode AD: torch's fused operations lack the rules for them.
     tensors = (input, *initial, *weights)
     if (
         not ops.transformed()
@@ -55,7 +54,19 @@ def _compute(
         ops.check_layer(cell, input, initial, weights)
     except RuntimeError:
         return None  # torch has the error for it
-    return reference_layer(cell, input, initial, weights)
+    return other_layer(cell, input, initial, weights)
+
+
+def _compute_in_graph(
+    features: int, hidden: int, cell: str, input: Tensor, initial: States, weights: ops.Weights
+) -> tuple[Tensor, ...] | None:
+    """`_compute` while torch.compile builds a graph: one operator of library.py."""
+    try:
+        ops.check_weights(cell, features, hidden, weights)
+        ops.check_layer(cell, input, initial, weights)
+    except RuntimeError:
+        return None  # the eager call has the error for it
+    return library.layer(cell, input, initial, weights)
 
 
 _TORCH_HAS_BFLOAT16 = torch._C._has_mkldnn and any(
@@ -72,6 +83,8 @@ def _torch_is_faster(module: nn.RNNBase, seq_len: int, batch: int) -> bool:
     0.9 / 0.9, (64, 512) 0.6 / 0.6; RNN (32, 256) 1.1 / 1.1, (64, 512) 0.7 / 0.7.
     """
     if not (_TORCH_HAS_BFLOAT16 and torch.backends.mkldnn.enabled) or seq_len == 1:
+        return False
+    if is_compiling() or ops.transformed():  # neither takes torch's
         return False
     hidden = module.hidden_size
     if module.mode == "LSTM":
@@ -131,14 +144,32 @@ class _Layers(_Fused, nn.RNNBase):
         # An exported program keeps torch's own operation, as that of a torch.nn module does.
         if is_exporting():
             return self._torch_class.forward(self, input, hx)
+        pair = self._num_states == 2 and isinstance(hx, (tuple, list))
+        states = () if hx is None else tuple(hx) if pair else (hx,)
+        fits = hx is None or len(states) == self._num_states
+        if (
+            fits
+            and not self.proj_size
+            and library.fits_a_graph(
+                (input, *states, *(getattr(self, name) for name in self._flat_weights_names))
+            )
+        ):
+            results = self._kernels(input, states, _compute_in_graph)
+            if results is not None:
+                output, *final = results
+                return output, tuple(final) if self._num_states == 2 else final[0]
         return _outside_graph(forward, self, input, hx)
 
-    def _kernels(self, input: Any, states: States) -> list[Tensor] | None:
+    def _kernels(
+        self, input: Any, states: States, compute: Callable[..., Any] = _compute
+    ) -> list[Tensor] | None:
         """[output, *final states], or None where the call is torch's. No states: zeros."""
         weights = self._flat_weights
         # torch's check goes through nn.Module.__getattr__: 8 us a call where this takes 0.6.
         # Whatever differs here (functional_call, parametrizations, pruning, ...) is left to it.
-        if not all(map(is_, map(self._parameters.get, self._flat_weights_names), weights)):
+        if compute is not _compute:  # Dynamo, which cannot trace that check
+            weights = [getattr(self, name) for name in self._flat_weights_names]
+        elif not all(map(is_, map(self._parameters.get, self._flat_weights_names), weights)):
             self._update_flat_weights()
             weights = self._flat_weights
         num_layers = self.num_layers
@@ -169,7 +200,7 @@ class _Layers(_Fused, nn.RNNBase):
             pairs = zip(weights[::2], weights[1::2], strict=True)
             weights = [w for pair in pairs for w in (*pair, None, None)]
         if num_layers == 1:
-            results = _compute(self.input_size, self.hidden_size, cell, input, states, weights)
+            results = compute(self.input_size, self.hidden_size, cell, input, states, weights)
             if results is None:
                 return None
             input, *final = results
@@ -191,7 +222,7 @@ class _Layers(_Fused, nn.RNNBase):
                     weights[layer * per_layer : (layer + 1) * per_layer],
                 )
                 features = num_directions * self.hidden_size if layer else self.input_size
-                results = _compute(features, self.hidden_size, *arguments)
+                results = compute(features, self.hidden_size, *arguments)
                 if results is None and layer:
                     # Not back to torch: dropout has drawn its random numbers.
                     results = functional_layer(*arguments)

@@ -59,14 +59,17 @@ class Cell(NamedTuple):
     number: int  # in csrc/sequence.h's enum Cell
     gates: int  # row blocks of weight_ih and weight_hh
     states: int  # h, or h and c
+    extra: int  # what `forward` saves beside the gates: 1 for LSTM's c and GRU's a_hn
 
 
 CELLS = {
-    "lstm": Cell(0, 4, 2),
-    "gru": Cell(1, 3, 1),
-    "rnn_tanh": Cell(2, 1, 1),
-    "rnn_relu": Cell(3, 1, 1),
+    "lstm": Cell(0, 4, 2, 1),
+    "gru": Cell(1, 3, 1, 1),
+    "rnn_tanh": Cell(2, 1, 1, 0),
+    "rnn_relu": Cell(3, 1, 1, 0),
 }
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # that the kernels take
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 Weights = list[Tensor] | list[Tensor | None] | tuple[Tensor | None, ...]
@@ -89,6 +92,16 @@ def watched() -> bool:
 def transformed() -> bool:
     """Whether a functorch transform or forward-mode AD is active."""
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def only_transformed() -> bool:
+    """Whether functorch transforms are active, and nobody else is watching."""
+    return _are_functorch_transforms_active() and not (
+        forward_ad._current_level >= 0
+        or _is_any_autocast_enabled()
+        or _get_tracing_state()
+        or _len_torch_dispatch_stack()
+    )
 
 
 def takes(cell: str, input: Tensor, initial: Tensors, weights: Weights) -> bool:
