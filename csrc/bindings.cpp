@@ -321,10 +321,12 @@ struct Gradients {
 };
 
 template <class T>
-void run_backward(const Layer& layer, int num_threads, const void* saved, const Gradients& grads) {
+void run_backward(const Layer& layer, int num_threads, int64_t groups, const void* saved,
+                  const Gradients& grads) {
   BackwardArgs<T> args{};
   layer.fill(&args);
   args.num_threads = num_threads;
+  args.groups      = groups;
   args.gates       = static_cast<const T*>(saved);
   args.extra       = args.gates + layer.gates_size();
   args.grad_output = static_cast<const T*>(grads.output.data);
@@ -347,8 +349,8 @@ void run_backward(const Layer& layer, int num_threads, const void* saved, const 
   }
 }
 
-// backward(cell, num_threads, input, initial, weights, saved, grads, needed) -> gradients, or None, or
-// NotImplemented if it is one of grads that is not ordinary.
+// backward(cell, num_threads, input, initial, weights, saved, grads, needed, groups) -> gradients, or
+// None, or NotImplemented if it is one of grads that is not ordinary.
 py::object backward(PyObject* const* arguments) {
   Layer layer;
   const int num_threads = int(PyLong_AsLong(arguments[1]));
@@ -404,12 +406,18 @@ py::object backward(PyObject* const* arguments) {
     if (wanted(1 + i)) made[size_t(1 + i)] = layer.new_state(like);
   }
   // One tensor each, also where two are equal (LSTM's biases): autograd may keep them as .grad.
-  const int64_t rows = layer.cell.gates * layer.H;
+  const int64_t rows   = layer.cell.gates * layer.H;
+  const int64_t groups = PyLong_AsLong(arguments[8]);
+  if (groups < 0 || (groups > 0 && layer.B % groups != 0)) {
+    throw py::value_error("groups must divide the batch");
+  }
   for (int64_t i = 0; i < weights.size(); ++i) {
     if (!wanted(1 + states + i)) continue;
-    made[size_t(1 + states + i)] = i % 4 >= 2   ? NewTensor(like, dtype, {rows})
-                                   : i % 4 == 0 ? NewTensor(like, dtype, {rows, layer.I})
-                                                : NewTensor(like, dtype, {rows, layer.H});
+    const int64_t columns        = i % 4 == 0 ? layer.I : layer.H;
+    made[size_t(1 + states + i)] = i % 4 >= 2 ? groups ? NewTensor(like, dtype, {groups, rows})
+                                                       : NewTensor(like, dtype, {rows})
+                                   : groups   ? NewTensor(like, dtype, {groups, rows, columns})
+                                              : NewTensor(like, dtype, {rows, columns});
   }
   for (int64_t i = 0; i < states; ++i) gradients.states[i] = made[size_t(1 + i)].data;
   for (int64_t i = 0; i < weights.size(); ++i) {
@@ -417,7 +425,7 @@ py::object backward(PyObject* const* arguments) {
   }
   (layer.wide_dtype() == Dtype::kFloat32
        ? run_backward<float>
-       : run_backward<double>)(layer, num_threads, saved.data, gradients);
+       : run_backward<double>)(layer, num_threads, groups, saved.data, gradients);
   for (size_t i = 0; i < made.size(); ++i) results[i] = made[i].finish(num_threads);
   return std::move(results);
 }
@@ -488,7 +496,7 @@ PYBIND11_MODULE(_C, m) {
       "Name of the instruction set whose kernels run; RuntimeError if FUSEDRNN_ISA can't be had.");
   m.def("release_threads", release_threads, "Ends this thread's idle OpenMP threads.");
   static PyMethodDef methods[] = {definition<forward, 6>("forward"),
-                                  definition<backward, 8>("backward"),
+                                  definition<backward, 9>("backward"),
                                   definition<takes, 4>("takes"),
                                   definition<plan, 5>("plan"),
                                   {nullptr, nullptr, 0, nullptr}};

@@ -58,6 +58,9 @@ template <class scalar_t>
 struct BackwardArgs {
   int64_t T, B, I, H, D;
   int num_threads;
+  // 0, or N: the batch is N samples of B / N rows each, side by side, and each has its own gradients
+  // of the weights and biases, which then are [N, ...].
+  int64_t groups;
 
   const scalar_t* gates;         // [D, T, B, G*H], as ForwardArgs left it
   const scalar_t* extra;         // [D, T, B, H], as ForwardArgs left it

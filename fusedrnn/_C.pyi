@@ -30,5 +30,6 @@ def backward(
     saved: Tensor,
     grads: tuple[Tensor | None, ...],
     needed: tuple[bool, ...],
+    groups: int,
     /,
 ) -> tuple[Tensor | None, ...] | NotImplementedType | None: ...

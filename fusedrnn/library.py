@@ -176,9 +176,9 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     tensors, saved, grads = _split(cell, arguments)
     input, initial, weights = _unpack(cell, tensors)
-    if ops.takes(cell, input, initial, weights) and not groups:
+    if ops.takes(cell, input, initial, weights):
         flags = (*needed[: 1 + len(initial)], *needed[-_WEIGHTS:][: len(weights)])
-        found = ops.backward(cell, input, initial, weights, saved, tuple(grads), flags)
+        found = ops.backward(cell, input, initial, weights, saved, tuple(grads), flags, groups)
         if found is not None:
             return tuple(f for f in found if f is not None)
     return _plain_gradients(cell, groups, needed, tensors, grads)

@@ -152,10 +152,12 @@ def backward(
     saved: Tensor,
     grads: tuple[Tensor | None, ...],
     needed: tuple[bool, ...],
+    groups: int = 0,
 ) -> tuple[Tensor | None, ...] | None:
     """The gradients of (input, *initial, *weights) as far as `needed`, from what `forward` saved.
 
-    grads: of each result, None for zero. Returns None if one of them is no ordinary tensor.
+    grads: of each result, None for zero. groups: 0, or N for a batch of N samples of B / N rows
+    each; those of the weights are then each sample's own, [N, ...]. Returns None if one of them is no ordinary tensor.
     RuntimeError if another argument is not as `forward` took or gave it.
     """
     result = _C.backward(
@@ -167,6 +169,7 @@ def backward(
         saved,
         grads,
         needed,
+        groups,
     )
     if result is None:  # what comes back may have passed a user's saved_tensors_hooks
         raise RuntimeError(

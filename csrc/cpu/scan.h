@@ -329,7 +329,7 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   const int64_t rows   = a.T * a.B;
   const T* const grads = grad_gates;
   if (T* const out = a.grad_input[d]) {  // = grad_gates_x weight_ih
-    matrix_product<T>({G * H, grads + (E - G) * H, E * H, 1, a.weight_ih[d], out, a.I, false},
+    matrix_product<T>({G * H, grads + (E - G) * H, E * H, 1, a.weight_ih[d], a.I, out, a.I, false},
                       mine(rows), next(rows));
   }
   if (a.grad_h0) {  // = grad_gates_h[first step] weight_hh + carry
@@ -338,11 +338,11 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     constexpr int kFirst = G - Cell::kRecurrentRow;
     const T* const first = grads + time(0) * BH * E;
     const T* const w     = a.weight_hh[d];
-    ProductStep<T> part{kFirst * H, first, E * H, 1, w + Cell::kRecurrentRow * H * H,
-                        out,        H,     false};
+    ProductStep<T> part{kFirst * H, first, E * H, 1,    w + Cell::kRecurrentRow * H * H,
+                        H,          out,   H,     false};
     matrix_product<T>(part, mine(a.B), next(a.B));
     if (Cell::kRecurrentRow) {
-      part = {Cell::kRecurrentRow * H, first + kFirst * H, E * H, 1, w, out, H, true};
+      part = {Cell::kRecurrentRow * H, first + kFirst * H, E * H, 1, w, H, out, H, true};
       matrix_product<T>(part, mine(a.B), next(a.B));
     }
     // The (larger) carry last: small terms added to a large sum one by one lose more.
@@ -352,27 +352,39 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     const size_t bytes = sizeof(T) * size_t((next(a.B) - mine(a.B)) * H);
     std::memcpy(a.grad_c0 + d * BH + mine(a.B) * H, carry + mine(a.B) * H, bytes);
   }
-  for (int g = 0; g < G; ++g) {
-    // The columns of grad_gates that belong to row block g of weight_ih, and of weight_hh.
-    const T* const of_ih = grads + (E - G + g) * H;
-    const T* const of_hh = grads + (g - Cell::kRecurrentRow + G) % G * H;
-    if (T* const out = a.grad_weight_ih[d]) {  // = grad_gates_x^T input
-      matrix_product<T>({rows, of_ih, 1, E * H, a.input, out + g * H * a.I, a.I, false}, mine(H),
-                        next(H));
-    }
-    if (T* const out = a.grad_weight_hh[d]) {  // = grad_gates_h^T h_prev
-      matrix_product<T>({rows, of_hh, 1, E * H, all_h_prev, out + g * H * H, H, false}, mine(H),
-                        next(H));
-    }
-    if (T* const out = a.grad_bias_ih[d]) {
-      column_sums(out + g * H, of_ih, E * H, rows, mine(H), next(H));
-    }
-    if (T* const out = a.grad_bias_hh[d]) {
-      if (E == G && a.grad_bias_ih[d]) {  // the same columns
-        std::memcpy(out + g * H + mine(H), a.grad_bias_ih[d] + g * H + mine(H),
-                    sizeof(T) * size_t(next(H) - mine(H)));
-      } else {
-        column_sums(out + g * H, of_hh, E * H, rows, mine(H), next(H));
+  // The terms of a weight's gradient: all (t, b), or of a group all t, one b after the other.
+  const int64_t groups = max64(a.groups, 1);
+  const int64_t series = a.groups ? a.B / groups : 1;
+  const int64_t stride = a.groups ? a.B : 1;
+  const int64_t terms  = a.groups ? (series ? a.T : 0) : rows;
+  for (int64_t i = 0; i < groups * max64(series, 1); ++i) {
+    const int64_t n = series ? i / series : i;
+    const bool more = series && i % series != 0;
+    for (int g = 0; g < G; ++g) {
+      // The columns of grad_gates that belong to row block g of weight_ih, and of weight_hh.
+      const T* const of_ih = grads + i * E * H + (E - G + g) * H;
+      const T* const of_hh = grads + i * E * H + (g - Cell::kRecurrentRow + G) % G * H;
+      const int64_t row    = (n * G + g) * H;
+      if (T* const out = a.grad_weight_ih[d]) {  // = grad_gates_x^T input
+        matrix_product<T>({terms, of_ih, 1, stride * E * H, a.input + i * a.I, stride * a.I,
+                           out + row * a.I, a.I, more},
+                          mine(H), next(H));
+      }
+      if (T* const out = a.grad_weight_hh[d]) {  // = grad_gates_h^T h_prev
+        matrix_product<T>({terms, of_hh, 1, stride * E * H, all_h_prev + i * H, stride * H,
+                           out + row * H, H, more},
+                          mine(H), next(H));
+      }
+      if (T* const out = a.grad_bias_ih[d]) {
+        column_sums(out + row, of_ih, stride * E * H, terms, mine(H), next(H), more);
+      }
+      if (T* const out = a.grad_bias_hh[d]) {
+        if (E == G && a.grad_bias_ih[d]) {  // the same columns
+          std::memcpy(out + row + mine(H), a.grad_bias_ih[d] + row + mine(H),
+                      sizeof(T) * size_t(next(H) - mine(H)));
+        } else {
+          column_sums(out + row, of_hh, stride * E * H, terms, mine(H), next(H), more);
+        }
       }
     }
   }
