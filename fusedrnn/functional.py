@@ -6,9 +6,10 @@ Shapes, for one layer with D directions: input [T, B, I] of any strides, h0 and 
 g, o), 3 for GRU (r, z, n), 1 for RNN. One step alone: input [B, I], states and results [B, H].
 Definitions, and their sources, are torch.nn's: see reference.py.
 
-The four floating-point dtypes run in the kernels on the CPU, first derivatives included. Whatever
-else torch can do with such a function (other dtypes and devices, double backward, forward mode,
-torch.func) is computed by reference.py, and counted: `ops.counts`.
+The four floating-point dtypes run in the kernels on the CPU, first derivatives included, under
+torch.compile and torch.func through the operators of library.py. Whatever else torch can do with
+such a function (other dtypes and devices, double backward, forward mode) is computed by
+reference.py, and counted: `ops.counts`.
 """
 
 from __future__ import annotations

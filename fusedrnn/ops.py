@@ -157,7 +157,8 @@ def backward(
     """The gradients of (input, *initial, *weights) as far as `needed`, from what `forward` saved.
 
     grads: of each result, None for zero. groups: 0, or N for a batch of N samples of B / N rows
-    each; those of the weights are then each sample's own, [N, ...]. Returns None if one of them is no ordinary tensor.
+    each; those of the weights are then each sample's own, [N, ...]. Returns None if one of `grads`
+    is no ordinary tensor.
     RuntimeError if another argument is not as `forward` took or gave it.
     """
     result = _C.backward(
