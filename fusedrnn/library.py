@@ -30,6 +30,7 @@ from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import Function, forward_ad
+from torch.nn import Parameter
 
 from fusedrnn import ops, reference
 
@@ -44,7 +45,7 @@ def fits_a_graph(tensors: Sequence[Any]) -> bool:
     if _is_any_autocast_enabled() or forward_ad._current_level >= 0:
         return False
     return all(
-        isinstance(t, Tensor)
+        type(t) in (Tensor, Parameter)
         and t.device.type == "cpu"
         and t.layout is torch.strided
         and t.dtype in ops.DTYPES

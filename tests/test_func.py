@@ -19,7 +19,7 @@ from torch.func import (
 )
 from torch.utils import _pytree
 
-from fusedrnn import functional, modules
+from fusedrnn import functional, modules, ops
 
 T, B, I, H, N = 3, 2, 2, 3, 4  # noqa: E741
 FORWARD = ("kernel_forward",)
@@ -204,6 +204,33 @@ def test_module_per_sample_gradients(kind):
         )
         for name, one in zip(weights, found, strict=True):
             torch.testing.assert_close(samples[name][i], one)
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+@pytest.mark.parametrize("size", [(20, 12, 17, 33), (3, 9, 70, 130)], ids=str)
+def test_per_sample_gradients_of_the_kernel(cell, size):
+    x, initial, weights = layer_inputs(cell, *size, 2, torch.float32)
+    inputs = [t.detach() for t in (x, *initial, *weights)]
+    x, initial, weights = inputs[0], inputs[1 : len(initial) + 1], inputs[len(initial) + 1 :]
+    results, saved = ops.forward(cell, x, initial, weights, True)
+    grads = tuple(torch.randn_like(r) for r in results)
+    arguments = (cell, x, initial, weights, saved, grads, (True,) * len(inputs))
+    whole = ops.backward(*arguments)
+    threads = torch.get_num_threads()
+    for groups in (3, size[1]):
+        samples = ops.backward(*arguments, groups)
+        for a, b in zip(samples, whole, strict=True):
+            assert a.shape == b.shape or a.shape == (groups, *b.shape)
+            total = a if a.shape == b.shape else a.sum(0)
+            torch.testing.assert_close(total, b, rtol=1e-4, atol=2e-5 * b.abs().max().item())
+        try:
+            torch.set_num_threads(1 if threads > 1 else 2)
+            for a, b in zip(ops.backward(*arguments, groups), samples, strict=True):
+                assert torch.equal(a, b)
+        finally:
+            torch.set_num_threads(threads)
+    with pytest.raises(ValueError, match="groups must divide the batch"):
+        ops.backward(*arguments, 5)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
