@@ -221,7 +221,7 @@ def test_torch_func(cell):
     for a, b in zip(grads, expected, strict=True):
         torch.testing.assert_close(a, b)
     # Per-sample gradients sum to the batch's.
-    with ran("kernel_forward", "reference"):
+    with ran(*KERNELS):
         samples = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 1, 1))(
             weights, x.unsqueeze(2), tuple(s.unsqueeze(2) for s in initial)
         )
