@@ -270,12 +270,15 @@ struct Layer {
     return one_step || !offsets.empty() ? NewTensor(like, dtype(), {N, size})
                                         : NewTensor(like, dtype(), {T, B, size});
   }
-  NewTensor new_weight(PyObject* like, int64_t i) const {
-    const int64_t rows = cell.gates * H;
-    return i == 0   ? NewTensor(like, dtype(), {rows, I})
-           : i == 1 ? NewTensor(like, dtype(), {rows, P})
-           : i == 4 ? NewTensor(like, dtype(), {P, H})
-                    : NewTensor(like, dtype(), {rows});
+  // The gradient of the i-th weight of a direction, or one for each of `groups`.
+  NewTensor new_weight(PyObject* like, int64_t i, int64_t groups) const {
+    const int64_t rows    = i == 4 ? P : cell.gates * H;
+    const int64_t columns = i == 0 ? I : i == 1 ? P : H;
+    if (i == 2 || i == 3) {
+      return groups ? NewTensor(like, dtype(), {groups, rows}) : NewTensor(like, dtype(), {rows});
+    }
+    return groups ? NewTensor(like, dtype(), {groups, rows, columns})
+                  : NewTensor(like, dtype(), {rows, columns});
   }
   // Gives the kernels arrays that they can compute on: floats for narrow tensors, and zeros for
   // states that were not given.
@@ -418,14 +421,16 @@ py::object forward(PyObject* const* arguments) {
 // The gradients that backward takes and gives; null: zero, and not wanted.
 struct Gradients {
   TensorView output, h_n, c_n, cells;
-  void *input[2]{}, *states[2]{}, *gates = nullptr, *weights[2][Layer::kWeights]{};
+  void *input[2]{}, *states[2]{}, *weights[2][Layer::kWeights]{};
 };
 
 template <class T>
-void run_backward(const Layer& layer, int num_threads, const void* saved, const Gradients& grads) {
+void run_backward(const Layer& layer, int num_threads, int64_t groups, const void* saved,
+                  const Gradients& grads) {
   BackwardArgs<T> args{};
   layer.fill(&args);
   args.num_threads = num_threads;
+  args.groups      = groups;
   args.gates       = static_cast<const T*>(saved);
   args.extra       = args.gates + layer.gates_size();
   args.grad_output = static_cast<const T*>(grads.output.data);
@@ -433,7 +438,6 @@ void run_backward(const Layer& layer, int num_threads, const void* saved, const 
   args.grad_c_n    = static_cast<const T*>(grads.c_n.data);
   args.grad_cells  = static_cast<const T*>(grads.cells.data);
   args.hidden      = args.gates + layer.cell_size();
-  args.grad_gates  = static_cast<T*>(grads.gates);
   args.grad_h0     = static_cast<T*>(grads.states[0]);
   args.grad_c0     = static_cast<T*>(grads.states[1]);
   for (int64_t d = 0; d < layer.D; ++d) {
@@ -452,16 +456,15 @@ void run_backward(const Layer& layer, int num_threads, const void* saved, const 
   }
 }
 
-// backward(cell, num_threads, input, initial, weights, options, saved, grads, needed, want_gates) ->
-// gradients (those of the gates last, if want_gates), or None, or NotImplemented if it is one of grads
-// that is not ordinary.
+// backward(cell, num_threads, input, initial, weights, options, saved, grads, needed, groups) ->
+// gradients, or None, or NotImplemented if it is one of grads that is not ordinary.
 py::object backward(PyObject* const* arguments) {
   Layer layer;
   const int num_threads = int(PyLong_AsLong(arguments[1]));
   PyObject* const like  = arguments[2];
   const Items initial(arguments[3]), weights(arguments[4]), grads(arguments[7]),
       needed(arguments[8]);
-  const bool want_gates = arguments[9] == Py_True;
+  const int64_t groups = PyLong_AsLong(arguments[9]);
   TensorView saved;
   if (!layer.read(int(PyLong_AsLong(arguments[0])), like, initial, weights, arguments[5], true) ||
       !layer.read_dense(arguments[6], {layer.saved_size()}, layer.wide_dtype(), &saved)) {
@@ -472,6 +475,9 @@ py::object backward(PyObject* const* arguments) {
   if (needed.size() != 1 + initial.size() + weights.size() ||
       grads.size() != 1 + !layer.one_step + cell_state + layer.cells) {
     throw py::type_error("expected a gradient for each result and a bool for each input");
+  }
+  if (groups < 0 || (groups > 0 && (layer.B % groups != 0 || !layer.offsets.empty()))) {
+    throw py::value_error("groups must divide a batch of sequences of one length");
   }
 
   // grads: of output, h_n, c_n and cells; of a step, of h and c.
@@ -491,7 +497,7 @@ py::object backward(PyObject* const* arguments) {
   }
 
   const int64_t states = initial.size();
-  py::tuple results(size_t(1 + states + weights.size() + want_gates));
+  py::tuple results(size_t(1 + states + weights.size()));
   const auto wanted = [&](int64_t i) { return needed[i] == Py_True; };
   std::vector<NewTensor> made(results.size());  // as the results
   if (wanted(0)) {
@@ -512,17 +518,12 @@ py::object backward(PyObject* const* arguments) {
   for (int64_t i = 0; i < weights.size(); ++i) {
     if (!wanted(1 + states + i)) continue;
     NewTensor& weight = made[size_t(1 + states + i)];
-    weight            = layer.new_weight(like, i % of_direction);
+    weight            = layer.new_weight(like, i % of_direction, groups);
     gradients.weights[i / of_direction][i % of_direction] = weight.data;
-  }
-  if (want_gates) {
-    made.back()     = NewTensor(like, layer.wide_dtype(), {D, N, layer.cell.grad_gates * H},
-                                !is_narrow(layer.dtype()));
-    gradients.gates = made.back().data;
   }
   (layer.wide_dtype() == Dtype::kFloat32
        ? run_backward<float>
-       : run_backward<double>)(layer, num_threads, saved.data, gradients);
+       : run_backward<double>)(layer, num_threads, groups, saved.data, gradients);
   for (size_t i = 0; i < made.size(); ++i) results[i] = made[i].finish(num_threads);
   return std::move(results);
 }

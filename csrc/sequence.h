@@ -23,13 +23,11 @@ enum Cell { kLstm, kGru, kRnnTanh, kRnnRelu, kNumCells };
 
 // What a caller must know of a cell; csrc/cells/ has the rest.
 struct CellInfo {
-  int gates;       // G
-  int grad_gates;  // E
-  int saved;       // numbers saved for backward for each (t, b, unit): the gates, then `extra`
+  int gates;  // G
+  int saved;  // numbers saved for backward for each (t, b, unit): the gates, then `extra`
   bool has_cell_state;
 };
-constexpr CellInfo kCells[kNumCells] = {
-    {4, 4, 5, true}, {3, 4, 4, false}, {1, 1, 1, false}, {1, 1, 1, false}};
+constexpr CellInfo kCells[kNumCells] = {{4, 5, true}, {3, 4, false}, {1, 1, false}, {1, 1, false}};
 
 // A batch of sequences, and where their states begin anew.
 struct Sequences {
@@ -81,6 +79,9 @@ struct BackwardArgs {
   Sequences sequences;
   int64_t I, H, P, D;
   int num_threads;
+  // 0, or a divisor of B where there are no offsets: the batch is so many samples side by side, and
+  // each has its own gradients of the weights and biases, which then are [groups, ...].
+  int64_t groups;
 
   const scalar_t* gates;         // [D, N, G*H], as ForwardArgs left it
   const scalar_t* extra;         // [D, N, H], as ForwardArgs left it
@@ -98,13 +99,9 @@ struct BackwardArgs {
   const scalar_t* grad_cells;   // [N, D*H], of c at every step, or null for zero; LSTM only
 
   // Out, each null if not wanted.
-  scalar_t* grad_input[2];  // [N, I]: each direction's share
-  scalar_t* grad_h0;        // [D, B, P]
-  scalar_t* grad_c0;        // [D, B, H]; LSTM only
-  // Of the pre-activations. LSTM (i, f, g, o) and RNN: of gates_x and gates_h alike. GRU: (n_h, r, z,
-  // n_x): the first 3H columns are the gradient of gates_h, its n part first; the last 3H that of
-  // gates_x, in torch's order.
-  scalar_t* grad_gates;         // [D, N, E*H]
+  scalar_t* grad_input[2];      // [N, I]: each direction's share
+  scalar_t* grad_h0;            // [D, B, P]
+  scalar_t* grad_c0;            // [D, B, H]; LSTM only
   scalar_t* grad_weight_ih[2];  // [G*H, I]
   scalar_t* grad_weight_hh[2];  // [G*H, P]
   scalar_t* grad_bias_ih[2];    // [G*H]

@@ -44,6 +44,6 @@ def backward(
     saved: Tensor,
     grads: tuple[Tensor | None, ...],
     needed: tuple[bool, ...],
-    want_gates: bool,
+    groups: int,
     /,
 ) -> tuple[Tensor | None, ...] | NotImplementedType | None: ...

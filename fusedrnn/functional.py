@@ -7,9 +7,10 @@ g, o), 3 for GRU (r, z, n), 1 for RNN. One step alone: input [B, I], states and 
 LSTM with a projection has a fifth entry, weight_hr [P, H]; then weight_hh is [G*H, P], h0 [D, B, P]
 and the output [T, B, D*P]. Definitions, and their sources, are torch.nn's: see reference.py.
 
-The four floating-point dtypes run in the kernels on the CPU, first derivatives included. Whatever
-else torch can do with such a function (other dtypes and devices, double backward, forward mode,
-torch.func) is computed by reference.py, and counted: `ops.counts`.
+The four floating-point dtypes run in the kernels on the CPU, first derivatives included, under
+torch.compile and torch.func through the operators of library.py. Whatever else torch can do with
+such a function (other dtypes and devices, double backward, forward mode) is computed by
+reference.py, and counted: `ops.counts`.
 
 Under autocast on the CPU the kernels compute in float32, where it would convert to its own dtype,
 and round the results once. Their dtype is torch.nn's: autocast's own for LSTM and RNN, and for a
@@ -26,8 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.compiler import is_compiling
 
-from fusedrnn import ops, reference
+from fusedrnn import library, ops, reference
 from fusedrnn.reference import Weights
 
 __all__ = [
@@ -89,16 +91,33 @@ def layer(
     steps as one more result: see ops.Options.
     """
     initial, weights = tuple(initial), tuple(weights)
+    if is_compiling():
+        return _layer_in_graph(cell, input, initial, weights, options)
     results = kernel_layer(cell, input, initial, weights, options)
     if results is None:
         results = autocast_layer(cell, input, initial, weights, options)
     if results is None:
         ops.check_layer(cell, input, initial, weights, options)
-        results = reference_layer(cell, input, initial, weights, options)
+        results = other_layer(cell, input, initial, weights, options)
         if ops.only_autocast():
             dtype = autocast_dtype(cell, input, initial, weights, options)
             results = results if dtype is None else tuple(r.to(dtype) for r in results)
     return results
+
+
+def _layer_in_graph(
+    cell: str,
+    input: Tensor,
+    initial: tuple[Tensor, ...],
+    weights: tuple[Tensor | None, ...],
+    options: ops.Options | None,
+) -> tuple[Tensor, ...]:
+    """`layer` while torch.compile or torch.export builds a graph."""
+    ops.check_layer(cell, input, initial, weights, options)
+    tensors = [t for t in (input, *initial, *weights) if t is not None]
+    if library.has(weights, options) and library.fits_a_graph(tensors):
+        return library.layer(cell, input, initial, weights)
+    return reference_layer(cell, input, initial, weights, options)
 
 
 def kernel_layer(
@@ -169,6 +188,20 @@ def autocast_dtype(
     if cell.startswith("rnn") or padded_lstm or ops.weights_per_direction(weights) == 5:
         return low
     return torch.promote_types(low, initial[-1].dtype if initial else input.dtype)
+
+
+def other_layer(
+    cell: str,
+    input: Tensor,
+    initial: ops.Tensors,
+    weights: ops.Weights,
+    options: ops.Options | None = None,
+) -> tuple[Tensor, ...]:
+    """`layer` where `kernel_layer` is None: under torch.func alone by operators that have rules for
+    it, otherwise by the reference. Checks nothing."""
+    if ops.only_transformed() and library.has(weights, options):
+        return library.layer(cell, input, initial, weights)
+    return reference_layer(cell, input, initial, weights, options)
 
 
 def reference_layer(

@@ -25,8 +25,8 @@ from torch.nested import nested_tensor_from_jagged
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
-from . import ops
-from .functional import autocast_layer, kernel_layer, reference_layer
+from . import library, ops
+from .functional import autocast_layer, kernel_layer, other_layer
 from .functional import layer as functional_layer
 from .ragged import Ragged, from_jagged, from_lengths
 
@@ -51,14 +51,13 @@ def _compute(
     if results is not None:
         return results
     if not ops.watched() or ops.only_autocast():
-        ordinary = options is None and ops.weights_per_direction(weights) == 4
+        ordinary = library.has(weights, options)
         if ops.watched() and not (ordinary and _torch_is_faster(cell, hidden, input)):
             results = autocast_layer(cell, input, initial, weights, options)
         if results is None:
             ops.check_weights(cell, features, hidden, weights)
         return results
-    # Under torch.func and forward-mode AD by the reference: its operations have the rules that
-    # torch's fused ones lack.
+    # Under torch.func and forward-mode AD: torch's fused operations lack the rules for them.
     tensors = (input, *initial, *weights)
     if (
         not ops.transformed()
@@ -70,8 +69,26 @@ def _compute(
         ops.check_layer(cell, input, initial, weights, options)
     except RuntimeError:
         return None  # torch has the error for it
-    ops.log.debug("%s layer: reference, as torch.func or forward-mode AD is active", cell)
-    return reference_layer(cell, input, initial, weights, options)
+    ops.log.debug("%s layer: not torch's, as torch.func or forward-mode AD is active", cell)
+    return other_layer(cell, input, initial, weights, options)
+
+
+def _compute_in_graph(
+    features: int,
+    hidden: int,
+    cell: str,
+    input: Tensor,
+    initial: States,
+    weights: ops.Weights,
+    options: None,
+) -> tuple[Tensor, ...] | None:
+    """`_compute` while torch.compile builds a graph: one operator of library.py."""
+    try:
+        ops.check_weights(cell, features, hidden, weights)
+        ops.check_layer(cell, input, initial, weights)
+    except RuntimeError:
+        return None  # the eager call has the error for it
+    return library.layer(cell, input, initial, weights)
 
 
 _TORCH_HAS_BFLOAT16 = torch._C._has_mkldnn and any(
@@ -88,6 +105,8 @@ def _torch_is_faster(cell: str, hidden: int, input: Tensor) -> bool:
     0.9 / 0.9, (64, 512) 0.6 / 0.6; RNN (32, 256) 1.1 / 1.1, (64, 512) 0.7 / 0.7.
     """
     if not (_TORCH_HAS_BFLOAT16 and torch.backends.mkldnn.enabled) or input.dim() != 3:
+        return False
+    if is_compiling() or ops.transformed():  # neither takes torch's
         return False
     if torch.is_autocast_enabled("cpu"):
         taken = input.dtype in (torch.float32, torch.bfloat16)
@@ -185,11 +204,33 @@ class _Layers(_Fused, nn.RNNBase):
         # An exported program keeps torch's own operation, as that of a torch.nn module does.
         if is_exporting():
             return self._torch_class.forward(self, input, hx)
+        pair = self._num_states == 2 and isinstance(hx, (tuple, list))
+        states = () if hx is None else tuple(hx) if pair else (hx,)
+        fits = hx is None or len(states) == self._num_states
+        lengths, reset_mask, _, cells = (*own, False)[:4]
+        if (
+            fits
+            and not (self.proj_size or cells is True)
+            and lengths is None
+            and reset_mask is None
+            and library.fits_a_graph(
+                (input, *states, *(getattr(self, name) for name in self._flat_weights_names))
+            )
+        ):
+            results = self._kernels(input, states, compute=_compute_in_graph)
+            if results is not None:
+                output, *final = results
+                return output, tuple(final) if self._num_states == 2 else final[0]
         names = ("lengths", "reset_mask", "reset_to_hx", "return_cell_states")
         return _outside_graph(forward, self, input, hx, **dict(zip(names, own, strict=False)))
 
     def _kernels(
-        self, input: Any, states: States, options: ops.Options | None = None, own: bool = False
+        self,
+        input: Any,
+        states: States,
+        options: ops.Options | None = None,
+        own: bool = False,
+        compute: Callable[..., Any] = _compute,
     ) -> list[Tensor] | None:
         """[output, *final states], or None where the call is torch's. No states: zeros.
 
@@ -199,7 +240,9 @@ class _Layers(_Fused, nn.RNNBase):
         weights = self._flat_weights
         # torch's check goes through nn.Module.__getattr__: 8 us a call where this takes 0.6.
         # Whatever differs here (functional_call, parametrizations, pruning, ...) is left to it.
-        if not all(map(is_, map(self._parameters.get, self._flat_weights_names), weights)):
+        if compute is not _compute:  # Dynamo, which cannot trace that check
+            weights = [getattr(self, name) for name in self._flat_weights_names]
+        elif not all(map(is_, map(self._parameters.get, self._flat_weights_names), weights)):
             self._update_flat_weights()
             weights = self._flat_weights
         num_layers = self.num_layers
@@ -237,7 +280,7 @@ class _Layers(_Fused, nn.RNNBase):
         per_layer = len(weights) // num_layers
         if num_layers == 1:
             arguments = (cell, input, states, weights, options)
-            results = _compute(self.input_size, self.hidden_size, *arguments)
+            results = compute(self.input_size, self.hidden_size, *arguments)
             if results is None:
                 if not own:
                     return None
@@ -262,7 +305,7 @@ class _Layers(_Fused, nn.RNNBase):
                     options,
                 )
                 features = input.shape[-1] if layer else self.input_size
-                results = _compute(features, self.hidden_size, *arguments)
+                results = compute(features, self.hidden_size, *arguments)
                 if results is None and (layer or own):
                     # Not back to torch: dropout has drawn its random numbers.
                     results = functional_layer(*arguments)

@@ -63,14 +63,17 @@ class Cell(NamedTuple):
     number: int  # in csrc/sequence.h's enum Cell
     gates: int  # row blocks of weight_ih and weight_hh
     states: int  # h, or h and c
+    extra: int  # what `forward` saves beside the gates: 1 for LSTM's c and GRU's a_hn
 
 
 CELLS = {
-    "lstm": Cell(0, 4, 2),
-    "gru": Cell(1, 3, 1),
-    "rnn_tanh": Cell(2, 1, 1),
-    "rnn_relu": Cell(3, 1, 1),
+    "lstm": Cell(0, 4, 2, 1),
+    "gru": Cell(1, 3, 1, 1),
+    "rnn_tanh": Cell(2, 1, 1, 0),
+    "rnn_relu": Cell(3, 1, 1, 0),
 }
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # that the kernels take
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 Weights = list[Tensor] | list[Tensor | None] | tuple[Tensor | None, ...]
@@ -100,6 +103,16 @@ def only_autocast() -> bool:
 def transformed() -> bool:
     """Whether a functorch transform or forward-mode AD is active."""
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def only_transformed() -> bool:
+    """Whether functorch transforms are active, and nobody else is watching."""
+    return _are_functorch_transforms_active() and not (
+        forward_ad._current_level >= 0
+        or _is_any_autocast_enabled()
+        or _get_tracing_state()
+        or _len_torch_dispatch_stack()
+    )
 
 
 class Options(NamedTuple):
@@ -193,12 +206,13 @@ def backward(
     grads: tuple[Tensor | None, ...],
     needed: tuple[bool, ...],
     options: Options | None = None,
-    want_gates: bool = False,
+    groups: int = 0,
 ) -> tuple[Tensor | None, ...] | None:
-    """The gradients of (input, *initial, *weights) as far as `needed`, from what `forward` saved;
-    then, if `want_gates`, that of the pre-activations, BackwardArgs.grad_gates in csrc/sequence.h.
+    """The gradients of (input, *initial, *weights) as far as `needed`, from what `forward` saved.
 
-    grads: of each result, None for zero. Returns None if one of them is no ordinary tensor.
+    grads: of each result, None for zero. groups: 0, or N for a batch of N samples of B / N rows
+    each, all of one length; those of the weights are then each sample's own, [N, ...]. Returns None
+    if one of `grads` is no ordinary tensor.
     RuntimeError if another argument is not as `forward` took or gave it.
     """
     call = _C.backward
@@ -214,7 +228,7 @@ def backward(
         saved,
         grads,
         needed,
-        want_gates,
+        groups,
     )
     if result is None:  # what comes back may have passed a user's saved_tensors_hooks
         raise RuntimeError(

@@ -94,9 +94,13 @@ def test_autocast(kind, low, monkeypatch):
             assert "are faster on this CPU" in fusedrnn.explain(module.float(), x)
 
 
-def test_what_the_reference_computes():
+def test_under_transforms():
     module = build(modules, "GRU", I, H)
-    torch.func.vmap(lambda x: (says(module, x), x)[1])(torch.randn(2, T, B, I))
+    x = torch.randn(2, T, B, I)
+    said = []
+    torch.func.vmap(lambda x: (said.append(says(module, x)), x)[1])(x)
+    torch.func.jvp(lambda x: (said.append(says(module, x)), x)[1], (x[0],), (x[1],))
+    assert [s.split(":")[0] for s in said] == ["kernels", "reference"]
 
 
 WRONG = {

@@ -156,23 +156,24 @@ def test_each_gradient_alone():
             assert relative_error(*found) < 1e-12
 
 
-def test_the_gradients_of_the_gates():
-    """What per-sample gradients are made from: their column sums are the biases' gradients."""
-    for cell in LAYER_CELLS:
+def test_gradients_of_groups():
+    """Boundaries and projections too: the groups' gradients of weights add up to all rows'."""
+    for cell, P in [(c, 0) for c in LAYER_CELLS] + [("lstm", 2)]:
         leaves, num_states, options = problem(
-            cell, 5, 4, 3, 6, 2, packed=True, reset="zero", dtype=torch.float64
+            cell, 5, 6, 3, 7, 2, P=P, packed=False, reset="initial", dtype=torch.float64
         )
         leaves = [leaf.detach() for leaf in leaves]
         arguments = (leaves[0], leaves[1 : 1 + num_states], leaves[1 + num_states :])
         results, saved = ops.forward(cell, *arguments, True, options)
-        grads = tuple(map(torch.ones_like, results))
-        found = ops.backward(cell, *arguments, saved, grads, (True,) * len(leaves), options, True)
-        *of_leaves, gates = found
-        H, G = 6, ops.CELLS[cell].gates
-        assert gates.shape == (2, len(leaves[0]), {3: 4}.get(G, G) * H)
-        for d in range(2):
-            bias_ih = of_leaves[1 + num_states + 4 * d + 2]
-            torch.testing.assert_close(gates[d, :, -G * H :].sum(0), bias_ih)
+        grads, needed = tuple(map(torch.ones_like, results)), (True,) * len(leaves)
+        whole = ops.backward(cell, *arguments, saved, grads, needed, options)
+        found = ops.backward(cell, *arguments, saved, grads, needed, options, groups=3)
+        first = 1 + num_states
+        for a, b in zip(found[:first], whole[:first], strict=True):
+            assert torch.equal(a, b)
+        for a, b in zip(found[first:], whole[first:], strict=True):
+            assert a.shape == (3, *b.shape)
+            torch.testing.assert_close(a.sum(0), b, rtol=1e-12, atol=1e-12)
 
 
 def test_reset_everywhere_is_a_sequence_of_steps():

@@ -19,9 +19,12 @@ struct BackwardLayout {
   int64_t carry         = 0;  // [B, H]: the cell's part of the gradient of the state before,
   int64_t initial_carry = 0;  // [B, H], and of h0 or c0
   int64_t initial_gates = 0;  // [B, E*H]: grad_gates, summed over a row's steps behind h0
-  int64_t grad_gates    = 0;  // [N, E*H], unless they are wanted
-  int64_t grad_h        = 0;  // [N, P], of the projection's result
-  int64_t unprojected   = 0;  // [N, H]: what weight_hr was multiplied with
+  // [N, E*H]: gradients of the pre-activations. LSTM (i, f, g, o) and RNN: of gates_x and gates_h
+  // alike. GRU: (n_h, r, z, n_x): the first 3H columns are the gradient of gates_h, its n part
+  // first; the last 3H that of gates_x, in torch's order.
+  int64_t grad_gates;
+  int64_t grad_h      = 0;  // [N, P], of the projection's result
+  int64_t unprojected = 0;  // [N, H]: what weight_hr was multiplied with
 
   explicit BackwardLayout(const BackwardArgs<T>& a) {
     const Sequences& s      = a.sequences;
@@ -37,7 +40,7 @@ struct BackwardLayout {
     if (Cell::kHasCell && (s.offsets || s.reset)) c_prev = s.B * a.H;
     if (Cell::kHasCarry) carry = initial_carry = s.B * a.H;
     if (a.grad_h0) initial_gates = s.B * gate_size;
-    if (!a.grad_gates) grad_gates = rows * gate_size;
+    grad_gates = rows * gate_size;
   }
   int64_t elements() const {
     return recurrent + projection + h_prev + c_prev + carry + initial_carry + initial_gates +
@@ -71,8 +74,7 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   T* const initial_gates = initial_carry + layout.initial_carry;
   T* const all_grad_h    = initial_gates + layout.initial_gates;
   T* const unprojected   = all_grad_h + layout.grad_h;
-  T* const grad_gates =
-      a.grad_gates ? a.grad_gates + d * rows * E * H : unprojected + layout.unprojected;
+  T* const grad_gates    = unprojected + layout.unprojected;
 
   const int64_t h_blocks = blocks_of<T>(P);
   const int64_t h_block_begin =
@@ -225,8 +227,9 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     return of * (shard.direction_rank + 1) / shard.direction_threads;
   };
   if (T* const out = a.grad_input[d]) {  // = grad_gates_x weight_ih
-    matrix_product<T>({G * H, grad_gates + (E - G) * H, E * H, 1, a.weight_ih[d], out, a.I, false},
-                      mine(rows), next(rows));
+    matrix_product<T>(
+        {G * H, grad_gates + (E - G) * H, E * H, 1, a.weight_ih[d], a.I, out, a.I, false},
+        mine(rows), next(rows));
   }
   const int64_t B_begin = mine(s.B), B_end = next(s.B);
   if (a.grad_h0) {  // = initial_gates_h weight_hh + initial_carry
@@ -244,11 +247,11 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     // The row blocks from kRecurrentRow on belong to the first columns, the ones before to the rest.
     constexpr int kFirst = G - Cell::kRecurrentRow;
     const T* const w     = a.weight_hh[d];
-    ProductStep<T> part{kFirst * H, initial_gates, E * H, 1, w + Cell::kRecurrentRow * H * P, out,
-                        P,          false};
+    ProductStep<T> part{kFirst * H, initial_gates, E * H, 1,    w + Cell::kRecurrentRow * H * P,
+                        P,          out,           P,     false};
     matrix_product<T>(part, B_begin, B_end);
     if (Cell::kRecurrentRow) {
-      part = {Cell::kRecurrentRow * H, initial_gates + kFirst * H, E * H, 1, w, out, P, true};
+      part = {Cell::kRecurrentRow * H, initial_gates + kFirst * H, E * H, 1, w, P, out, P, true};
       matrix_product<T>(part, B_begin, B_end);
     }
     // The (larger) carry last: small terms added to a large sum one by one lose more.
@@ -258,32 +261,48 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     std::memcpy(a.grad_c0 + (d * s.B + B_begin) * H, initial_carry + B_begin * H,
                 sizeof(T) * size_t((B_end - B_begin) * H));
   }
-  for (int g = 0; g < G; ++g) {
-    // The columns of grad_gates that belong to row block g of weight_ih, and of weight_hh.
-    const T* const of_ih = grad_gates + (E - G + g) * H;
-    const T* const of_hh = grad_gates + (g - Cell::kRecurrentRow + G) % G * H;
-    if (T* const out = a.grad_weight_ih[d]) {  // = grad_gates_x^T input
-      matrix_product<T>({rows, of_ih, 1, E * H, a.input, out + g * H * a.I, a.I, false}, mine(H),
-                        next(H));
-    }
-    if (T* const out = a.grad_weight_hh[d]) {  // = grad_gates_h^T h_prev
-      matrix_product<T>({rows, of_hh, 1, E * H, all_h_prev, out + g * H * P, P, false}, mine(H),
-                        next(H));
-    }
-    if (T* const out = a.grad_bias_ih[d]) {
-      column_sums(out + g * H, of_ih, E * H, rows, mine(H), next(H));
-    }
-    if (T* const out = a.grad_bias_hh[d]) {
-      if (E == G && a.grad_bias_ih[d]) {  // the same columns
-        std::memcpy(out + g * H + mine(H), a.grad_bias_ih[d] + g * H + mine(H),
-                    sizeof(T) * size_t(next(H) - mine(H)));
-      } else {
-        column_sums(out + g * H, of_hh, E * H, rows, mine(H), next(H));
+  // The terms of a weight's gradient: all rows, or of a group all t, one b after the other.
+  const int64_t groups = max64(a.groups, 1);
+  const int64_t series = a.groups ? s.B / groups : 1;
+  const int64_t stride = a.groups ? s.B : 1;
+  const int64_t terms  = a.groups ? (series ? s.T : 0) : rows;
+  for (int64_t i = 0; i < groups * max64(series, 1); ++i) {
+    const int64_t n        = series ? i / series : i;
+    const bool more        = series && i % series != 0;
+    const T* const grads   = grad_gates + i * E * H;
+    const int64_t distance = stride * E * H;
+    for (int g = 0; g < G; ++g) {
+      // The columns of grad_gates that belong to row block g of weight_ih, and of weight_hh.
+      const T* const of_ih = grads + (E - G + g) * H;
+      const T* const of_hh = grads + (g - Cell::kRecurrentRow + G) % G * H;
+      const int64_t row    = (n * G + g) * H;
+      if (T* const out = a.grad_weight_ih[d]) {  // = grad_gates_x^T input
+        matrix_product<T>({terms, of_ih, 1, distance, a.input + i * a.I, stride * a.I,
+                           out + row * a.I, a.I, more},
+                          mine(H), next(H));
+      }
+      if (T* const out = a.grad_weight_hh[d]) {  // = grad_gates_h^T h_prev
+        matrix_product<T>(
+            {terms, of_hh, 1, distance, all_h_prev + i * P, stride * P, out + row * P, P, more},
+            mine(H), next(H));
+      }
+      if (T* const out = a.grad_bias_ih[d]) {
+        column_sums(out + row, of_ih, distance, terms, mine(H), next(H), more);
+      }
+      if (T* const out = a.grad_bias_hh[d]) {
+        if (E == G && a.grad_bias_ih[d]) {  // the same columns
+          std::memcpy(out + row + mine(H), a.grad_bias_ih[d] + row + mine(H),
+                      sizeof(T) * size_t(next(H) - mine(H)));
+        } else {
+          column_sums(out + row, of_hh, distance, terms, mine(H), next(H), more);
+        }
       }
     }
-  }
-  if (T* const out = a.grad_weight_hr[d]) {  // = grad_h^T unprojected
-    matrix_product<T>({rows, all_grad_h, 1, P, unprojected, out, H, false}, mine(P), next(P));
+    if (T* const out = a.grad_weight_hr[d]) {  // = grad_h^T unprojected
+      matrix_product<T>({terms, all_grad_h + i * P, 1, stride * P, unprojected + i * H, stride * H,
+                         out + n * P * H, H, more},
+                        mine(P), next(P));
+    }
   }
 }
 

@@ -18,7 +18,8 @@ struct ProductStep {
   int64_t K;
   const T* a;  // a(m, k) = a[m * a_stride_m + k * a_stride_k]
   int64_t a_stride_m, a_stride_k;
-  const T* b;       // [K, columns]
+  const T* b;  // [K, columns], rows b_stride apart
+  int64_t b_stride;
   T* out;           // [..., columns]
   int64_t columns;  // N
   bool accumulate;
@@ -30,7 +31,7 @@ FUSEDRNN_INLINE void product_columns(const ProductStep<T>& s, const T* a, const 
   constexpr int V  = kLanes<T>;
   const auto lanes = [&](int p) FUSEDRNN_LAMBDA { return kWhole || p < P - 1 ? V : last_lanes; };
   Vec<T> acc[M][P] = {};
-  for (int64_t k = 0; k < s.K; ++k, a += s.a_stride_k, b += s.columns) {
+  for (int64_t k = 0; k < s.K; ++k, a += s.a_stride_k, b += s.b_stride) {
     Vec<T> b_k[P];
     unroll<P>([&](auto p) FUSEDRNN_LAMBDA { b_k[p] = load(b + p * V, lanes(p)); });
     unroll<M>([&](auto m) FUSEDRNN_LAMBDA {
@@ -87,15 +88,16 @@ void matrix_product(const ProductStep<T>& s, int64_t begin, int64_t end) {
       part.accumulate = s.accumulate || k > 0;
       run_tiles<ProductTiles<T>>(part, m, m_end, 0, blocks_of<T>(s.columns), false);
       part.a += part.K * s.a_stride_k;
-      part.b += part.K * s.columns;
+      part.b += part.K * s.b_stride;
     }
   }
 }
 
-// out[0..] = sum_r a[r][0..] for N vectors of columns, the last of `lanes` lanes. Sums of 16 rows, then
+// out[0..] (+)= sum_r a[r][0..] for N vectors of columns, the last of `lanes` lanes. Sums of 16 rows, then
 // of kPartialRows, then of all: as for products, sums of sums lose less.
 template <class T, int N>
-void column_sums_strip(T* out, const T* a, int64_t a_stride, int64_t rows, int lanes) {
+void column_sums_strip(T* out, const T* a, int64_t a_stride, int64_t rows, int lanes,
+                       bool accumulate) {
   constexpr int V = kLanes<T>;
   const auto n    = [&](int j) FUSEDRNN_LAMBDA { return j < N - 1 ? V : lanes; };
   Vec<T> sum[N]{};
@@ -111,20 +113,23 @@ void column_sums_strip(T* out, const T* a, int64_t a_stride, int64_t rows, int l
     }
     unroll<N>([&](auto j) FUSEDRNN_LAMBDA { sum[j] = sum[j] + part[j]; });
   }
-  unroll<N>([&](auto j) FUSEDRNN_LAMBDA { store(out + j * V, sum[j], n(j)); });
+  unroll<N>([&](auto j) FUSEDRNN_LAMBDA {
+    if (accumulate) sum[j] = sum[j] + load(out + j * V, n(j));
+    store(out + j * V, sum[j], n(j));
+  });
 }
 
-// out[u] = sum_r a[r][u] for u in [u_begin, u_end), in strips of columns: rows are far apart.
+// out[u] (+)= sum_r a[r][u] for u in [u_begin, u_end), in strips of columns: rows are far apart.
 template <class T>
-void column_sums(T* out, const T* a, int64_t a_stride, int64_t rows, int64_t u_begin,
-                 int64_t u_end) {
+void column_sums(T* out, const T* a, int64_t a_stride, int64_t rows, int64_t u_begin, int64_t u_end,
+                 bool accumulate) {
   constexpr int64_t V = kLanes<T>;
   int64_t u           = u_begin;
   for (; u + 4 * V <= u_end; u += 4 * V) {
-    column_sums_strip<T, 4>(out + u, a + u, a_stride, rows, int(V));
+    column_sums_strip<T, 4>(out + u, a + u, a_stride, rows, int(V), accumulate);
   }
   for (; u < u_end; u += V) {
-    column_sums_strip<T, 1>(out + u, a + u, a_stride, rows, lanes_of<T>(u_end, u));
+    column_sums_strip<T, 1>(out + u, a + u, a_stride, rows, lanes_of<T>(u_end, u), accumulate);
   }
 }
 

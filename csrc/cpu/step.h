@@ -1,6 +1,6 @@
 // HOW one time step runs on the CPU: register tiles of M batch rows x P panels (V hidden units
 // each) that hold the product of all gates in registers and, in the recurrence, apply the cell
-// there. Not when steps run, nor who runs which: that is scan.h.
+// there. Not when steps run, nor who runs which: forward.h, backward.h.
 #pragma once
 
 #include "../cells/math.h"

@@ -1,0 +1,405 @@
+"""torch.compile, torch.export, ONNX and AOTInductor: a layer is one operator of a whole graph, and
+computes what the module does without them. torch.func alone is test_func.py's."""
+
+import io
+import warnings
+
+import numpy
+import pytest
+import torch
+from helpers import CELLS, LAYERS, assert_same, build, flat, pair, raised, ran, run, states
+from layers import LAYER_CELLS, layer_inputs
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from fusedrnn import functional, library, modules, ops
+
+I, H = 3, 8  # noqa: E741
+KERNELS = ("kernel_forward", "kernel_backward")
+SHAPES = ((4, 3), (5, 3), (6, 2), (7, 5), (3, 9))  # T, B
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Parent(nn.Module):
+    """A module around the layer, so that Dynamo meets it as a submodule."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, input, hx=None):
+        result, final = self.module(input.sin(), hx)
+        return result.cos(), final
+
+
+def compiled(module, backend="aot_eager", fullgraph=True):
+    return torch.compile(Parent(module), backend=backend, fullgraph=fullgraph)
+
+
+def run_compiled(model, input, hx=None):
+    return {name.replace("_orig_mod.", ""): t for name, t in run(model, input, hx).items()}
+
+
+def operator_tensors(cell, dtype, directions=1, bias=True):
+    """(tensors, grads of the results) of the operators of a cell."""
+    x, initial, weights = layer_inputs(cell, 3, 4, 2, 3, directions, dtype)
+    weights = [w if bias or i % 4 < 2 else None for i, w in enumerate(weights)]
+    tensors = [x, *initial, *weights, *[None] * (8 - len(weights))]
+    torch.manual_seed(1)
+    shapes = [(3, 4, 3 * directions), *[(directions, 4, 3)] * len(initial)]
+    return tensors, [torch.randn(shape, dtype=dtype) for shape in shapes]
+
+
+def detached(tensors):
+    return [t if t is None else t.detach() for t in tensors]
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+def test_opcheck(cell):
+    for directions, bias in ((1, True), (2, False)):
+        tensors, grads = operator_tensors(cell, torch.float64, directions, bias)
+        forward, backward = library._OPERATORS[cell]
+        torch.library.opcheck(forward, (False, *tensors))
+        torch.library.opcheck(forward, (True, *detached(tensors)))
+        saved = forward(True, *detached(tensors))[-1]
+        needed = [t is not None for t in tensors]
+        torch.library.opcheck(backward, (0, needed, *tensors, saved, *grads))
+        torch.library.opcheck(backward, (2, needed, *detached(tensors), saved, *grads))
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+def test_derivatives_of_the_operators(cell):
+    tensors, _ = operator_tensors(cell, torch.float64, 2, False)
+    present = [i for i, t in enumerate(tensors) if t is not None]
+
+    def function(*chosen):
+        arguments = [None] * len(tensors)
+        for i, t in zip(present, chosen, strict=True):
+            arguments[i] = t
+        return library._FORWARD[cell](False, *arguments)[:-1]
+
+    chosen = [tensors[i] for i in present]
+    with ran(*KERNELS):
+        assert gradcheck(function, chosen)
+    assert gradgradcheck(function, chosen)
+    assert gradcheck(function, chosen, check_forward_ad=True, check_backward_ad=False)
+    primals = tuple(t.detach() for t in chosen)
+    tangents = tuple(t.cos() for t in primals)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(*p) for p in zip(primals, tangents, strict=True)]
+        expected = [forward_ad.unpack_dual(r).tangent for r in function(*duals)]
+    for a, b in zip(jvp(function, primals, tangents)[1], expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("groups", [0, 2])
+def test_operators_on_tensors_that_the_kernels_do_not_take(groups):
+    tensors, grads = operator_tensors("lstm", torch.complex128)
+    forward, backward = library._OPERATORS["lstm"]
+    with ran("reference"):
+        *results, saved = forward(True, *detached(tensors))
+        needed = [t is not None for t in tensors]
+        found = backward(groups, needed, *detached(tensors), saved, *grads)
+    x, h0, c0, *weights = tensors
+    expected = functional.reference_layer("lstm", x, (h0, c0), weights[:4])
+    for a, b in zip(results, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    leaves = [t for t in tensors if t is not None]
+    for a, b in zip(found, torch.autograd.grad(expected, leaves, grads), strict=True):
+        torch.testing.assert_close(a if a.shape == b.shape else a.sum(0), b)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_layers": 2, "bidirectional": True, "dropout": 0.5},
+        {"batch_first": True, "bias": False},
+    ],
+    ids=str,
+)
+def test_compiled_module_matches_torch(kind, options):
+    theirs, ours = pair(kind, I, H, **options)
+    model, expected = compiled(ours), Parent(theirs)
+    for T, B in SHAPES[:3]:
+        x = torch.randn(B, T, I) if "batch_first" in options else torch.randn(T, B, I)
+        with ran(*KERNELS):
+            actual = run_compiled(model, x)
+        assert_same(actual, run(expected, x), torch.float32)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_compiled_with_states_and_without_a_batch(kind):
+    theirs, ours = pair(kind, I, H, num_layers=2)
+    model, expected = compiled(ours), Parent(theirs)
+    for shape in ((5, 4, I), (5, I)):
+        hx = states(kind, 2, *shape[1:-1], H, dtype=torch.float32)
+        with ran(*KERNELS):
+            actual = run_compiled(model, torch.ones(shape), hx)
+        assert_same(actual, run(expected, torch.ones(shape), hx), torch.float32)
+
+
+def frames(module, train):
+    """How many graphs were compiled after each of SHAPES."""
+    counter = CompileCounterWithBackend("inductor")
+    model = compiled(module, counter)
+    found = []
+    for T, B in SHAPES:
+        with torch.set_grad_enabled(train), ran(*KERNELS[: 1 + train]):
+            output, _ = model(torch.randn(T, B, I))
+            if train:
+                output.sum().backward()
+        found.append(counter.frame_count)
+    return found
+
+
+@pytest.mark.parametrize(("kind", "train"), [("LSTM", True), ("GRU", False)])
+def test_inductor_compiles_once_for_all_lengths(kind, train):
+    module = build(modules, kind, I, H, num_layers=2, dropout=0.5 * train)
+    # Automatic: anew when the length first differs, and when the batch does.
+    assert frames(module, train) == [1, 2, 3, 3, 3]
+
+
+def test_a_marked_length_and_batch_compile_once():
+    counter = CompileCounterWithBackend("inductor")
+    module = build(modules, "LSTM", I, H)
+    model = compiled(module, counter)
+    for T, B in SHAPES:
+        x = torch.randn(T, B, I)
+        torch._dynamo.mark_dynamic(x, (0, 1))
+        torch.testing.assert_close(model(x)[0], Parent(module)(x)[0])
+    assert counter.frame_count == 1
+
+
+def test_dropout_between_layers_is_in_the_graph():
+    module = build(modules, "LSTM", I, H, num_layers=2, dropout=0.5)
+    x = torch.randn(5, 4, I)
+    torch.manual_seed(0)
+    expected = Parent(module)(x)[0]
+    torch.manual_seed(0)
+    torch.testing.assert_close(compiled(module)(x)[0], expected)
+    model = compiled(module, "inductor")  # which draws its own random numbers
+    assert not torch.equal(model(x)[0], model(x)[0])
+    module.eval()
+    torch.testing.assert_close(model(x)[0], Parent(module)(x)[0])
+
+
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+def test_compiled_dtypes(dtype):
+    module = build(modules, "GRU", I, H, dtype=dtype)
+    x = torch.randn(4, 3, I).to(dtype)
+    with ran(*KERNELS):
+        output = compiled(module)(x)[0]
+        output.sum().backward()
+    torch.testing.assert_close(
+        output, Parent(build(nn, "GRU", I, H, dtype=dtype))(x)[0], rtol=0.02, atol=0.02
+    )
+
+
+def other_calls():
+    lstm = build(modules, "LSTM", I, H)
+    packed = pack_padded_sequence(torch.randn(4, 2, I), [4, 2])
+    complex_input = torch.randn(4, 2, I, dtype=torch.complex64)
+    return {
+        "packed": (lstm, packed),
+        "projected": (build(modules, "LSTM", I, H, proj_size=2), torch.randn(4, 2, I)),
+        "complex": (build(modules, "GRU", I, H, dtype=torch.complex64), complex_input),
+    }
+
+
+@pytest.mark.parametrize("name", list(other_calls()))
+def test_what_breaks_the_graph(name):
+    module, input = other_calls()[name]
+    model = torch.compile(lambda x: flat(list(module(x)))[-1] + 1, backend="aot_eager")
+    torch.testing.assert_close(model(input), flat(list(module(input)))[-1] + 1)
+
+
+def test_autocast_breaks_the_graph():
+    module, x = build(modules, "RNN_tanh", I, H), torch.randn(4, 2, I)
+    model = torch.compile(Parent(module), backend="aot_eager")
+    with torch.autocast("cpu"):
+        actual, expected = model(x)[0], Parent(module)(x)[0]
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected)
+
+
+WRONG = {
+    "features": (torch.zeros(4, 2, 5), None),
+    "state": (torch.zeros(4, 2, I), torch.zeros(1, 3, H)),
+    "state of a list": (torch.zeros(4, 2, I), [torch.zeros(1, 2, H)]),
+    "dtype": (torch.zeros(4, 2, I, dtype=torch.float64), None),
+    "dtype of the state": (torch.zeros(4, 2, I), torch.zeros(1, 2, H, dtype=torch.float64)),
+    "dimensions": (torch.zeros(4), None),
+    "length": (torch.zeros(0, 2, I), None),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_call_raises_as_without_compile(name):
+    module = build(modules, "GRU", I, H)
+    model = torch.compile(module, backend="eager")
+    actual, expected = raised(lambda: model(*WRONG[name])), raised(lambda: module(*WRONG[name]))
+    assert (type(actual), str(actual)) == (type(expected), str(expected))
+
+
+def test_parametrized_weights_and_subclasses():
+    class Doubled(modules.GRU):
+        def forward(self, input, hx=None):
+            return super().forward(2 * input, hx)
+
+    module = weight_norm(Doubled(I, H), "weight_hh_l0")
+    x = torch.randn(4, 2, I)
+    with ran(*KERNELS):
+        output = compiled(module)(x)[0]
+        output.sum().backward()
+    torch.testing.assert_close(output, Parent(module)(x)[0])
+    assert all(p.grad is not None for p in module.parameters())
+
+
+def test_compiled_functions():
+    x, _, weights = layer_inputs("rnn_tanh", 4, 3, I, H, 1, torch.float32)
+
+    def function(x):
+        return functional.layer("rnn_tanh", x, (), [*weights[:2], None, weights[3]])[0] + 1
+
+    model = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for input in (x, x[0]):
+        with ran(*KERNELS):
+            actual = torch.autograd.grad(model(input).sum(), weights[:2])
+        expected = torch.autograd.grad(function(input).sum(), weights[:2])
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_compiled_cells(kind):
+    theirs, ours = pair(kind, I, H)
+    model = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    assert_same(run_compiled(model, torch.ones(2, I)), run(theirs, torch.ones(2, I)), torch.float32)
+
+
+def test_torch_func_inside_and_outside_of_compile():
+    module = build(modules, "LSTM", I, H, dtype=torch.float64)
+    weights = {name: p.detach() for name, p in module.named_parameters()}
+    x = torch.randn(4, 5, 2, I, dtype=torch.float64)
+
+    def loss(weights, x):
+        return functional_call(module, weights, (x,))[0].square().sum()
+
+    def samples(x):
+        return vmap(grad(loss), (None, 0))(weights, x)
+
+    def tangents(x):
+        return jvp(lambda x: module(x)[0], (x,), (x.cos(),))[1]
+
+    for function in (samples, tangents):
+        expected = function(x if function is samples else x[0])
+        actual = torch.compile(function, backend="aot_eager")(x if function is samples else x[0])
+        torch.testing.assert_close(actual, expected)
+    model = torch.compile(module, backend="aot_eager")
+    tangent = jvp(lambda x: model(x)[0], (x[0],), (x[0].cos(),))[1]
+    torch.testing.assert_close(tangent, tangents(x[0]))
+    for transform in (
+        lambda m: vmap(lambda x: m(x)[0])(x),
+        lambda m: grad(lambda x: m(x)[0].sum())(x[0]),
+    ):
+        torch.testing.assert_close(transform(model), transform(module))
+
+
+# Export ------------------------------------------------------------------------------------------
+
+
+def onnx_file(module, x, **options):
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, (x,), file, verbose=False, **options)
+    return file.getvalue()
+
+
+def onnx_operators(data):
+    onnx = pytest.importorskip("onnx")
+    return [node.op_type for node in onnx.load_from_string(data).graph.node]
+
+
+def run_onnx(data, x):
+    session = pytest.importorskip("onnxruntime").InferenceSession(data)
+    return session.run(None, {session.get_inputs()[0].name: x.numpy()})
+
+
+def assert_runs(data, module, x):
+    for a, b in zip(run_onnx(data, x), flat(module(x)), strict=True):
+        numpy.testing.assert_allclose(a, b.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_onnx_with_any_length_and_batch(kind):
+    pytest.importorskip("onnx")
+    theirs, ours = (m.eval() for m in pair(kind, I, H, num_layers=2, bidirectional=True))
+    x = torch.randn(5, 2, I)
+    options = {"dynamo": False, "input_names": ["x"], "dynamic_axes": {"x": {0: "T", 1: "B"}}}
+    data = onnx_file(ours, x, **options)
+    operators = onnx_operators(data)
+    assert kind.partition("_")[0] in operators
+    assert operators == onnx_operators(onnx_file(theirs, x, **options))
+    for shape in ((5, 2, I), (9, 4, I), (1, 1, I)):
+        assert_runs(data, ours, torch.randn(shape))
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_onnx_by_dynamo(kind):
+    pytest.importorskip("onnxscript")
+    theirs, ours = (m.eval() for m in pair(kind, I, H, batch_first=True))
+    x = torch.randn(2, 5, I)
+    data = onnx_file(ours, x, dynamo=True)
+    operators = onnx_operators(data)
+    assert kind in operators
+    assert operators == onnx_operators(onnx_file(theirs, x, dynamo=True))
+    assert_runs(data, ours, x)
+
+
+def test_exported_module_with_any_batch():
+    theirs, ours = pair("LSTM", I, H)
+    for module in (theirs, ours):
+        batch = torch.export.Dim("B")
+        program = torch.export.export(module, (torch.randn(5, 2, I),), dynamic_shapes=({1: batch},))
+        assert torch.ops.aten.lstm.input in [node.target for node in program.graph.nodes]
+    x = torch.randn(5, 7, I)
+    torch.testing.assert_close(program.module()(x), theirs(x))
+
+
+class Layer(nn.Module):
+    """A layer as a function, whose exported graph has fusedrnn's operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = build(modules, "LSTM", I, H)
+
+    def forward(self, x):
+        return functional.layer("lstm", x, (), tuple(self.lstm.parameters()))
+
+
+def test_aot_inductor(tmp_path):
+    model = Layer().requires_grad_(False)
+    dims = {0: torch.export.Dim("T"), 1: torch.export.Dim("B")}
+    x = torch.randn(4, 3, I)
+    program = torch.export.export(model, (x,), dynamic_shapes={"x": dims})
+    operators = [node.target for node in program.graph.nodes]
+    assert torch.ops.fusedrnn.lstm_forward.default in operators
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "m.pt2"))
+    package = torch._inductor.aoti_load_package(path)
+    for T, B in SHAPES:
+        x = torch.randn(T, B, I)
+        with ran("kernel_forward"):
+            actual = package(x)
+        torch.testing.assert_close(tuple(actual), model(x))
