@@ -212,7 +212,8 @@ def reference_layer(
     options: ops.Options | None = None,
 ) -> tuple[Tensor, ...]:
     """`layer` in plain torch operations, for whatever the kernels do not take."""
-    ops.count("reference")
+    if not is_compiling():  # a graph would be built anew whenever the counter differs
+        ops.count("reference")
     options = options or ops.Options()
     batch_sizes = options.batch_sizes
     one_step = input.dim() == 2 and batch_sizes is None

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import Function, forward_ad
+from torch.compiler import is_exporting
 from torch.nn import Parameter
 
 from fusedrnn import ops, reference
@@ -45,12 +46,15 @@ def has(weights: ops.Weights, options: ops.Options | None) -> bool:
 
 
 def fits_a_graph(tensors: Sequence[Any]) -> bool:
-    """Whether `layer` takes these tensors, asked while torch.compile builds a graph."""
+    """Whether `layer` takes these tensors, asked while torch.compile builds a graph.
+
+    torch.export asks too; its tensors are of a class of its own.
+    """
     first = tensors[0]
     if _is_any_autocast_enabled() or forward_ad._current_level >= 0:
         return False
     return all(
-        type(t) in (Tensor, Parameter)
+        (isinstance(t, Tensor) if is_exporting() else type(t) in (Tensor, Parameter))
         and t.device.type == "cpu"
         and t.layout is torch.strided
         and t.dtype in ops.DTYPES

@@ -281,6 +281,19 @@ def test_compiled_functions():
             torch.testing.assert_close(a, b)
 
 
+def test_compiled_function_of_what_the_kernels_do_not_take():
+    x, initial, weights = layer_inputs("gru", 4, 3, I, H, 1, torch.complex64)
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def function(x):
+        return functional.layer("gru", x, initial, weights)[0]
+
+    model = torch.compile(function, backend=counter, fullgraph=True)
+    for input in (x, x.detach() * 2, x.detach() * 3):
+        torch.testing.assert_close(model(input), function(input))
+    assert counter.frame_count <= 2  # with and without a gradient of the input
+
+
 @pytest.mark.parametrize("kind", CELLS)
 def test_compiled_cells(kind):
     theirs, ours = pair(kind, I, H)

@@ -689,7 +689,7 @@ def test_tensor_subclasses_are_computed_by_torch(kind, grad, wrap, where):
         lambda t: t.to_mkldnn(),
         lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
         lambda t: torch.masked.masked_tensor(t, t > 0),
-        lambda t: torch.nested.nested_tensor(list(t), layout=torch.jagged),
+        lambda t: torch.nested.nested_tensor(list(t)),
         lambda t: torch._neg_view(t),
         lambda t: torch.complex(t, t).conj().imag,
     ],
