@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Sequence
 from operator import is_
 from types import NoneType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from . import library, ops
 from .functional import autocast_layer, kernel_layer, other_layer
 from .functional import layer as functional_layer
 from .ragged import Ragged, from_jagged, from_lengths
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 States = list[Tensor] | tuple[Tensor, ...]  # (h,) or, for LSTM, (h, c); or () for zeros
 
@@ -176,6 +179,19 @@ def _outside_graph(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> An
     return forward(*args, **kwargs)
 
 
+class _Keywords(TypedDict, total=False):
+    """What forward takes beyond torch.nn's. Not its parameters: the exporter of ONNX files passes
+    the defaults of all that it finds in a signature by position."""
+
+    lengths: Tensor | Sequence[int] | None
+    reset_mask: Tensor | None
+    reset_to_hx: bool
+
+
+class _LSTMKeywords(_Keywords, total=False):
+    return_cell_states: bool
+
+
 def _is_jagged(input: Any) -> bool:
     return isinstance(input, Tensor) and input.layout is torch.jagged
 
@@ -198,21 +214,16 @@ def _check_reset_mask(mask: Any, input: Tensor) -> None:
 class _Layers(_Fused, nn.RNNBase):
     """What LSTM, GRU and RNN share: layers x directions over functional.py's layer."""
 
-    def _compiling(
-        self, forward: Callable[..., Any], input: Any, hx: Any, own: tuple[Any, ...]
-    ) -> Any:
+    def _compiling(self, forward: Callable[..., Any], input: Any, hx: Any, **keywords: Any) -> Any:
         # An exported program keeps torch's own operation, as that of a torch.nn module does.
         if is_exporting():
-            return self._torch_class.forward(self, input, hx)
+            return self._torch_class.forward(self, input, hx, **keywords)
         pair = self._num_states == 2 and isinstance(hx, (tuple, list))
         states = () if hx is None else tuple(hx) if pair else (hx,)
         fits = hx is None or len(states) == self._num_states
-        lengths, reset_mask, _, cells = (*own, False)[:4]
         if (
             fits
-            and not (self.proj_size or cells is True)
-            and lengths is None
-            and reset_mask is None
+            and not (self.proj_size or keywords)
             and library.fits_a_graph(
                 (input, *states, *(getattr(self, name) for name in self._flat_weights_names))
             )
@@ -221,8 +232,7 @@ class _Layers(_Fused, nn.RNNBase):
             if results is not None:
                 output, *final = results
                 return output, tuple(final) if self._num_states == 2 else final[0]
-        names = ("lengths", "reset_mask", "reset_to_hx", "return_cell_states")
-        return _outside_graph(forward, self, input, hx, **dict(zip(names, own, strict=False)))
+        return _outside_graph(forward, self, input, hx, **keywords)
 
     def _kernels(
         self,
@@ -341,10 +351,11 @@ class _Layers(_Fused, nn.RNNBase):
         self,
         input: Any,
         states: States | None,
-        lengths: Tensor | Sequence[int] | None,
-        reset_mask: Tensor | None,
-        reset_to_hx: bool,
-        cells: bool,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset_mask: Tensor | None = None,
+        reset_to_hx: bool = False,
+        return_cell_states: bool = False,
     ) -> list[Tensor]:
         """[output, *final states, cells if wanted] of a call that torch.nn has not."""
         if isinstance(input, PackedSequence):
@@ -360,7 +371,9 @@ class _Layers(_Fused, nn.RNNBase):
                 )
             ragged, flat = from_jagged(input), input.values()
             self.check_input(flat.unsqueeze(1), None)
-            rows, *finals = self._ragged(ragged, flat, states, input.shape[0], None, False, cells)
+            rows, *finals = self._ragged(
+                ragged, flat, states, input.shape[0], None, False, return_cell_states
+            )
             return [
                 nested_tensor_from_jagged(rows, input.offsets()),
                 *finals[: self._num_states],
@@ -380,7 +393,7 @@ class _Layers(_Fused, nn.RNNBase):
                 reset_mask = reset_mask.transpose(0, 1)
             if reset_mask is not None and input.dim() == 2:
                 reset_mask = reset_mask.unsqueeze(1)
-            options = ops.Options(None, reset_mask, reset_to_hx, cells)
+            options = ops.Options(None, reset_mask, reset_to_hx, return_cell_states)
             results = self._kernels(input, states or (), options, own=True)
             if results is None:  # an hx of another dimension
                 self._check_states(states, 1)
@@ -393,7 +406,7 @@ class _Layers(_Fused, nn.RNNBase):
         if reset_mask is not None:
             reset_mask = ragged.gather(reset_mask.flatten())
         results = self._ragged(
-            ragged, input.flatten(0, 1), states, batch, reset_mask, reset_to_hx, cells
+            ragged, input.flatten(0, 1), states, batch, reset_mask, reset_to_hx, return_cell_states
         )
         for i in (0, *range(1 + self._num_states, len(results))):
             results[i] = results[i].unflatten(0, input.shape[:2])
@@ -485,30 +498,13 @@ class LSTM(_Layers):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
 
-    def forward(
-        self,
-        input: Any,
-        hx: Any = None,
-        *,
-        lengths: Tensor | Sequence[int] | None = None,
-        reset_mask: Tensor | None = None,
-        reset_to_hx: bool = False,
-        return_cell_states: bool = False,
-    ) -> Any:
+    def forward(self, input: Any, hx: Any = None, **keywords: Unpack[_LSTMKeywords]) -> Any:
         if is_compiling():
-            own = (lengths, reset_mask, reset_to_hx, return_cell_states)
-            return self._compiling(LSTM.forward, input, hx, own)
-        if (
-            lengths is not None
-            or reset_mask is not None
-            or return_cell_states
-            or (type(input) is not Tensor and _is_jagged(input))
-        ):
+            return self._compiling(LSTM.forward, input, hx, **keywords)
+        if keywords or (type(input) is not Tensor and _is_jagged(input)):
             if hx is not None and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
                 raise RuntimeError(f"hx must be (h_0, c_0), got {type(hx).__name__}")
-            output, h_n, c_n, *cells = self._extended(
-                input, hx, lengths, reset_mask, reset_to_hx, return_cell_states
-            )
+            output, h_n, c_n, *cells = self._extended(input, hx, **keywords)
             return output, (h_n, c_n), *cells
         if hx is None or (isinstance(hx, (tuple, list)) and len(hx) == 2):
             result = (
@@ -539,26 +535,17 @@ class _OneStateLayers(_Layers):
         super().__init__(*args, **kwargs)
 
     def forward(
-        self,
-        input: Any,
-        hx: Any = None,
-        *,
-        lengths: Tensor | Sequence[int] | None = None,
-        reset_mask: Tensor | None = None,
-        reset_to_hx: bool = False,
+        self, input: Any, hx: Any = None, **keywords: Unpack[_Keywords]
     ) -> tuple[Any, Tensor]:
+        if "return_cell_states" in keywords:
+            raise TypeError(f"return_cell_states is an LSTM's, this is {self.mode}")
         if is_compiling():
-            own = (lengths, reset_mask, reset_to_hx)
-            return self._compiling(_OneStateLayers.forward, input, hx, own)  # type: ignore[no-any-return]
-        if (
-            lengths is not None
-            or reset_mask is not None
-            or (type(input) is not Tensor and _is_jagged(input))
-        ):
+            return self._compiling(_OneStateLayers.forward, input, hx, **keywords)  # type: ignore[no-any-return]
+        if keywords or (type(input) is not Tensor and _is_jagged(input)):
             if hx is not None and not isinstance(hx, Tensor):
                 raise RuntimeError(f"hx must be the tensor h_0, got {type(hx).__name__}")
             states = None if hx is None else (hx,)
-            output, h_n = self._extended(input, states, lengths, reset_mask, reset_to_hx, False)
+            output, h_n = self._extended(input, states, **keywords)
             return output, h_n
         if hx is None or isinstance(hx, Tensor):
             initial = () if hx is None else (hx,)

@@ -218,19 +218,19 @@ def test_per_sample_gradients_of_the_kernel(cell, size):
     whole = ops.backward(*arguments)
     threads = torch.get_num_threads()
     for groups in (3, size[1]):
-        samples = ops.backward(*arguments, groups)
+        samples = ops.backward(*arguments, groups=groups)
         for a, b in zip(samples, whole, strict=True):
             assert a.shape == b.shape or a.shape == (groups, *b.shape)
             total = a if a.shape == b.shape else a.sum(0)
             torch.testing.assert_close(total, b, rtol=1e-4, atol=2e-5 * b.abs().max().item())
         try:
             torch.set_num_threads(1 if threads > 1 else 2)
-            for a, b in zip(ops.backward(*arguments, groups), samples, strict=True):
+            for a, b in zip(ops.backward(*arguments, groups=groups), samples, strict=True):
                 assert torch.equal(a, b)
         finally:
             torch.set_num_threads(threads)
-    with pytest.raises(ValueError, match="groups must divide the batch"):
-        ops.backward(*arguments, 5)
+    with pytest.raises(ValueError, match="groups must divide a batch"):
+        ops.backward(*arguments, groups=5)
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -689,11 +689,10 @@ def test_tensor_subclasses_are_computed_by_torch(kind, grad, wrap, where):
         lambda t: t.to_mkldnn(),
         lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
         lambda t: torch.masked.masked_tensor(t, t > 0),
-        lambda t: torch.nested.nested_tensor(list(t)),
         lambda t: torch._neg_view(t),
         lambda t: torch.complex(t, t).conj().imag,
     ],
-    ids=["sparse", "mkldnn", "quantized", "masked", "nested", "neg", "imag of conj"],
+    ids=["sparse", "mkldnn", "quantized", "masked", "neg", "imag of conj"],
 )
 @ALL
 def test_other_layouts_do_what_they_do_in_torch(kind, make):

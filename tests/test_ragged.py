@@ -327,6 +327,16 @@ def test_wrong_masks(case):
         module(torch.randn(T, B, I), reset_mask=mask)
 
 
+def test_other_keywords():
+    x = torch.randn(T, B, I)
+    for module, keywords in [
+        (build(modules, "LSTM", I, H), {"length": [1] * B}),
+        (build(modules, "GRU", I, H), {"return_cell_states": True}),
+    ]:
+        with ran(), pytest.raises(TypeError, match=next(iter(keywords))):
+            module(x, **keywords)
+
+
 def test_wrong_inputs():
     module = build(modules, "LSTM", I, H)
     x = torch.randn(T, B, I)
