@@ -18,14 +18,16 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import library, modules, ops
 from fusedrnn.functional import autocast_dtype
+from fusedrnn.ragged import from_jagged
 
 
 def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
     """What `module(input, hx)` would be computed by, here and now, as a text of some lines.
 
     `module` is an LSTM, GRU, RNN or a cell of fusedrnn or of torch.nn; `input` and `hx` are what it
-    would be called with. The first line begins with "kernels", "reference" or "torch.nn".
-    TypeError for another module.
+    would be called with; `lengths`, `reset_mask` and `return_cell_states` run where the same call
+    without them does. The first line begins with "kernels", "reference" or "torch.nn". TypeError
+    for another module.
     """
     if isinstance(module, nn.RNNBase | nn.RNNCellBase) and not isinstance(module, modules._Fused):
         return (
@@ -37,6 +39,11 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
             "explain takes an LSTM, GRU, RNN or one of their cells, got "
             f"{_name(type(module))}; call it for the modules inside"
         )
+    if isinstance(module, nn.RNNBase) and modules._is_jagged(input):
+        ragged = from_jagged(input)
+        input = PackedSequence(ragged.gather(input.values()), ragged.batch_sizes)
+        states = [s.index_select(1, ragged.order) for s in _states(hx)]
+        hx = None if hx is None else states[0] if isinstance(hx, Tensor) else tuple(states)
     reason = _why_torch(module, input, hx)
     if reason is not None:
         return f"torch.nn: {reason}."
@@ -86,9 +93,13 @@ def _name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def _states(hx: Any) -> Any:
+    return hx if isinstance(hx, (tuple, list)) else () if hx is None else (hx,)
+
+
 def _why_torch(module: Any, input: Any, hx: Any) -> str | None:
     """What modules.py sees before it asks the kernels; None if nothing."""
-    states = hx if isinstance(hx, (tuple, list)) else () if hx is None else (hx,)
+    states = _states(hx)
     packed = isinstance(input, PackedSequence)
     if packed:
         input = input.data
@@ -123,7 +134,7 @@ def _layers(
     """What `ops.plan` takes, of each layer; inputs after the first invented."""
     weights: Any
     options = None
-    states = list(hx) if isinstance(hx, (tuple, list)) else [] if hx is None else [hx]
+    states = list(_states(hx))
     if isinstance(module, nn.RNNCellBase):
         if input.dim() == 1:
             input, states = input.unsqueeze(0), [s.unsqueeze(0) for s in states]

@@ -258,11 +258,7 @@ class _Layers(_Fused, nn.RNNBase):
         num_layers = self.num_layers
         num_directions = 2 if self.bidirectional else 1
         kinds = (4 if self.bias else 2) + (self.proj_size > 0)
-        if (
-            not isinstance(input, Tensor)
-            or NoneType in map(type, weights)
-            or len(weights) != num_layers * num_directions * kinds
-        ):
+        if NoneType in map(type, weights) or len(weights) != num_layers * num_directions * kinds:
             return None
 
         packed = options is not None and options.batch_sizes is not None
@@ -287,7 +283,6 @@ class _Layers(_Fused, nn.RNNBase):
         if not self.bias:
             groups = zip(*[iter(weights)] * kinds, strict=True)
             weights = [w for ih, hh, *hr in groups for w in (ih, hh, None, None, *hr)]
-        per_layer = len(weights) // num_layers
         if num_layers == 1:
             arguments = (cell, input, states, weights, options)
             results = compute(self.input_size, self.hidden_size, *arguments)
@@ -301,6 +296,7 @@ class _Layers(_Fused, nn.RNNBase):
                 if state.dim() != 3 or state.shape[0] != num_layers * num_directions:
                     return None
             dropout = self.dropout if self.training else 0.0
+            per_layer = len(weights) // num_layers
             finals = []
             for layer in range(num_layers):
                 if layer and dropout:
@@ -332,8 +328,10 @@ class _Layers(_Fused, nn.RNNBase):
             return [input.transpose(0, 1), *final]
         return [input, *final]
 
-    def _packed(self, input: PackedSequence, states: States) -> list[Any] | None:
-        """`_kernels` for a PackedSequence; output is one too."""
+    def _packed(self, input: Any, states: States) -> list[Any] | None:
+        """`_kernels` for a PackedSequence; output is one too. None for anything else."""
+        if not isinstance(input, PackedSequence):
+            return None
         data, batch_sizes, order, back = input
         if order is not None:
             if any(s.dim() != 3 or s.shape[1] != order.shape[0] for s in states):
@@ -507,10 +505,11 @@ class LSTM(_Layers):
             output, h_n, c_n, *cells = self._extended(input, hx, **keywords)
             return output, (h_n, c_n), *cells
         if hx is None or (isinstance(hx, (tuple, list)) and len(hx) == 2):
+            states = hx or ()
             result = (
-                self._packed(input, hx or ())
-                if isinstance(input, PackedSequence)
-                else self._kernels(input, hx or ())
+                self._kernels(input, states)
+                if isinstance(input, Tensor)
+                else self._packed(input, states)
             )
             if result is not None:
                 output, h_n, c_n = result
@@ -544,15 +543,14 @@ class _OneStateLayers(_Layers):
         if keywords or (type(input) is not Tensor and _is_jagged(input)):
             if hx is not None and not isinstance(hx, Tensor):
                 raise RuntimeError(f"hx must be the tensor h_0, got {type(hx).__name__}")
-            states = None if hx is None else (hx,)
-            output, h_n = self._extended(input, states, **keywords)
+            output, h_n = self._extended(input, None if hx is None else (hx,), **keywords)
             return output, h_n
         if hx is None or isinstance(hx, Tensor):
-            initial = () if hx is None else (hx,)
+            states = () if hx is None else (hx,)
             result = (
-                self._packed(input, initial)
-                if isinstance(input, PackedSequence)
-                else self._kernels(input, initial)
+                self._kernels(input, states)
+                if isinstance(input, Tensor)
+                else self._packed(input, states)
             )
             if result is not None:
                 output, h_n = result

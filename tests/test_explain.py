@@ -48,6 +48,15 @@ def test_packed_sequences(kind):
     assert says(module, packed, states(kind, 4, 3, H, dtype=torch.float32)).startswith("kernels: ")
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_jagged_nested_tensors(kind):
+    module = build(modules, kind, I, H, num_layers=2)
+    rows = [torch.randn(n, I) for n in (7, 4, 4)]
+    nested = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    assert says(module, nested) == fusedrnn.explain(module, pack_sequence(rows))
+    assert says(module, nested, states(kind, 2, 3, H, dtype=torch.float32)).startswith("kernels")
+
+
 def test_projections():
     module = build(modules, "LSTM", I, H, num_layers=2, proj_size=2, bias=False)
     assert "Layer 1: " in says(module, torch.randn(T, B, I))

@@ -94,6 +94,9 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   const auto h_prev = [&](int64_t i) { return all_h_prev + walk.offset(i) * P; };
   for (int64_t i = 0; layout.h_prev && i < s.T; ++i) {
     const Tile2d part = part_of_h(walk.count(i));
+    if (i > 0 && !Cell::kPrevIsH && !projects && walk.uniform(i, part.row_begin, part.row_end)) {
+      continue;
+    }
     for (int64_t row = part.row_begin; row < part.row_end; ++row) {
       T* const to         = h_prev(i) + row * P;
       const Source source = walk.source(i, row);

@@ -140,47 +140,44 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   };
   const auto output_of = [&](int64_t i) { return a.output + walk.offset(i) * DP + d * P; };
 
-  // Makes step i's h_prev and prev, and says through step where they are. Before the barrier that
-  // precedes the step: its h_prev is also read by the threads that have the other units.
-  const auto start = [&](int64_t i) {
+  // h and c of the step before, where rows of step i come from elsewhere too: made anew, h to where
+  // the returned pointer says, c in c_n.
+  const auto gather = [&](int64_t i, const T* h_from, const T* c_from) __attribute__((noinline)) {
     const int64_t count = walk.count(i);
-    const bool uniform =
-        walk.uniform(i, min64(shard.row_begin, count), min64(shard.row_end, count));
-    const T* const h_from = i == 0 ? h0 : output_of(i - 1);
-    const T* const c_from = i == 0 ? c0 : step.extra;
-    if (uniform) {
-      step.h_prev        = h_from;
-      step.h_prev_stride = i == 0 ? P : DP;
-      step.prev          = c_from;
-    } else {
-      T* const h_started = started + i % 2 * s.B * P;
-      copy_rows<T>(part_of_h(count), h_started, P, [&](int64_t row) -> const T* {
+    T* const h_started  = started + i % 2 * s.B * P;
+    copy_rows<T>(part_of_h(count), h_started, P, [&](int64_t row) -> const T* {
+      const Source source = walk.source(i, row);
+      if (source == Source::kPrevious) return h_from + row * DP;
+      return source == Source::kInitial ? h0 + row * P : nullptr;
+    });
+    if constexpr (Cell::kHasCell) {
+      const Tile2d part = part_of_c(count);
+      for (int64_t row = part.row_begin; row < part.row_end; ++row) {
         const Source source = walk.source(i, row);
-        if (source == Source::kPrevious) return h_from + row * DP;
-        return source == Source::kInitial ? h0 + row * P : nullptr;
-      });
-      step.h_prev        = h_started;
-      step.h_prev_stride = P;
-      if constexpr (Cell::kHasCell) {
-        const Tile2d part = part_of_c(count);
-        for (int64_t row = part.row_begin; row < part.row_end; ++row) {
-          const Source source = walk.source(i, row);
-          T* const to         = c_n + row * H + part.unit;
-          const T* const from = (source == Source::kPrevious ? c_from : c0) + row * H + part.unit;
-          if (source == Source::kZero) {
-            std::memset(to, 0, sizeof(T) * size_t(part.units));
-          } else if (to != from) {
-            std::memcpy(to, from, sizeof(T) * size_t(part.units));
-          }
+        T* const to         = c_n + row * H + part.unit;
+        const T* const from = (source == Source::kPrevious ? c_from : c0) + row * H + part.unit;
+        if (source == Source::kZero) {
+          std::memset(to, 0, sizeof(T) * size_t(part.units));
+        } else if (to != from) {
+          std::memcpy(to, from, sizeof(T) * size_t(part.units));
         }
-        step.prev = c_n;
       }
     }
-    step.prev_stride = H;
-    if constexpr (Cell::kPrevIsH) {
-      step.prev        = step.h_prev;
-      step.prev_stride = step.h_prev_stride;
-    }
+    return h_started;
+  };
+  // Says through step where i's h_prev and prev are; true if they are as some step left them. Before
+  // the barrier that precedes the step: its h_prev is also read by the threads that have the other
+  // units.
+  const auto start = [&](int64_t i) {
+    const int64_t count   = walk.count(i);
+    const T* const h_from = i == 0 ? h0 : output_of(i - 1);
+    const T* const c_from = i == 0 ? c0 : step.extra;
+    const bool uniform =
+        walk.uniform(i, min64(shard.row_begin, count), min64(shard.row_end, count));
+    step.h_prev        = uniform ? h_from : gather(i, h_from, c_from);
+    step.h_prev_stride = uniform && i > 0 ? DP : P;
+    step.prev          = Cell::kPrevIsH ? step.h_prev : uniform ? c_from : c_n;
+    step.prev_stride   = Cell::kPrevIsH ? step.h_prev_stride : H;
     return uniform;
   };
 
@@ -252,19 +249,20 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
       }
     }
 
-    // The rows whose sequences end here.
     const int64_t going_on = i + 1 < s.T ? min64(count, walk.count(i + 1)) : 0;
-    const auto ended       = [&](Tile2d part) {
-      part.row_begin = max64(part.row_begin, going_on);
-      return part;
-    };
-    if (a.h_n) {
-      copy_rows<T>(ended(part_of_h(count)), a.h_n + d * s.B * P, P,
-                   [&](int64_t row) { return h + row * DP; });
-    }
-    if (Cell::kHasCell && a.extra) {
-      copy_rows<T>(ended(part_of_c(count)), c_n, H,
-                   [&](int64_t row) { return step.extra + row * H; });
+    if (going_on < count) {  // for the other rows' sequences
+      const auto ended = [&](Tile2d part) {
+        part.row_begin = max64(part.row_begin, going_on);
+        return part;
+      };
+      if (a.h_n) {
+        copy_rows<T>(ended(part_of_h(count)), a.h_n + d * s.B * P, P,
+                     [&](int64_t row) { return h + row * DP; });
+      }
+      if (Cell::kHasCell && a.extra) {
+        copy_rows<T>(ended(part_of_c(count)), c_n, H,
+                     [&](int64_t row) { return step.extra + row * H; });
+      }
     }
     if (i + 1 < s.T) start(i + 1);
     barrier.wait();

@@ -37,9 +37,13 @@ class Walk {
  public:
   Walk(const Sequences& sequences, int64_t direction) : s_(sequences), direction_(direction) {}
 
-  int64_t time(int64_t i) const { return direction_ == 0 ? i : s_.T - 1 - i; }  // of the i-th step
-  int64_t offset(int64_t i) const { return rows_before(s_, time(i)); }
-  int64_t count(int64_t i) const { return rows_before(s_, time(i) + 1) - offset(i); }
+  FUSEDRNN_INLINE int64_t time(int64_t i) const {
+    return direction_ == 0 ? i : s_.T - 1 - i;
+  }  // of the i-th step
+  FUSEDRNN_INLINE int64_t offset(int64_t i) const { return rows_before(s_, time(i)); }
+  FUSEDRNN_INLINE int64_t count(int64_t i) const {
+    return s_.offsets ? s_.offsets[time(i) + 1] - s_.offsets[time(i)] : s_.B;
+  }
 
   // [count]: the rows between which and the step before lies a boundary; null if none does.
   const bool* boundaries(int64_t i) const {
@@ -56,16 +60,19 @@ class Walk {
   }
 
   // Whether all rows of [begin, end) have the same source, as they have where nothing is special.
-  bool uniform(int64_t i, int64_t begin, int64_t end) const {
-    if (!s_.reset && !s_.offsets) return true;
+  FUSEDRNN_INLINE bool uniform(int64_t i, int64_t begin, int64_t end) const {
+    return (!s_.reset && !s_.offsets) || all_as_usual(i, begin, end);
+  }
+
+ private:
+  bool all_as_usual(int64_t i, int64_t begin, int64_t end) const {
     for (int64_t row = begin; row < end; ++row) {
       if (source(i, row) != (i == 0 ? Source::kInitial : Source::kPrevious)) return false;
     }
     return true;
   }
 
- private:
-  const Sequences& s_;
+  const Sequences s_;
   int64_t direction_;
 };
 
