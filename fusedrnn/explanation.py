@@ -17,8 +17,8 @@ from torch._C import (
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import library, modules, ops
+from fusedrnn.extensions import from_jagged, is_jagged
 from fusedrnn.functional import autocast_dtype
-from fusedrnn.ragged import from_jagged
 
 
 def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
@@ -39,7 +39,7 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
             "explain takes an LSTM, GRU, RNN or one of their cells, got "
             f"{_name(type(module))}; call it for the modules inside"
         )
-    if isinstance(module, nn.RNNBase) and modules._is_jagged(input):
+    if isinstance(module, nn.RNNBase) and is_jagged(input):
         ragged = from_jagged(input)
         input = PackedSequence(ragged.gather(input.values()), ragged.batch_sizes)
         states = [s.index_select(1, ragged.order) for s in _states(hx)]

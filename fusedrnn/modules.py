@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from torch._C import _is_any_autocast_enabled
 from torch._compile import _disable_dynamo
 from torch.compiler import is_compiling, is_exporting
-from torch.nested import nested_tensor_from_jagged
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from . import library, ops
+from .extensions import extended, is_jagged
 from .functional import autocast_layer, kernel_layer, other_layer
 from .functional import layer as functional_layer
-from .ragged import Ragged, from_jagged, from_lengths
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -192,25 +191,6 @@ class _LSTMKeywords(_Keywords, total=False):
     return_cell_states: bool
 
 
-def _is_jagged(input: Any) -> bool:
-    return isinstance(input, Tensor) and input.layout is torch.jagged
-
-
-def _check_reset_mask(mask: Any, input: Tensor) -> None:
-    """ValueError unless mask is bool, and of the shape of all but the input's last dimension."""
-    if (
-        not isinstance(mask, Tensor)
-        or mask.dtype is not torch.bool
-        or mask.shape != input.shape[:-1]
-    ):
-        tensor = isinstance(mask, Tensor)
-        got = f"{mask.dtype} {list(mask.shape)}" if tensor else type(mask).__name__
-        raise ValueError(
-            f"reset_mask must be torch.bool {list(input.shape[:-1])}, the input's shape without "
-            f"its features, got {got}; convert with .bool(), transpose with .t()"
-        )
-
-
 class _Layers(_Fused, nn.RNNBase):
     """What LSTM, GRU and RNN share: layers x directions over functional.py's layer."""
 
@@ -345,117 +325,6 @@ class _Layers(_Fused, nn.RNNBase):
             final = [s.index_select(1, back) for s in final]
         return [PackedSequence(output, batch_sizes, order, back), *final]
 
-    def _extended(
-        self,
-        input: Any,
-        states: States | None,
-        *,
-        lengths: Tensor | Sequence[int] | None = None,
-        reset_mask: Tensor | None = None,
-        reset_to_hx: bool = False,
-        return_cell_states: bool = False,
-    ) -> list[Tensor]:
-        """[output, *final states, cells if wanted] of a call that torch.nn has not."""
-        if isinstance(input, PackedSequence):
-            raise ValueError(
-                "lengths, reset_mask and return_cell_states take padded or jagged input, got a "
-                "PackedSequence; pad it (torch.nn.utils.rnn.pad_packed_sequence) and give lengths"
-            )
-        if _is_jagged(input):
-            if lengths is not None or reset_mask is not None:
-                raise ValueError(
-                    "lengths and reset_mask are of padded input, got a jagged nested tensor; pad "
-                    "it (torch.nested.to_padded_tensor)"
-                )
-            ragged, flat = from_jagged(input), input.values()
-            self.check_input(flat.unsqueeze(1), None)
-            rows, *finals = self._ragged(
-                ragged, flat, states, input.shape[0], None, False, return_cell_states
-            )
-            return [
-                nested_tensor_from_jagged(rows, input.offsets()),
-                *finals[: self._num_states],
-            ] + [nested_tensor_from_jagged(c, input.offsets()) for c in finals[self._num_states :]]
-
-        if input.dim() not in (2, 3):
-            raise ValueError(
-                f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead"
-            )
-        self.check_input(input.unsqueeze(1) if input.dim() == 2 else input, None)
-        if reset_mask is not None:
-            _check_reset_mask(reset_mask, input)
-        if lengths is None:
-            if input.dim() == 3:
-                self._check_states(states, input.shape[0 if self.batch_first else 1])
-            if reset_mask is not None and self.batch_first and input.dim() == 3:
-                reset_mask = reset_mask.transpose(0, 1)
-            if reset_mask is not None and input.dim() == 2:
-                reset_mask = reset_mask.unsqueeze(1)
-            options = ops.Options(None, reset_mask, reset_to_hx, return_cell_states)
-            results = self._kernels(input, states or (), options, own=True)
-            if results is None:  # an hx of another dimension
-                self._check_states(states, 1)
-            assert results is not None
-            return results
-        if input.dim() == 2:
-            raise ValueError("lengths are of an input of three dimensions, got two; unsqueeze it")
-        seq_len, batch = input.shape[:2] if not self.batch_first else input.shape[1::-1]
-        ragged = from_lengths(lengths, seq_len, batch, self.batch_first)
-        if reset_mask is not None:
-            reset_mask = ragged.gather(reset_mask.flatten())
-        results = self._ragged(
-            ragged, input.flatten(0, 1), states, batch, reset_mask, reset_to_hx, return_cell_states
-        )
-        for i in (0, *range(1 + self._num_states, len(results))):
-            results[i] = results[i].unflatten(0, input.shape[:2])
-        return results
-
-    def _ragged(
-        self,
-        ragged: Ragged,
-        flat: Tensor,
-        states: States | None,
-        batch: int,
-        reset: Tensor | None,
-        reset_to_hx: bool,
-        cells: bool,
-    ) -> list[Tensor]:
-        """`_extended` for flat input [rows, I]; output and cells are flat too."""
-        self._check_states(states, batch)
-        layers, directions = self._layers_and_directions()
-        sizes = (self.proj_size or self.hidden_size, self.hidden_size)[: self._num_states]
-        if states is None:
-            states = [flat.new_zeros(layers, batch, size) for size in sizes]
-        order = ragged.order
-        if len(order):
-            started = [s.index_select(1, order) for s in states]
-            options = ops.Options(ragged.batch_sizes, reset, reset_to_hx, cells)
-            results = self._kernels(ragged.gather(flat), started, options, own=True)
-            assert results is not None
-        else:  # all are empty
-            widths = (sizes[0], *(self.hidden_size,) * cells)
-            output, *every = (flat.new_zeros(0, directions * width) for width in widths)
-            results = [output, *(s.index_select(1, order) for s in states), *every]
-        end = 1 + self._num_states
-        ended = [s.index_copy(1, order, f) for s, f in zip(states, results[1:end], strict=True)]
-        output, *every = (ragged.scatter(r, flat) for r in (results[0], *results[end:]))
-        return [output, *ended, *every]
-
-    def _layers_and_directions(self) -> tuple[int, int]:
-        """The first dimension of a state, and D."""
-        directions = 2 if self.bidirectional else 1
-        return self.num_layers * directions, directions
-
-    def _check_states(self, states: States | None, batch: int) -> None:
-        """RuntimeError unless the states are those of so many sequences."""
-        layers, _ = self._layers_and_directions()
-        sizes = (self.proj_size or self.hidden_size, self.hidden_size)
-        for i, (state, size) in enumerate(zip(states or (), sizes, strict=False)):
-            if state.shape != (layers, batch, size):
-                raise RuntimeError(
-                    f"Expected hidden[{i}] size {(layers, batch, size)}, got {list(state.shape)}"
-                )
-
 
 class LSTM(_Layers):
     """torch.nn.LSTM: same constructor, parameters, initial weights, results and errors.
@@ -499,10 +368,10 @@ class LSTM(_Layers):
     def forward(self, input: Any, hx: Any = None, **keywords: Unpack[_LSTMKeywords]) -> Any:
         if is_compiling():
             return self._compiling(LSTM.forward, input, hx, **keywords)
-        if keywords or (type(input) is not Tensor and _is_jagged(input)):
+        if keywords or (type(input) is not Tensor and is_jagged(input)):
             if hx is not None and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
                 raise RuntimeError(f"hx must be (h_0, c_0), got {type(hx).__name__}")
-            output, h_n, c_n, *cells = self._extended(input, hx, **keywords)
+            output, h_n, c_n, *cells = extended(self, input, hx, **keywords)
             return output, (h_n, c_n), *cells
         if hx is None or (isinstance(hx, (tuple, list)) and len(hx) == 2):
             states = hx or ()
@@ -540,10 +409,10 @@ class _OneStateLayers(_Layers):
             raise TypeError(f"return_cell_states is an LSTM's, this is {self.mode}")
         if is_compiling():
             return self._compiling(_OneStateLayers.forward, input, hx, **keywords)  # type: ignore[no-any-return]
-        if keywords or (type(input) is not Tensor and _is_jagged(input)):
+        if keywords or (type(input) is not Tensor and is_jagged(input)):
             if hx is not None and not isinstance(hx, Tensor):
                 raise RuntimeError(f"hx must be the tensor h_0, got {type(hx).__name__}")
-            output, h_n = self._extended(input, None if hx is None else (hx,), **keywords)
+            output, h_n = extended(self, input, None if hx is None else (hx,), **keywords)
             return output, h_n
         if hx is None or isinstance(hx, Tensor):
             states = () if hx is None else (hx,)

@@ -264,6 +264,33 @@ def test_other_dtypes(kind, dtype):
     assert (output.double() - expected).abs().max() < 30 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_under_autocast(kind, low):
+    """The dtypes of a PackedSequence under autocast, and float32 arithmetic."""
+    _, ours, input, hx = made(kind, {"num_layers": 2}, torch.float32)
+    mask = mask_of(T, B)
+    expected = flat(ours(input, hx, lengths=LENGTHS, reset_mask=mask))
+    packed = pack_sequence([input[:n, b] for b, n in enumerate(LENGTHS) if n], False)
+    with torch.autocast("cpu", low):
+        with ran("kernel_forward"):
+            results = flat(ours(input, hx, lengths=LENGTHS, reset_mask=mask))
+        output, state = ours(packed)
+    for a, b, like in zip(results, expected, [output.data, *flat(state)], strict=True):
+        assert a.dtype is like.dtype
+        torch.testing.assert_close(a.float(), b, rtol=0.01, atol=0.01)
+
+
+def test_on_another_device():
+    """meta stands for them all: lengths are on the CPU, and where the input is, rows are."""
+    module = build(modules, "LSTM", I, H, device="meta")
+    input = torch.empty(T, B, I, device="meta")
+    output, (h_n, c_n), cells = module(input, lengths=LENGTHS, return_cell_states=True)
+    for t, shape in ((output, (T, B, H)), (h_n, (1, B, H)), (c_n, (1, B, H)), (cells, (T, B, H))):
+        assert t.device.type == "meta"
+        assert t.shape == shape
+
+
 def test_what_the_kernels_do_not_take_is_the_references():
     module = build(modules, "GRU", I, H, num_layers=2)
     input, mask = torch.randn(T, B, I), mask_of(T, B)

@@ -1,0 +1,228 @@
+"""What LSTM, GRU and RNN take that torch.nn's do not: lengths of a padded input, jagged nested
+tensors, reset masks, and the cell states of every step.
+
+Sequences of several lengths become rows sorted by time and by falling length, as in a
+PackedSequence, which is how the kernels take them, and results go back the same way: in plain torch
+operations, which autograd knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nested import nested_tensor_from_jagged
+from torch.nn.utils.rnn import PackedSequence
+
+from . import ops
+
+States = list[Tensor] | tuple[Tensor, ...]
+
+
+def is_jagged(input: Any) -> bool:
+    """Whether the input is a jagged nested tensor."""
+    return isinstance(input, Tensor) and input.layout is torch.jagged
+
+
+def extended(
+    layers: Any,
+    input: Any,
+    states: States | None,
+    *,
+    lengths: Tensor | Sequence[int] | None = None,
+    reset_mask: Tensor | None = None,
+    reset_to_hx: bool = False,
+    return_cell_states: bool = False,
+) -> list[Tensor]:
+    """[output, *final states, cells if wanted] of LSTM, GRU or RNN `layers`; see LSTM there.
+
+    ValueError, TypeError or RuntimeError where an argument does not fit.
+    """
+    if isinstance(input, PackedSequence):
+        raise ValueError(
+            "lengths, reset_mask and return_cell_states take padded or jagged input, got a "
+            "PackedSequence; pad it (torch.nn.utils.rnn.pad_packed_sequence) and give lengths"
+        )
+    if is_jagged(input):
+        if lengths is not None or reset_mask is not None:
+            raise ValueError(
+                "lengths and reset_mask are of padded input, got a jagged nested tensor; pad it "
+                "(torch.nested.to_padded_tensor)"
+            )
+        ragged, flat = from_jagged(input), input.values()
+        layers.check_input(flat.unsqueeze(1), None)
+        options = ops.Options(cells=return_cell_states)
+        results = _ragged(layers, ragged, flat, states, input.shape[0], options)
+        for i in _sequences(layers, results):
+            results[i] = nested_tensor_from_jagged(results[i], input.offsets())
+        return results
+
+    if input.dim() not in (2, 3):
+        raise ValueError(
+            f"{type(layers).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead"
+        )
+    unbatched = input.dim() == 2
+    layers.check_input(input.unsqueeze(1) if unbatched else input, None)
+    if reset_mask is not None:
+        _check_reset_mask(reset_mask, input)
+    if lengths is None:
+        _check_states(layers, states, input.shape[0 if layers.batch_first else 1], unbatched)
+        if reset_mask is not None and unbatched:
+            reset_mask = reset_mask.unsqueeze(1)
+        elif reset_mask is not None and layers.batch_first:
+            reset_mask = reset_mask.transpose(0, 1)
+        options = ops.Options(None, reset_mask, reset_to_hx, return_cell_states)
+        return layers._kernels(input, states or (), options, own=True)  # type: ignore[no-any-return]
+
+    if unbatched:
+        raise ValueError("lengths are of an input of three dimensions, got two; unsqueeze it")
+    seq_len, batch = input.shape[:2] if not layers.batch_first else input.shape[1::-1]
+    ragged = from_lengths(lengths, seq_len, batch, layers.batch_first, input.device)
+    if reset_mask is not None:
+        reset_mask = ragged.gather(reset_mask.flatten())
+    options = ops.Options(None, reset_mask, reset_to_hx, return_cell_states)
+    results = _ragged(layers, ragged, input.flatten(0, 1), states, batch, options)
+    for i in _sequences(layers, results):
+        results[i] = results[i].reshape(*input.shape[:2], results[i].shape[1])
+    return results
+
+
+def _sequences(layers: Any, results: Sequence[Tensor]) -> list[int]:
+    """Which results are one for every step: the output and the cells."""
+    return [0, *range(1 + layers._num_states, len(results))]
+
+
+def _ragged(
+    layers: Any,
+    ragged: Ragged,
+    flat: Tensor,
+    states: States | None,
+    batch: int,
+    options: ops.Options,
+) -> list[Tensor]:
+    """`extended` for flat input [rows, I]; output and cells are flat too."""
+    _check_states(layers, states, batch, False)
+    sizes = _state_sizes(layers)
+    directions = 1 + layers.bidirectional
+    if states is None:
+        first = layers.num_layers * directions
+        states = [flat.new_zeros(first, batch, size) for size in sizes]
+    order = ragged.order
+    started = [s.index_select(1, order) for s in states]
+    if len(order):
+        options = options._replace(batch_sizes=ragged.batch_sizes)
+        results = layers._kernels(ragged.gather(flat), started, options, own=True)
+    else:  # all are empty
+        widths = [sizes[0]] + [layers.hidden_size] * options.cells
+        output, *cells = (flat.new_zeros(0, directions * width) for width in widths)
+        results = [output, *started, *cells]
+    for i, state in enumerate(states, 1):
+        results[i] = state.to(results[i].dtype).index_copy(1, order, results[i])
+    for i in _sequences(layers, results):
+        results[i] = ragged.scatter(results[i], flat)
+    return results  # type: ignore[no-any-return]
+
+
+def _state_sizes(layers: Any) -> tuple[int, ...]:
+    return (layers.proj_size or layers.hidden_size, layers.hidden_size)[: layers._num_states]
+
+
+def _check_states(layers: Any, states: States | None, batch: int, unbatched: bool) -> None:
+    """RuntimeError unless the states are those of so many sequences."""
+    first = layers.num_layers * (1 + layers.bidirectional)
+    for i, (state, size) in enumerate(zip(states or (), _state_sizes(layers), strict=False)):
+        expected = (first, size) if unbatched else (first, batch, size)
+        if state.shape != expected:
+            raise RuntimeError(f"Expected hidden[{i}] size {expected}, got {list(state.shape)}")
+
+
+def _check_reset_mask(mask: Any, input: Tensor) -> None:
+    """ValueError unless mask is bool, and of the shape of all but the input's last dimension."""
+    tensor = isinstance(mask, Tensor)
+    if not tensor or mask.dtype is not torch.bool or mask.shape != input.shape[:-1]:
+        got = f"{mask.dtype} {list(mask.shape)}" if tensor else type(mask).__name__
+        raise ValueError(
+            f"reset_mask must be torch.bool {list(input.shape[:-1])}, the input's shape without "
+            f"its features, got {got}; convert with .bool(), transpose with .t()"
+        )
+
+
+class Ragged(NamedTuple):
+    """Where the rows of some sequences are.
+
+    rows: int64 [N], the rows of the flattened input in the kernels' order, on its device
+    batch_sizes: int64 [T] as a PackedSequence's, on the CPU; empty if every sequence is
+    order: int64, the sequences that are not empty, by falling length, on the input's device
+    """
+
+    rows: Tensor
+    batch_sizes: Tensor
+    order: Tensor
+
+    def gather(self, flat: Tensor) -> Tensor:
+        """The kernels' rows [N, ...] of an array [rows of the input, ...]."""
+        return flat.index_select(0, self.rows)
+
+    def scatter(self, rows: Tensor, like: Tensor) -> Tensor:
+        """The reverse of `gather`: zeros where no sequence is."""
+        empty = rows.new_zeros(like.shape[0], *rows.shape[1:])
+        return empty.index_copy(0, self.rows, rows)
+
+
+def _rows_of(lengths: Tensor, first: Tensor, stride: int, device: torch.device) -> Ragged:
+    """Of sequences whose t-th row is first + t * stride; lengths and first: CPU, int64 [B]."""
+    ordered, order = lengths.sort(descending=True, stable=True)
+    order = order[: int((ordered > 0).sum())]
+    ordered = ordered[: len(order)]
+    times = torch.arange(int(ordered[0]) if len(order) else 0).unsqueeze(1)
+    runs = times < ordered  # [T, sequences]
+    rows = (first[order] + times * stride)[runs]
+    return Ragged(rows.to(device), runs.sum(1), order.to(device))
+
+
+def from_lengths(
+    lengths: Tensor | Sequence[int],
+    seq_len: int,
+    batch: int,
+    batch_first: bool,
+    device: torch.device,
+) -> Ragged:
+    """Of padded input [seq_len, batch], or [batch, seq_len] with batch_first, flattened.
+
+    TypeError unless lengths are integers, ValueError unless they are `batch` from 0 to seq_len.
+    """
+    lengths = torch.as_tensor(lengths, device="cpu")
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype is torch.bool:
+        raise TypeError(f"lengths must be integers, got {lengths.dtype}; convert with .long()")
+    if lengths.shape != (batch,):
+        raise ValueError(
+            f"lengths must be [{batch}], one for each sequence of the batch, got "
+            f"{list(lengths.shape)}"
+        )
+    if batch and (int(lengths.min()) < 0 or int(lengths.max()) > seq_len):
+        raise ValueError(
+            f"lengths must be from 0 to {seq_len}, the input's time steps, got "
+            f"{int(lengths.min())} to {int(lengths.max())}; pad the input or clamp the lengths"
+        )
+    sequences = torch.arange(batch)
+    first = sequences * seq_len if batch_first else sequences
+    return _rows_of(lengths.long(), first, 1 if batch_first else batch, device)
+
+
+def from_jagged(nested: Tensor) -> Ragged:
+    """Of a jagged nested tensor [B, *, I]'s values.
+
+    ValueError if another dimension is the ragged one, or if it has holes.
+    """
+    if nested.dim() != 3 or nested._ragged_idx != 1:  # type: ignore[attr-defined]
+        raise ValueError(
+            "a jagged input must be [B, *, I], ragged in dimension 1, got "
+            f"{nested.dim()} dimensions, ragged in {nested._ragged_idx}; "  # type: ignore[attr-defined]
+            "transpose it before"
+        )
+    if nested.lengths() is not None:  # type: ignore[attr-defined]
+        raise ValueError("a jagged input must have no holes; call .contiguous() before")
+    offsets = nested.offsets().cpu()  # type: ignore[attr-defined]
+    return _rows_of(offsets.diff(), offsets[:-1], 1, nested.device)
