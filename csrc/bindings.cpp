@@ -250,9 +250,9 @@ struct Layer {
     return true;
   }
 
-  int64_t state_size(int i) const { return i == 0 ? P : H; }
+  int64_t state_size(int64_t i) const { return i == 0 ? P : H; }
   // The i-th state (h, c), or the gradient of one.
-  bool read_state(PyObject* object, int i, TensorView* out) {
+  bool read_state(PyObject* object, int64_t i, TensorView* out) {
     return one_step ? read_dense(object, {B, state_size(i)}, out)
                     : read_dense(object, {D, B, state_size(i)}, out);
   }
@@ -262,7 +262,7 @@ struct Layer {
                                         : read_dense(object, {T, B, size}, out);
   }
 
-  NewTensor new_state(PyObject* like, int i) const {
+  NewTensor new_state(PyObject* like, int64_t i) const {
     return one_step ? NewTensor(like, dtype(), {B, state_size(i)})
                     : NewTensor(like, dtype(), {D, B, state_size(i)});
   }
@@ -508,7 +508,7 @@ py::object backward(PyObject* const* arguments) {
       gradients.input[1] = layer.memory.back().get();
     }
   }
-  for (int i = 0; i < states; ++i) {
+  for (int64_t i = 0; i < states; ++i) {
     if (!wanted(1 + i)) continue;
     made[size_t(1 + i)] = layer.new_state(like, i);
     gradients.states[i] = made[size_t(1 + i)].data;

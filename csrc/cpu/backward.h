@@ -37,7 +37,7 @@ struct BackwardLayout {
       unprojected = rows * a.H;
     }
     if (Cell::kPrevIsH || a.grad_weight_hh[0] || a.grad_weight_hh[1]) h_prev = rows * a.P;
-    if (Cell::kHasCell && (s.offsets || s.reset)) c_prev = s.B * a.H;
+    if (Cell::kHasCell && !all_alike(s)) c_prev = s.B * a.H;
     if (Cell::kHasCarry) carry = initial_carry = s.B * a.H;
     if (a.grad_h0) initial_gates = s.B * gate_size;
     grad_gates = rows * gate_size;

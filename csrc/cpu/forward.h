@@ -30,7 +30,7 @@ struct ForwardLayout {
     const Sequences& s  = a.sequences;
     const int64_t rows  = rows_before(s, s.T);
     const auto round_up = [](int64_t elements) { return (elements + 15) / 16 * 16; };
-    if (s.offsets || s.reset) started = round_up(2 * s.B * a.P);
+    if (!all_alike(s)) started = round_up(2 * s.B * a.P);
     const int64_t passes  = s.T * ((s.B + kUnpackedRows - 1) / kUnpackedRows);
     const int64_t weights = Cell::kGates * a.H * (a.I + a.P) * int64_t(sizeof(T));
     if (!a.weight_hr[0] &&

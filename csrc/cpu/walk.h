@@ -30,6 +30,9 @@ inline int64_t steps_of(const Sequences& s, int64_t row) {
   return low;
 }
 
+// Whether all rows run at every step, each from the step before.
+inline bool all_alike(const Sequences& s) { return s.offsets == nullptr && s.reset == nullptr; }
+
 // What the state before a row's step is: that of the direction's step before, h0 and c0, or zeros.
 enum class Source { kPrevious, kInitial, kZero };
 
@@ -61,7 +64,7 @@ class Walk {
 
   // Whether all rows of [begin, end) have the same source, as they have where nothing is special.
   FUSEDRNN_INLINE bool uniform(int64_t i, int64_t begin, int64_t end) const {
-    return (!s_.reset && !s_.offsets) || all_as_usual(i, begin, end);
+    return all_alike(s_) || all_as_usual(i, begin, end);
   }
 
  private:
