@@ -127,6 +127,7 @@ struct Layer {
   bool projects   = false;
   bool cells      = false;  // c of every step is a result too
   bool to_initial = false;
+  bool again      = false;  // backward computes the gates again
   TensorView input, states[2], reset;
   static constexpr int kWeights = 5;  // of each direction: weight_ih, weight_hh, biases, weight_hr
   TensorView weights[2][kWeights];
@@ -205,11 +206,12 @@ struct Layer {
     PyObject *batch_sizes = Py_None, *mask = Py_None;
     if (object != Py_None) {
       const Items options(object);
-      if (options.size() != 4) throw py::type_error("expected ops.Options");
+      if (options.size() != 5) throw py::type_error("expected ops.Options");
       batch_sizes = options[0];
       mask        = options[1];
       to_initial  = options[2] == Py_True;
       cells       = options[3] == Py_True;
+      again       = options[4] == Py_True && cell.saved > 1;  // RNN saves h alone
     }
     if (cells && !cell.has_cell_state) return false;
     if (batch_sizes != Py_None) {
@@ -307,9 +309,26 @@ struct Layer {
     view->data = floats;
   }
 
-  int64_t gates_size() const { return D * N * H * cell.gates; }
-  int64_t cell_size() const { return D * N * H * cell.saved; }  // gates and extra
-  int64_t saved_size() const { return cell_size() + (projects ? D * N * P : 0); }
+  // What forward saves: gates, extra, hidden, each [D, N, ...] or nothing.
+  bool saves_gates() const { return !again; }
+  bool saves_extra() const { return again ? cell.has_cell_state : cell.saved > cell.gates; }
+  bool saves_hidden() const { return again || projects; }
+  int64_t saved_size() const {
+    return D * N * (H * (saves_gates() * cell.gates + saves_extra()) + saves_hidden() * P);
+  }
+  // Puts them in their places in `saved`, if it is there.
+  template <class Args, class T>
+  void place_saved(Args* args, T* saved) const {
+    if (!saved) return;
+    const auto place = [&](bool wanted, int64_t numbers) {
+      T* const at  = wanted ? saved : nullptr;
+      saved       += wanted * D * N * numbers;
+      return at;
+    };
+    args->gates  = place(saves_gates(), H * cell.gates);
+    args->extra  = place(saves_extra(), H);
+    args->hidden = place(saves_hidden(), P);
+  }
 
   template <class Args>
   void fill(Args* args) const {
@@ -327,6 +346,8 @@ struct Layer {
     for (int64_t d = 0; d < D; ++d) {
       args->weight_ih[d] = of(weights[d][0]);
       args->weight_hh[d] = of(weights[d][1]);
+      args->bias_ih[d]   = of(weights[d][2]);
+      args->bias_hh[d]   = of(weights[d][3]);
       args->weight_hr[d] = of(weights[d][4]);
     }
   }
@@ -347,10 +368,6 @@ ForwardArgs<T> forward_args(const Layer& layer, int num_threads) {
   args.num_threads    = num_threads;
   args.input_stride_t = layer.one_step ? 0 : layer.input.strides[0];
   args.input_stride_b = layer.input.strides[layer.input.dims - 2];
-  for (int64_t d = 0; d < layer.D; ++d) {
-    args.bias_ih[d] = static_cast<const T*>(layer.weights[d][2].data);
-    args.bias_hh[d] = static_cast<const T*>(layer.weights[d][3].data);
-  }
   return args;
 }
 
@@ -361,16 +378,13 @@ struct Results {
 
 template <class T>
 void run_forward(Layer& layer, int num_threads, const Results& results) {
-  auto args       = forward_args<T>(layer, num_threads);
-  args.save       = results.saved != nullptr;
-  args.gates      = static_cast<T*>(results.saved);
-  args.extra      = args.save ? args.gates + layer.gates_size() : nullptr;
-  args.hidden     = args.save ? args.gates + layer.cell_size() : nullptr;
+  auto args = forward_args<T>(layer, num_threads);
+  layer.place_saved(&args, static_cast<T*>(results.saved));
   args.output     = static_cast<T*>(results.output);
   args.h_n        = static_cast<T*>(results.h_n);
   args.c_n        = static_cast<T*>(results.c_n);
   const int64_t H = layer.H, N = layer.N, D = layer.D;
-  if (results.cells && !args.save) {
+  if (results.cells && !results.saved) {
     layer.memory.push_back(allocate(sizeof(T) * size_t(D * N * H)));
     args.extra = static_cast<T*>(layer.memory.back().get());
   }
@@ -431,13 +445,11 @@ void run_backward(const Layer& layer, int num_threads, int64_t groups, const voi
   layer.fill(&args);
   args.num_threads = num_threads;
   args.groups      = groups;
-  args.gates       = static_cast<const T*>(saved);
-  args.extra       = args.gates + layer.gates_size();
+  layer.place_saved(&args, static_cast<const T*>(saved));
   args.grad_output = static_cast<const T*>(grads.output.data);
   args.grad_h_n    = static_cast<const T*>(grads.h_n.data);
   args.grad_c_n    = static_cast<const T*>(grads.c_n.data);
   args.grad_cells  = static_cast<const T*>(grads.cells.data);
-  args.hidden      = args.gates + layer.cell_size();
   args.grad_h0     = static_cast<T*>(grads.states[0]);
   args.grad_c0     = static_cast<T*>(grads.states[1]);
   for (int64_t d = 0; d < layer.D; ++d) {

@@ -47,7 +47,6 @@ struct ForwardArgs {
   Sequences sequences;
   int64_t I, H, P, D;
   int num_threads;  // at most; fewer run where the work does not pay for them
-  bool save;        // whether a backward pass will follow
 
   // Features are dense, the other strides, in elements, free; with offsets, only stride_b is read.
   const scalar_t* input;  // [N, I]
@@ -58,12 +57,12 @@ struct ForwardArgs {
   const scalar_t* bias_hh[2];    // [G*H], or null
   const scalar_t* weight_hr[2];  // [P, H], LSTM only, or null: then P = H
 
-  // Out, if save: the activated gates (LSTM i f g o, GRU r z n, RNN h).
+  // Out, each null if not wanted: what backward needs. Either the activated gates (LSTM i f g o, GRU
+  // r z n, RNN h),
   scalar_t* gates;  // [D, N, G*H]
-  // Out, if save: LSTM c, GRU a_hn (the recurrent part of n before the reset gate). RNN: not used.
-  // LSTM's is written without save too, unless null.
-  scalar_t* extra;  // [D, N, H]
-  // Out, if save and weight_hr: h.
+  // and with them LSTM c, GRU a_hn (the recurrent part of n before the reset gate),
+  scalar_t* extra;  // [D, N, H]; of LSTM also without the gates
+  // and h, if weight_hr; or, for backward to compute the gates again, h and LSTM's c.
   scalar_t* hidden;  // [D, N, P]
 
   const scalar_t* h0;  // [D, B, P]
@@ -83,12 +82,14 @@ struct BackwardArgs {
   // each has its own gradients of the weights and biases, which then are [groups, ...].
   int64_t groups;
 
-  const scalar_t* gates;         // [D, N, G*H], as ForwardArgs left it
+  const scalar_t* gates;         // [D, N, G*H], as ForwardArgs left it, or null: computed again
   const scalar_t* extra;         // [D, N, H], as ForwardArgs left it
   const scalar_t* hidden;        // [D, N, P], as ForwardArgs left it
   const scalar_t* input;         // [N, I]
-  const scalar_t* weight_ih[2];  // [G*H, I]; not read without grad_input
+  const scalar_t* weight_ih[2];  // [G*H, I]; not read with gates and without grad_input
+  const scalar_t* bias_ih[2];    // [G*H], or null; not read with gates
   const scalar_t* weight_hh[2];  // [G*H, P]
+  const scalar_t* bias_hh[2];    // [G*H], or null; not read with gates
   const scalar_t* weight_hr[2];  // [P, H], or null
   const scalar_t* h0;            // [D, B, P]
   const scalar_t* c0;            // [D, B, H], LSTM only

@@ -229,7 +229,7 @@ def reference_layer(
             input.new_zeros((len(weights) // per_direction, rows, size))
             for size in sizes[: ops.CELLS[cell].states]
         ]
-    results = reference.scan(cell, input, tuple(initial), weights, *options)
+    results = reference.scan(cell, input, tuple(initial), weights, *options[:4])
     return tuple(r.squeeze(0) for r in results[1:]) if one_step else results
 
 

@@ -194,6 +194,9 @@ class _LSTMKeywords(_Keywords, total=False):
 class _Layers(_Fused, nn.RNNBase):
     """What LSTM, GRU and RNN share: layers x directions over functional.py's layer."""
 
+    # True: less memory between forward and backward, which computes the gates again (ops.Options).
+    recompute_gates = False
+
     def _compiling(self, forward: Callable[..., Any], input: Any, hx: Any, **keywords: Any) -> Any:
         # An exported program keeps torch's own operation, as that of a torch.nn module does.
         if is_exporting():
@@ -203,7 +206,7 @@ class _Layers(_Fused, nn.RNNBase):
         fits = hx is None or len(states) == self._num_states
         if (
             fits
-            and not (self.proj_size or keywords)
+            and not (self.proj_size or self.recompute_gates or keywords)
             and library.fits_a_graph(
                 (input, *states, *(getattr(self, name) for name in self._flat_weights_names))
             )
@@ -227,6 +230,8 @@ class _Layers(_Fused, nn.RNNBase):
         With options.batch_sizes the input is a PackedSequence's data. `own`: torch has no such
         call.
         """
+        if self.recompute_gates:
+            options = (options or ops.Options())._replace(recompute=True)
         weights = self._flat_weights
         # torch's check goes through nn.Module.__getattr__: 8 us a call where this takes 0.6.
         # Whatever differs here (functional_call, parametrizations, pruning, ...) is left to it.
@@ -339,6 +344,9 @@ class LSTM(_Layers):
         hx      (h_0, c_0), [D * num_layers, B, P] and [D * num_layers, B, hidden_size] (no B with a
                 2-D input) and of the input's dtype and device; zeros if None
         output  [T, B, D * P] or as the input, h_n and c_n as h_0 and c_0
+
+    With the attribute recompute_gates = True (it is False) a layer keeps only h and c for backward,
+    2 numbers instead of 5 for each unit and step, and computes the gates again there.
 
     What torch.nn.LSTM has not, by keyword:
         lengths             integers [B] from 0 to T, in any order: the steps of each sequence of a

@@ -156,6 +156,47 @@ def test_each_gradient_alone():
             assert relative_error(*found) < 1e-12
 
 
+@pytest.mark.parametrize("D", [1, 2])
+@pytest.mark.parametrize(("cell", "form", "reset"), CASES)
+def test_gates_computed_again(cell, form, reset, D):
+    """The same bits, from less."""
+    numbers = {"lstm": (5, 2), "gru": (4, 1)}.get(cell, (1, 1))  # a row and unit: of h as of c
+    for P in (0, 7) if cell == "lstm" else (0,):
+        leaves, num_states, options = problem(
+            cell, 9, 17, 5, 33, D, P=P, packed=form == "packed", reset=reset, dtype=torch.float64
+        )
+        expected = run(functional.kernel_layer, cell, leaves, num_states, options)
+        again = options._replace(recompute=True)
+        with ran("kernel_forward", "kernel_backward"):
+            actual = run(functional.kernel_layer, cell, leaves, num_states, again)
+        assert all(map(torch.equal, actual, expected))
+        detached = [leaf.detach() for leaf in leaves]
+        arguments = (detached[0], detached[1 : 1 + num_states], detached[1 + num_states :])
+        sizes = [
+            ops.forward(cell, *arguments, True, o)[1].numel() / (D * detached[0].numel() / 5)
+            for o in (options, again)
+        ]
+        if P:
+            assert sizes == [5 * 33 + 7, 33 + 7]
+        else:
+            assert sizes == [33 * n for n in numbers]
+
+
+def test_gates_computed_again_on_two_threads():
+    for cell, B in itertools.product(LAYER_CELLS, (3, 48)):
+        leaves, num_states, options = problem(
+            cell, 30, B, 64, 96, 1, packed=False, reset=None, dtype=torch.float32
+        )
+        threads, found = torch.get_num_threads(), []
+        for n, again in ((1, False), (1, True), (2, True)):
+            torch.set_num_threads(n)
+            choice = options._replace(recompute=again)
+            found.append(run(functional.kernel_layer, cell, leaves, num_states, choice))
+        torch.set_num_threads(threads)
+        for other in found[1:]:
+            assert all(map(torch.equal, found[0], other))
+
+
 def test_gradients_of_groups():
     """Boundaries and projections too: the groups' gradients of weights add up to all rows'."""
     for cell, P in [(c, 0) for c in LAYER_CELLS] + [("lstm", 2)]:

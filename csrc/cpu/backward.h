@@ -9,13 +9,24 @@
 namespace fusedrnn {
 namespace {
 
+// Whether gates that are computed again may lie where their gradients will: each is read just before
+// its gradient is written.
+template <class Cell>
+constexpr bool kShareGates = Cell::kGates == Cell::kGradGates;
+
 // How a backward call lays out a direction's scratch.
 template <class Cell, class T>
 struct BackwardLayout {
-  int64_t recurrent     = 0;  // elements: packed weight_hh,
+  // For gates that are computed again, elements: packed weight_ih and weight_hh,
+  int64_t forward_input     = 0;
+  int64_t forward_recurrent = 0;
+  int64_t gates             = 0;  // [N, G*H], unless they share grad_gates' memory,
+  int64_t extra             = 0;  // [N, H], GRU's
+  // For all calls:
+  int64_t recurrent     = 0;  // packed weight_hh,
   int64_t projection    = 0;  // packed weight_hr,
   int64_t h_prev        = 0;  // [N, P], if it is wanted
-  int64_t c_prev        = 0;  // [B, H], of steps that some rows begin with
+  int64_t c_prev        = 0;  // [B, H], of steps that some rows begin with; [N, H] with `gates`
   int64_t carry         = 0;  // [B, H]: the cell's part of the gradient of the state before,
   int64_t initial_carry = 0;  // [B, H], and of h0 or c0
   int64_t initial_gates = 0;  // [B, E*H]: grad_gates, summed over a row's steps behind h0
@@ -36,45 +47,64 @@ struct BackwardLayout {
       grad_h      = rows * a.P;
       unprojected = rows * a.H;
     }
-    if (Cell::kPrevIsH || a.grad_weight_hh[0] || a.grad_weight_hh[1]) h_prev = rows * a.P;
-    if (Cell::kHasCell && !all_alike(s)) c_prev = s.B * a.H;
+    const bool again = a.gates == nullptr;
+    if (again) {
+      const auto panels = [&](int64_t K) {
+        return blocks_of<T>(a.H) * forward_panel_size<Cell, T>(K);
+      };
+      forward_input     = panels(a.I);
+      forward_recurrent = panels(a.P);
+      if (!kShareGates<Cell>) gates = rows * Cell::kGates * a.H;
+      if (Cell::kHasExtra && !Cell::kHasCell) extra = rows * a.H;
+    }
+    if (again || Cell::kPrevIsH || a.grad_weight_hh[0] || a.grad_weight_hh[1]) h_prev = rows * a.P;
+    if (Cell::kHasCell) c_prev = (again ? rows : all_alike(s) ? 0 : s.B) * a.H;
     if (Cell::kHasCarry) carry = initial_carry = s.B * a.H;
     if (a.grad_h0) initial_gates = s.B * gate_size;
     grad_gates = rows * gate_size;
   }
   int64_t elements() const {
-    return recurrent + projection + h_prev + c_prev + carry + initial_carry + initial_gates +
-           grad_gates + grad_h + unprojected;
+    return forward_input + forward_recurrent + gates + extra + recurrent + projection + h_prev +
+           c_prev + carry + initial_carry + initial_gates + grad_gates + grad_h + unprojected;
   }
 };
 
 template <class Cell, class T>
 void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
                         const Scratch<T>& scratch) {
-  constexpr int G      = Cell::kGates;
-  constexpr int E      = Cell::kGradGates;
-  const Sequences& s   = a.sequences;
-  const int64_t H      = a.H;
-  const int64_t P      = a.P;
-  const int64_t rows   = rows_before(s, s.T);
-  const T* const h0    = a.h0 + d * s.B * P;
-  const T* const c0    = Cell::kHasCell ? a.c0 + d * s.B * H : nullptr;
-  const T* const gates = a.gates + d * rows * G * H;
-  const T* const extra = Cell::kHasExtra ? a.extra + d * rows * H : nullptr;
-  const bool projects  = a.weight_hr[d] != nullptr;
+  constexpr int G     = Cell::kGates;
+  constexpr int E     = Cell::kGradGates;
+  const Sequences& s  = a.sequences;
+  const int64_t H     = a.H;
+  const int64_t P     = a.P;
+  const int64_t rows  = rows_before(s, s.T);
+  const T* const h0   = a.h0 + d * s.B * P;
+  const T* const c0   = Cell::kHasCell ? a.c0 + d * s.B * H : nullptr;
+  const bool again    = a.gates == nullptr;
+  const bool projects = a.weight_hr[d] != nullptr;
   const Walk walk(s, d);
   const BackwardLayout<Cell, T> layout(a);
 
-  T* const recurrent     = scratch.numbers(d);
-  T* const projection    = recurrent + layout.recurrent;
-  T* const all_h_prev    = projection + layout.projection;
-  T* const c_prev        = all_h_prev + layout.h_prev;
-  T* const carry         = c_prev + layout.c_prev;
-  T* const initial_carry = carry + layout.carry;
-  T* const initial_gates = initial_carry + layout.initial_carry;
-  T* const all_grad_h    = initial_gates + layout.initial_gates;
-  T* const unprojected   = all_grad_h + layout.grad_h;
-  T* const grad_gates    = unprojected + layout.unprojected;
+  T* const forward_input     = scratch.numbers(d);
+  T* const forward_recurrent = forward_input + layout.forward_input;
+  T* const own_gates         = forward_recurrent + layout.forward_recurrent;
+  T* const own_extra         = own_gates + layout.gates;
+  T* const recurrent         = own_extra + layout.extra;
+  T* const projection        = recurrent + layout.recurrent;
+  T* const all_h_prev        = projection + layout.projection;
+  T* const c_prev            = all_h_prev + layout.h_prev;
+  T* const carry             = c_prev + layout.c_prev;
+  T* const initial_carry     = carry + layout.carry;
+  T* const initial_gates     = initial_carry + layout.initial_carry;
+  T* const all_grad_h        = initial_gates + layout.initial_gates;
+  T* const unprojected       = all_grad_h + layout.grad_h;
+  T* const grad_gates        = unprojected + layout.unprojected;
+
+  T* const gates_again = kShareGates<Cell> ? grad_gates : own_gates;
+  const T* const gates = again ? gates_again : a.gates + d * rows * G * H;
+  const T* extra       = own_extra;
+  if (Cell::kHasExtra && a.extra) extra = a.extra + d * rows * H;
+  const T* const hidden = a.hidden ? a.hidden + d * rows * P : nullptr;
 
   const int64_t h_blocks = blocks_of<T>(P);
   const int64_t h_block_begin =
@@ -89,29 +119,72 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   };
 
   // h of the step before each, what grad_weight_hh is the product with. Not the output, which its
-  // owner may have changed by now: GRU's is computed from the saved gates, forwards, LSTM's and RNN's
-  // by the steps below, that of a projection was saved.
+  // owner may have changed by now: if h was not saved, GRU's is computed from the saved gates,
+  // forwards, LSTM's and RNN's by the steps below.
   const auto h_prev = [&](int64_t i) { return all_h_prev + walk.offset(i) * P; };
   for (int64_t i = 0; layout.h_prev && i < s.T; ++i) {
     const Tile2d part = part_of_h(walk.count(i));
-    if (i > 0 && !Cell::kPrevIsH && !projects && walk.uniform(i, part.row_begin, part.row_end)) {
+    if (i > 0 && !Cell::kPrevIsH && !hidden && walk.uniform(i, part.row_begin, part.row_end)) {
       continue;
     }
     for (int64_t row = part.row_begin; row < part.row_end; ++row) {
-      T* const to         = h_prev(i) + row * P;
       const Source source = walk.source(i, row);
       const Tile2d one    = {row, row + 1, part.unit, part.units};
       if (source != Source::kPrevious) {
         copy_rows<T>(one, h_prev(i), P,
                      [&](int64_t) { return source == Source::kInitial ? h0 + row * P : nullptr; });
-      } else if (projects) {
-        const T* const hidden = a.hidden + (d * rows + walk.offset(i - 1)) * P;
-        copy_rows<T>(one, h_prev(i), P, [&](int64_t) { return hidden + row * P; });
+      } else if (hidden) {
+        const T* const from = hidden + (walk.offset(i - 1) + row) * P;
+        copy_rows<T>(one, h_prev(i), P, [&](int64_t) { return from; });
       } else if constexpr (Cell::kPrevIsH) {
         recompute_h<Cell>(H, shard.block_begin, shard.block_end,
-                          gates + (walk.offset(i - 1) + row) * G * H, h_prev(i - 1) + row * P, to);
+                          gates + (walk.offset(i - 1) + row) * G * H, h_prev(i - 1) + row * P,
+                          h_prev(i) + row * P);
       }
     }
+  }
+  // LSTM's c of the step before the i-th, to c_to.
+  const auto copy_c_prev = [&](int64_t i, T* c_to) {
+    const T* const previous = i == 0 ? nullptr : extra + walk.offset(i - 1) * H;
+    copy_rows<T>(part_of_c(walk.count(i)), c_to, H, [&](int64_t row) -> const T* {
+      const Source source = walk.source(i, row);
+      if (source == Source::kPrevious) return previous + row * H;
+      return source == Source::kInitial ? c0 + row * H : nullptr;
+    });
+  };
+  Barrier direction_barrier = scratch.direction_barrier(d, shard);
+  const auto mine = [&](int64_t of) { return of * shard.direction_rank / shard.direction_threads; };
+  const auto next = [&](int64_t of) {
+    return of * (shard.direction_rank + 1) / shard.direction_threads;
+  };
+
+  if (again) {
+    // The gates, of all rows at once: what a step begins with is known.
+    for (int64_t i = 0; Cell::kHasCell && i < s.T; ++i) copy_c_prev(i, c_prev + walk.offset(i) * H);
+    const int64_t blocks = blocks_of<T>(H);
+    pack_forward<Cell, T>(forward_input, a.weight_ih[d], a.bias_ih[d], H, a.I, mine(blocks),
+                          next(blocks));
+    pack_forward<Cell, T>(forward_recurrent, a.weight_hh[d], a.bias_hh[d], H, P, mine(blocks),
+                          next(blocks));
+    direction_barrier.wait();
+    ProjectStep<T> project{a.I, H, a.input, a.I, gates_again, G * H, forward_input};
+    ForwardStep<T> step{};
+    step.H             = H;
+    step.P             = P;
+    step.save          = true;
+    step.gates         = gates_again;
+    step.extra         = layout.extra ? own_extra : nullptr;
+    step.h_prev        = all_h_prev;
+    step.h_prev_stride = P;
+    step.prev          = Cell::kHasCell ? c_prev : all_h_prev;
+    step.prev_stride   = H;
+    step.panels        = forward_recurrent;
+    for (int64_t row = mine(rows); row < next(rows); row += kChunkRows) {
+      const int64_t end = min64(next(rows), row + kChunkRows);
+      run_tiles<ProjectTiles<Cell, T>>(project, row, end, 0, blocks, false);
+      run_tiles<ForwardTiles<Cell, T>>(step, row, end, 0, blocks, false);
+    }
+    direction_barrier.wait();
   }
 
   if constexpr (Cell::kHasCarry) {
@@ -121,7 +194,6 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     copy_rows<T>(part_of_c(s.B), initial_carry, H, [](int64_t) -> const T* { return nullptr; });
   }
 
-  Barrier direction_barrier = scratch.direction_barrier(d, shard);
   if (s.T > 1) {
     pack_shared(shard, h_blocks, h_block_begin, h_block_end, direction_barrier,
                 [&](int64_t begin, int64_t end) {
@@ -163,15 +235,12 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     if constexpr (Cell::kHasExtra) step.extra = extra + offset * H;
     if constexpr (Cell::kPrevIsH) step.prev = h_prev(i);
     if constexpr (Cell::kHasCell) {
-      const T* const previous = i == 0 ? nullptr : extra + walk.offset(i - 1) * H;
-      if (walk.uniform(i, row_begin, row_end)) {
-        step.prev = i == 0 ? c0 : previous;
+      if (again) {
+        step.prev = c_prev + offset * H;
+      } else if (walk.uniform(i, row_begin, row_end)) {
+        step.prev = i == 0 ? c0 : extra + walk.offset(i - 1) * H;
       } else {
-        copy_rows<T>(part_of_c(count), c_prev, H, [&](int64_t row) -> const T* {
-          const Source source = walk.source(i, row);
-          if (source == Source::kPrevious) return previous + row * H;
-          return source == Source::kInitial ? c0 + row * H : nullptr;
-        });
+        copy_c_prev(i, c_prev);
         step.prev = c_prev;
       }
     }
@@ -190,7 +259,7 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
       grad_h.terms = grad_gates + walk.offset(i + 1) * E * H;
       grad_h.cut   = walk.boundaries(i + 1);
       grad_h.h_n   = nullptr;
-      step.h       = layout.h_prev && !projects ? h_prev(i + 1) : nullptr;
+      step.h       = layout.h_prev && !hidden ? h_prev(i + 1) : nullptr;
       run(row_begin, ending);
     }
     grad_h.terms = nullptr;
@@ -225,10 +294,6 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
 
   // Once grad_gates and h_prev are whole, each thread takes some rows of every gradient.
   direction_barrier.wait();
-  const auto mine = [&](int64_t of) { return of * shard.direction_rank / shard.direction_threads; };
-  const auto next = [&](int64_t of) {
-    return of * (shard.direction_rank + 1) / shard.direction_threads;
-  };
   if (T* const out = a.grad_input[d]) {  // = grad_gates_x weight_ih
     matrix_product<T>(
         {G * H, grad_gates + (E - G) * H, E * H, 1, a.weight_ih[d], a.I, out, a.I, false},

@@ -46,7 +46,7 @@ struct ForwardLayout {
     // Rows of consecutive steps are one matrix: then a chunk is one product.
     const bool one_matrix = s.offsets || s.B == 1 || a.input_stride_t == s.B * a.input_stride_b;
     chunk_rows            = one_matrix ? max64(s.B, min64(rows, kChunkRows)) : s.B;
-    if (!a.save) gates = chunk_rows * Cell::kGates * a.H;
+    if (!a.gates) gates = chunk_rows * Cell::kGates * a.H;
   }
   int64_t elements() const {
     return recurrent + input + projection + unprojected + started + gates;
@@ -88,7 +88,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   ForwardStep<T>& step = unpacked.step;
   step.H               = H;
   step.P               = P;
-  step.save            = a.save;
+  step.save            = a.gates != nullptr;
   ProjectStep<T> project{};
   project.I            = a.I;
   project.H            = H;
@@ -224,11 +224,11 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
     T* const h    = output_of(i);
     step.h        = projects ? unprojected : h;
     step.h_stride = projects ? H : DP;
-    step.gates    = a.save || layout.gates ? gates_of(offset) : nullptr;
+    step.gates    = a.gates || layout.gates ? gates_of(offset) : nullptr;
     if constexpr (Cell::kHasCell) {  // c passes through extra if there is one, else in place in c_n
       step.extra = a.extra ? a.extra + (first + offset) * H : c_n;
     } else if constexpr (Cell::kHasExtra) {
-      step.extra = a.save ? a.extra + (first + offset) * H : nullptr;
+      step.extra = a.extra ? a.extra + (first + offset) * H : nullptr;
     }
 
     if (layout.packed()) {
@@ -243,10 +243,10 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
       project_h.gates = h;
       run_tiles<ProjectTiles<Projection, T>>(project_h, row_begin, row_end, h_block_begin,
                                              h_block_end, i % 2 == 1);
-      if (a.save) {
-        copy_rows<T>(part_of_h(count), a.hidden + (first + offset) * P, P,
-                     [&](int64_t row) { return h + row * DP; });
-      }
+    }
+    if (a.hidden) {
+      copy_rows<T>(part_of_h(count), a.hidden + (first + offset) * P, P,
+                   [&](int64_t row) { return h + row * DP; });
     }
 
     const int64_t going_on = i + 1 < s.T ? min64(count, walk.count(i + 1)) : 0;

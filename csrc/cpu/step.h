@@ -129,12 +129,12 @@ struct ForwardStep {
   int64_t H, P;
   bool save;
   T* gates;         // [B, G*H]: for the activated gates, if save; forward_tile finds gates_x there
-  T* extra;         // [B, H]: LSTM c (always); GRU a_hn, or null
+  T* extra;         // [B, H]: LSTM c, GRU a_hn; or null
   const T* h_prev;  // [B, P]
   int64_t h_prev_stride;
   const T* prev;  // [B, H]: LSTM c_prev, GRU h_prev
   int64_t prev_stride;
-  T* h;  // [B, H]: before the projection, if there is one
+  T* h;  // [B, H]: before the projection, if there is one; or null
   int64_t h_stride;
   const T* panels;  // pack_forward's
 };
@@ -152,9 +152,9 @@ FUSEDRNN_INLINE void forward_units(const ForwardStep<T>& s, int64_t row, int64_t
     prev = load(s.prev + row * s.prev_stride + unit, lanes);
   }
   const auto out = Cell::forward(gates_x, gates_h, prev);
-  store(s.h + row * s.h_stride + unit, out.h, lanes);
+  if (s.h) store(s.h + row * s.h_stride + unit, out.h, lanes);
   if constexpr (Cell::kHasExtra) {
-    if (Cell::kHasCell || s.save) store(s.extra + row * H + unit, out.extra, lanes);
+    if (s.extra) store(s.extra + row * H + unit, out.extra, lanes);
   }
   if (s.save) {
     T* const gates = s.gates + row * G * H + unit;
