@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from .common import IMPLEMENTATIONS, TableParser, commit, interleave, machine, threads
+from .common import IMPLEMENTATIONS, TableParser, commit, interleave, machine, publish, threads
 
 BATCH, STEPS, SIZE = 32, 100, 128
 SECONDS = 30  # a line of the table, at most
@@ -79,10 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 what = f"{cell}, {'training' if training else 'inference'}"
                 lines.append(f"| {what} | {count} | {' | '.join(times)} |")
                 print(lines[-1], file=sys.stderr)
-    text = "\n".join(lines)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    publish(lines, options.out)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from .common import IMPLEMENTATIONS, TableParser, commit, interleave, machine, threads
+from .common import IMPLEMENTATIONS, TableParser, commit, interleave, machine, publish, threads
 
 BATCH, STEPS, SIZE = 32, 50, 128
 SECONDS = 30  # a line of the table, at most
@@ -74,10 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             times += [f"{timing.ms(n):.1f} ({timing.speedup(n):.1f}x)" for n in names[1:]]
             lines.append(f"| {cell} | {count} | {' | '.join(times)} |")
             print(lines[-1], file=sys.stderr)
-    text = "\n".join(lines)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    publish(lines, options.out)
 
 
 if __name__ == "__main__":

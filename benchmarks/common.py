@@ -95,6 +95,14 @@ class TableParser(Parser):
         return options
 
 
+def publish(lines: Sequence[str], out: Path | None) -> None:
+    """Prints a table's lines, and writes them to the file `out` if there is one."""
+    text = "\n".join(lines)
+    print(text)
+    if out:
+        out.write_text(text + "\n")
+
+
 def cores() -> int:
     """The cores this process may use, which a container can make fewer than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

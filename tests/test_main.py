@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,8 @@ def test_a_missing_extension_is_reported(tmp_path, program):
         tmp_path / "fusedrnn",
         ignore=shutil.ignore_patterns("*.so", "__pycache__"),
     )
+    # No file at all would be looked for elsewhere, and found where an editable install has it.
+    (tmp_path / "fusedrnn" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").touch()
     done = command("--json", cwd=tmp_path, path=tmp_path)
     assert done.returncode == 1
     (problem,) = json.loads(done.stdout)["problems"]

@@ -106,30 +106,22 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   if (Cell::kHasExtra && a.extra) extra = a.extra + d * rows * H;
   const T* const hidden = a.hidden ? a.hidden + d * rows * P : nullptr;
 
-  const int64_t h_blocks = blocks_of<T>(P);
-  const int64_t h_block_begin =
-      projects ? h_blocks * shard.unit_shard / shard.unit_shards : shard.block_begin;
-  const int64_t h_block_end =
-      projects ? h_blocks * (shard.unit_shard + 1) / shard.unit_shards : shard.block_end;
-  const auto part_of_h = [&](int64_t count) {
-    return own_part<T>(shard, count, P, h_block_begin, h_block_end);
-  };
-  const auto part_of_c = [&](int64_t count) {
-    return own_part<T>(shard, count, H, shard.block_begin, shard.block_end);
-  };
+  const Blocks h_blocks = own_blocks(shard, blocks_of<T>(P));
+  const auto part_of_h  = [&](int64_t count) { return own_part<T>(shard, count, P); };
+  const auto part_of_c  = [&](int64_t count) { return own_part<T>(shard, count, H); };
 
   // h of the step before each, what grad_weight_hh is the product with. Not the output, which its
   // owner may have changed by now: if h was not saved, GRU's is computed from the saved gates,
   // forwards, LSTM's and RNN's by the steps below.
   const auto h_prev = [&](int64_t i) { return all_h_prev + walk.offset(i) * P; };
   for (int64_t i = 0; layout.h_prev && i < s.T; ++i) {
-    const Tile2d part = part_of_h(walk.count(i));
+    const Part part = part_of_h(walk.count(i));
     if (i > 0 && !Cell::kPrevIsH && !hidden && walk.uniform(i, part.row_begin, part.row_end)) {
       continue;
     }
     for (int64_t row = part.row_begin; row < part.row_end; ++row) {
       const Source source = walk.source(i, row);
-      const Tile2d one    = {row, row + 1, part.unit, part.units};
+      const Part one      = {row, row + 1, part.column, part.columns};
       if (source != Source::kPrevious) {
         copy_rows<T>(one, h_prev(i), P,
                      [&](int64_t) { return source == Source::kInitial ? h0 + row * P : nullptr; });
@@ -195,16 +187,14 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   }
 
   if (s.T > 1) {
-    pack_shared(shard, h_blocks, h_block_begin, h_block_end, direction_barrier,
-                [&](int64_t begin, int64_t end) {
-                  pack_backward<Cell, T>(recurrent, a.weight_hh[d], H, P, begin, end);
-                });
+    pack_shared(shard, blocks_of<T>(P), direction_barrier, [&](int64_t begin, int64_t end) {
+      pack_backward<Cell, T>(recurrent, a.weight_hh[d], H, P, begin, end);
+    });
   }
   if (projects) {
-    pack_shared(shard, blocks_of<T>(H), shard.block_begin, shard.block_end, direction_barrier,
-                [&](int64_t begin, int64_t end) {
-                  pack_backward<Rnn<false>, T>(projection, a.weight_hr[d], P, H, begin, end);
-                });
+    pack_shared(shard, blocks_of<T>(H), direction_barrier, [&](int64_t begin, int64_t end) {
+      pack_backward<Rnn<false>, T>(projection, a.weight_hr[d], P, H, begin, end);
+    });
   }
 
   BackwardStep<T> step{};
@@ -249,7 +239,7 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     const auto run     = [&](int64_t begin, int64_t end) {
       if (projects) {
         grad_h_step.out = grad_of_h;
-        run_tiles<GradHTiles<T>>(grad_h_step, begin, end, h_block_begin, h_block_end, descending);
+        run_tiles<GradHTiles<T>>(grad_h_step, begin, end, h_blocks.begin, h_blocks.end, descending);
       } else {
         run_tiles<BackwardTiles<Cell, T>>(step, begin, end, shard.block_begin, shard.block_end,
                                           descending);
@@ -280,10 +270,10 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     }
     // What the cell passes on leaves the recurrence where a row begins.
     if (Cell::kHasCarry && !(i > 0 && walk.uniform(i, row_begin, row_end))) {
-      const Tile2d part = part_of_c(count);
+      const Part part = part_of_c(count);
       for (int64_t row = part.row_begin; row < part.row_end; ++row) {
         const Source source = walk.source(i, row);
-        for (int64_t at = row * H + part.unit; at < row * H + part.unit + part.units; ++at) {
+        for (int64_t at = row * H + part.column; at < row * H + part.column + part.columns; ++at) {
           if (source == Source::kInitial) initial_carry[at] += carry[at];
           if (source != Source::kPrevious) carry[at] = 0;
         }

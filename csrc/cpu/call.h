@@ -56,13 +56,21 @@ class Scratch {
   T* numbers_   = nullptr;
 };
 
+// A thread's part of so many blocks of units; of H units they are shard.block_begin and so on.
+struct Blocks {
+  int64_t begin, end;
+};
+inline Blocks own_blocks(const Shard& s, int64_t blocks) {
+  return {blocks * s.unit_shard / s.unit_shards, blocks * (s.unit_shard + 1) / s.unit_shards};
+}
+
 // Packs `blocks` panels of a direction's weights, each of its threads a part. Threads that split only
-// units pack what they will read themselves, [begin, end), into their own cache, and need not wait.
+// units pack what they will read themselves, into their own cache, and need not wait.
 template <class PackBlocks>
-void pack_shared(const Shard& s, int64_t blocks, int64_t begin, int64_t end, Barrier& barrier,
-                 const PackBlocks& pack_blocks) {
+void pack_shared(const Shard& s, int64_t blocks, Barrier& barrier, const PackBlocks& pack_blocks) {
   if (s.direction_threads == s.unit_shards) {
-    pack_blocks(begin, end);
+    const Blocks own = own_blocks(s, blocks);
+    pack_blocks(own.begin, own.end);
   } else {
     pack_blocks(blocks * s.direction_rank / s.direction_threads,
                 blocks * (s.direction_rank + 1) / s.direction_threads);
@@ -70,29 +78,31 @@ void pack_shared(const Shard& s, int64_t blocks, int64_t begin, int64_t end, Bar
   }
 }
 
-// A thread's rows at one step, and its units of one array there: all in one copy per row.
-struct Tile2d {
-  int64_t row_begin, row_end, unit, units;
+// A thread's rows at one step, and its columns of an array there.
+struct Part {
+  int64_t row_begin, row_end, column, columns;
 };
 
+// Of an array [count, columns].
 template <class T>
-Tile2d own_part(const Shard& s, int64_t count, int64_t H, int64_t block_begin, int64_t block_end) {
-  const int64_t unit = block_begin * kLanes<T>;
-  return {min64(s.row_begin, count), min64(s.row_end, count), unit,
-          max64(0, min64(block_end * kLanes<T>, H) - unit)};
+Part own_part(const Shard& s, int64_t count, int64_t columns) {
+  const Blocks own    = own_blocks(s, blocks_of<T>(columns));
+  const int64_t first = own.begin * kLanes<T>;
+  return {min64(s.row_begin, count), min64(s.row_end, count), first,
+          max64(0, min64(own.end * kLanes<T>, columns) - first)};
 }
 
-// to[row][unit..] = from(row)[unit..], or zeros where from gives null.
+// The part of `to` = from(row) of each row, or zeros where from gives null.
 template <class T, class From>
-void copy_rows(const Tile2d& part, T* to, int64_t to_stride, const From& from) {
-  const size_t bytes = sizeof(T) * size_t(part.units);
+void copy_rows(const Part& part, T* to, int64_t to_stride, const From& from) {
+  const size_t bytes = sizeof(T) * size_t(part.columns);
   for (int64_t row = part.row_begin; row < part.row_end; ++row) {
-    T* const out      = to + row * to_stride + part.unit;
+    T* const out      = to + row * to_stride + part.column;
     const T* const in = from(row);
     if (!in) {
       std::memset(out, 0, bytes);
     } else {
-      std::memcpy(out, in + part.unit, bytes);
+      std::memcpy(out, in + part.column, bytes);
     }
   }
 }

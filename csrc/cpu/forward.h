@@ -96,27 +96,18 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   project.gates_stride = G * H;
   project.panels       = input;
   ProjectStep<T> project_h{H, P, unprojected, H, nullptr, DP, projection};
-  // This thread's blocks of h, where they are not those of its units.
-  const bool projects    = a.weight_hr[d] != nullptr;
-  const int64_t h_blocks = blocks_of<T>(P);
-  const int64_t h_block_begin =
-      projects ? h_blocks * shard.unit_shard / shard.unit_shards : shard.block_begin;
-  const int64_t h_block_end =
-      projects ? h_blocks * (shard.unit_shard + 1) / shard.unit_shards : shard.block_end;
+  const bool projects   = a.weight_hr[d] != nullptr;
+  const Blocks h_blocks = own_blocks(shard, blocks_of<T>(P));
   if (layout.packed()) {
-    const int64_t blocks      = blocks_of<T>(H);
     Barrier direction_barrier = scratch.direction_barrier(d, shard);
-    pack_shared(shard, blocks, shard.block_begin, shard.block_end, direction_barrier,
-                [&](int64_t begin, int64_t end) {
-                  pack_forward<Cell, T>(recurrent, a.weight_hh[d], a.bias_hh[d], H, P, begin, end);
-                  pack_forward<Cell, T>(input, a.weight_ih[d], a.bias_ih[d], H, a.I, begin, end);
-                });
+    pack_shared(shard, blocks_of<T>(H), direction_barrier, [&](int64_t begin, int64_t end) {
+      pack_forward<Cell, T>(recurrent, a.weight_hh[d], a.bias_hh[d], H, P, begin, end);
+      pack_forward<Cell, T>(input, a.weight_ih[d], a.bias_ih[d], H, a.I, begin, end);
+    });
     if (projects) {
-      pack_shared(shard, h_blocks, h_block_begin, h_block_end, direction_barrier,
-                  [&](int64_t begin, int64_t end) {
-                    pack_forward<Projection, T>(projection, a.weight_hr[d], nullptr, P, H, begin,
-                                                end);
-                  });
+      pack_shared(shard, blocks_of<T>(P), direction_barrier, [&](int64_t begin, int64_t end) {
+        pack_forward<Projection, T>(projection, a.weight_hr[d], nullptr, P, H, begin, end);
+      });
     }
     step.panels = recurrent;
   } else {
@@ -128,13 +119,9 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
     unpacked.bias_hh      = a.bias_hh[d];
   }
 
-  const auto part_of_h = [&](int64_t count) {
-    return own_part<T>(shard, count, P, h_block_begin, h_block_end);
-  };
-  const auto part_of_c = [&](int64_t count) {
-    return own_part<T>(shard, count, H, shard.block_begin, shard.block_end);
-  };
-  const auto input_of = [&](int64_t i) {
+  const auto part_of_h = [&](int64_t count) { return own_part<T>(shard, count, P); };
+  const auto part_of_c = [&](int64_t count) { return own_part<T>(shard, count, H); };
+  const auto input_of  = [&](int64_t i) {
     return a.input +
            (s.offsets ? walk.offset(i) * a.input_stride_b : walk.time(i) * a.input_stride_t);
   };
@@ -151,15 +138,15 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
       return source == Source::kInitial ? h0 + row * P : nullptr;
     });
     if constexpr (Cell::kHasCell) {
-      const Tile2d part = part_of_c(count);
+      const Part part = part_of_c(count);
       for (int64_t row = part.row_begin; row < part.row_end; ++row) {
         const Source source = walk.source(i, row);
-        T* const to         = c_n + row * H + part.unit;
-        const T* const from = (source == Source::kPrevious ? c_from : c0) + row * H + part.unit;
+        T* const to         = c_n + row * H + part.column;
+        const T* const from = (source == Source::kPrevious ? c_from : c0) + row * H + part.column;
         if (source == Source::kZero) {
-          std::memset(to, 0, sizeof(T) * size_t(part.units));
+          std::memset(to, 0, sizeof(T) * size_t(part.columns));
         } else if (to != from) {
-          std::memcpy(to, from, sizeof(T) * size_t(part.units));
+          std::memcpy(to, from, sizeof(T) * size_t(part.columns));
         }
       }
     }
@@ -241,8 +228,8 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
     if (projects) {
       barrier.wait();
       project_h.gates = h;
-      run_tiles<ProjectTiles<Projection, T>>(project_h, row_begin, row_end, h_block_begin,
-                                             h_block_end, i % 2 == 1);
+      run_tiles<ProjectTiles<Projection, T>>(project_h, row_begin, row_end, h_blocks.begin,
+                                             h_blocks.end, i % 2 == 1);
     }
     if (a.hidden) {
       copy_rows<T>(part_of_h(count), a.hidden + (first + offset) * P, P,
@@ -251,7 +238,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
 
     const int64_t going_on = i + 1 < s.T ? min64(count, walk.count(i + 1)) : 0;
     if (going_on < count) {  // for the other rows' sequences
-      const auto ended = [&](Tile2d part) {
+      const auto ended = [&](Part part) {
         part.row_begin = max64(part.row_begin, going_on);
         return part;
       };
