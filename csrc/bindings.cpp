@@ -4,6 +4,7 @@
 // caller says what is wrong or computes it otherwise. Releases the GIL while kernels run.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -55,6 +56,12 @@ class GilRelease {
  private:
   PyThreadState* state_;
 };
+
+bool is_true(PyObject* object) {
+  const int truth = PyObject_IsTrue(object);
+  if (truth < 0) throw py::error_already_set();
+  return truth == 1;
+}
 
 // The items of a list or tuple, alive as long as this: others may change a list meanwhile.
 class Items {
@@ -209,9 +216,9 @@ struct Layer {
       if (options.size() != 5) throw py::type_error("expected ops.Options");
       batch_sizes = options[0];
       mask        = options[1];
-      to_initial  = options[2] == Py_True;
-      cells       = options[3] == Py_True;
-      again       = options[4] == Py_True && cell.saved > 1;  // RNN saves h alone
+      to_initial  = is_true(options[2]);
+      cells       = is_true(options[3]);
+      again       = is_true(options[4]) && cell.saved > 1;  // RNN saves h alone
     }
     if (cells && !cell.has_cell_state) return false;
     if (batch_sizes != Py_None) {
@@ -228,9 +235,19 @@ struct Layer {
       N = T * B;
     }
     if (one_step && object != Py_None) return false;
-    if (mask == Py_None) return true;
-    return offsets.empty() ? read_dense(mask, {T, B}, Dtype::kBool, &reset)
-                           : read_dense(mask, {N}, Dtype::kBool, &reset);
+    return mask == Py_None || read_reset(mask);
+  }
+
+  // A copy: all threads of a call must see the same, whatever others write there meanwhile.
+  bool read_reset(PyObject* object) {
+    if (!(offsets.empty() ? read_dense(object, {T, B}, Dtype::kBool, &reset)
+                          : read_dense(object, {N}, Dtype::kBool, &reset))) {
+      return false;
+    }
+    memory.push_back(allocate(size_t(N)));
+    if (N > 0 && !check_only) std::memcpy(memory.back().get(), reset.data, size_t(N));
+    reset.data = memory.back().get();
+    return true;
   }
 
   // batch_sizes [T]: positive and falling, as PackedSequence has them.
@@ -290,7 +307,7 @@ struct Layer {
       for (TensorView& weight : of_direction) widen(&weight, num_threads);
     }
     if (zero_states) {
-      const size_t bytes = sizeof(double) * size_t(D * B * H);
+      const size_t bytes = sizeof(double) * size_t(D * B * std::max(H, P));
       memory.push_back(allocate(bytes));
       std::memset(memory.back().get(), 0, bytes);
       for (TensorView& state : states) state.data = memory.back().get();

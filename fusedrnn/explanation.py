@@ -41,6 +41,8 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
         )
     if isinstance(module, nn.RNNBase) and is_jagged(input):
         ragged = from_jagged(input)
+        if len(ragged.order) == 0:
+            return "kernels: for none of the sequences, which are all empty."
         input = PackedSequence(ragged.gather(input.values()), ragged.batch_sizes)
         states = [s.index_select(1, ragged.order) for s in _states(hx)]
         hx = None if hx is None else states[0] if isinstance(hx, Tensor) else tuple(states)

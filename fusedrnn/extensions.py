@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled
 from torch.nested import nested_tensor_from_jagged
 from torch.nn.utils.rnn import PackedSequence
 
@@ -66,9 +67,9 @@ def extended(
     unbatched = input.dim() == 2
     layers.check_input(input.unsqueeze(1) if unbatched else input, None)
     if reset_mask is not None:
-        _check_reset_mask(reset_mask, input)
+        reset_mask = _checked_mask(reset_mask, input)
     if lengths is None:
-        _check_states(layers, states, input.shape[0 if layers.batch_first else 1], unbatched)
+        _check_states(layers, states, input, input.shape[0 if layers.batch_first else 1], unbatched)
         if reset_mask is not None and unbatched:
             reset_mask = reset_mask.unsqueeze(1)
         elif reset_mask is not None and layers.batch_first:
@@ -78,6 +79,8 @@ def extended(
 
     if unbatched:
         raise ValueError("lengths are of an input of three dimensions, got two; unsqueeze it")
+    if input.shape[1 if layers.batch_first else 0] == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     seq_len, batch = input.shape[:2] if not layers.batch_first else input.shape[1::-1]
     ragged = from_lengths(lengths, seq_len, batch, layers.batch_first, input.device)
     if reset_mask is not None:
@@ -103,21 +106,20 @@ def _ragged(
     options: ops.Options,
 ) -> list[Tensor]:
     """`extended` for flat input [rows, I]; output and cells are flat too."""
-    _check_states(layers, states, batch, False)
-    sizes = _state_sizes(layers)
-    directions = 1 + layers.bidirectional
+    _check_states(layers, states, flat, batch, False)
     if states is None:
-        first = layers.num_layers * directions
-        states = [flat.new_zeros(first, batch, size) for size in sizes]
+        first = layers.num_layers * (1 + layers.bidirectional)
+        states = [flat.new_zeros(first, batch, size) for size in _state_sizes(layers)]
     order = ragged.order
     started = [s.index_select(1, order) for s in states]
     if len(order):
         options = options._replace(batch_sizes=ragged.batch_sizes)
         results = layers._kernels(ragged.gather(flat), started, options, own=True)
-    else:  # all are empty
-        widths = [sizes[0]] + [layers.hidden_size] * options.cells
-        output, *cells = (flat.new_zeros(0, directions * width) for width in widths)
-        results = [output, *started, *cells]
+    else:  # all are empty: one step of a batch of none, for its shapes, dtypes and gradients
+        step = flat[:0].unsqueeze(1 if layers.batch_first else 0)
+        results = layers._kernels(step, started, options._replace(reset=None), own=True)
+        for i in _sequences(layers, results):
+            results[i] = results[i].flatten(0, 1)
     for i, state in enumerate(states, 1):
         results[i] = state.to(results[i].dtype).index_copy(1, order, results[i])
     for i in _sequences(layers, results):
@@ -129,24 +131,38 @@ def _state_sizes(layers: Any) -> tuple[int, ...]:
     return (layers.proj_size or layers.hidden_size, layers.hidden_size)[: layers._num_states]
 
 
-def _check_states(layers: Any, states: States | None, batch: int, unbatched: bool) -> None:
-    """RuntimeError unless the states are those of so many sequences."""
+def _check_states(
+    layers: Any, states: States | None, input: Tensor, batch: int, unbatched: bool
+) -> None:
+    """RuntimeError unless the states are those of so many sequences, and as the input."""
     first = layers.num_layers * (1 + layers.bidirectional)
     for i, (state, size) in enumerate(zip(states or (), _state_sizes(layers), strict=False)):
         expected = (first, size) if unbatched else (first, batch, size)
-        if state.shape != expected:
-            raise RuntimeError(f"Expected hidden[{i}] size {expected}, got {list(state.shape)}")
+        if not isinstance(state, Tensor) or state.shape != expected:
+            got = list(state.shape) if isinstance(state, Tensor) else type(state).__name__
+            raise RuntimeError(f"Expected hidden[{i}] size {expected}, got {got}")
+        if state.dtype != input.dtype and not _is_any_autocast_enabled():
+            raise RuntimeError(
+                f"input and hx must be of one dtype, got {input.dtype} and {state.dtype}. Convert "
+                "with .to(dtype)."
+            )
 
 
-def _check_reset_mask(mask: Any, input: Tensor) -> None:
-    """ValueError unless mask is bool, and of the shape of all but the input's last dimension."""
-    tensor = isinstance(mask, Tensor)
-    if not tensor or mask.dtype is not torch.bool or mask.shape != input.shape[:-1]:
-        got = f"{mask.dtype} {list(mask.shape)}" if tensor else type(mask).__name__
+def _checked_mask(given: Any, input: Tensor) -> Tensor:
+    """The mask as a tensor.
+
+    ValueError unless it is bool, of the shape of all but the input's last dimension, and on its
+    device.
+    """
+    mask: Tensor = torch.as_tensor(given)
+    expected = input.shape[:-1]
+    if mask.dtype is not torch.bool or mask.shape != expected or mask.device != input.device:
         raise ValueError(
-            f"reset_mask must be torch.bool {list(input.shape[:-1])}, the input's shape without "
-            f"its features, got {got}; convert with .bool(), transpose with .t()"
+            f"reset_mask must be torch.bool {list(expected)} on {input.device}, the input's shape "
+            f"without its features, got {mask.dtype} {list(mask.shape)} on {mask.device}; convert "
+            "with .bool(), transpose with .t(), move with .to(device)"
         )
+    return mask
 
 
 class Ragged(NamedTuple):
@@ -176,7 +192,7 @@ def _rows_of(lengths: Tensor, first: Tensor, stride: int, device: torch.device) 
     ordered, order = lengths.sort(descending=True, stable=True)
     order = order[: int((ordered > 0).sum())]
     ordered = ordered[: len(order)]
-    times = torch.arange(int(ordered[0]) if len(order) else 0).unsqueeze(1)
+    times = torch.arange(int(ordered[0]) if len(order) else 0, device="cpu").unsqueeze(1)
     runs = times < ordered  # [T, sequences]
     rows = (first[order] + times * stride)[runs]
     return Ragged(rows.to(device), runs.sum(1), order.to(device))
@@ -194,8 +210,11 @@ def from_lengths(
     TypeError unless lengths are integers, ValueError unless they are `batch` from 0 to seq_len.
     """
     lengths = torch.as_tensor(lengths, device="cpu")
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype is torch.bool:
+    if lengths.numel() and (
+        lengths.is_floating_point() or lengths.is_complex() or lengths.dtype is torch.bool
+    ):
         raise TypeError(f"lengths must be integers, got {lengths.dtype}; convert with .long()")
+    lengths = lengths.long()
     if lengths.shape != (batch,):
         raise ValueError(
             f"lengths must be [{batch}], one for each sequence of the batch, got "
@@ -206,9 +225,9 @@ def from_lengths(
             f"lengths must be from 0 to {seq_len}, the input's time steps, got "
             f"{int(lengths.min())} to {int(lengths.max())}; pad the input or clamp the lengths"
         )
-    sequences = torch.arange(batch)
+    sequences = torch.arange(batch, device="cpu")
     first = sequences * seq_len if batch_first else sequences
-    return _rows_of(lengths.long(), first, 1 if batch_first else batch, device)
+    return _rows_of(lengths, first, 1 if batch_first else batch, device)
 
 
 def from_jagged(nested: Tensor) -> Ragged:

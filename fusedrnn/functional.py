@@ -126,13 +126,13 @@ def kernel_layer(
     initial: ops.Tensors,
     weights: ops.Weights,
     options: ops.Options | None = None,
-    watched: bool = True,
+    even_if_watched: bool = False,
 ) -> tuple[Tensor, ...] | None:
-    """`layer` by the kernels; None where they do not take the call, or `watched` and ops.watched().
+    """`layer` by the kernels; None where they do not take the call, or somebody is ops.watched().
 
     Under autocast see `autocast_layer`.
     """
-    if watched and ops.watched():
+    if not even_if_watched and ops.watched():
         return None
     if torch.is_grad_enabled():
         for t in (input, *initial, *weights):
@@ -160,10 +160,10 @@ def autocast_layer(
         return None
     dtype = autocast_dtype(cell, input, initial, weights, options)
     if dtype is None:
-        return kernel_layer(cell, input, initial, weights, options, False)
+        return kernel_layer(cell, input, initial, weights, options, even_if_watched=True)
     initial = [s.float() for s in initial]
     weights = [w if w is None else w.float() for w in weights]
-    results = kernel_layer(cell, input.float(), initial, weights, options, False)
+    results = kernel_layer(cell, input.float(), initial, weights, options, even_if_watched=True)
     return None if results is None else tuple(r.to(dtype) for r in results)
 
 

@@ -191,22 +191,37 @@ class _LSTMKeywords(_Keywords, total=False):
     return_cell_states: bool
 
 
+def _given(keywords: Any) -> dict[str, Any]:
+    """Those that ask for something. TypeError for others than there are."""
+    for name in keywords:
+        if name not in _LSTMKeywords.__annotations__:
+            raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
+    return {k: v for k, v in keywords.items() if v is not None and v is not False}
+
+
 class _Layers(_Fused, nn.RNNBase):
     """What LSTM, GRU and RNN share: layers x directions over functional.py's layer."""
 
     # True: less memory between forward and backward, which computes the gates again (ops.Options).
     recompute_gates = False
 
-    def _compiling(self, forward: Callable[..., Any], input: Any, hx: Any, **keywords: Any) -> Any:
+    def _compiling(
+        self, forward: Callable[..., Any], input: Any, hx: Any, given: dict[str, Any]
+    ) -> Any:
         # An exported program keeps torch's own operation, as that of a torch.nn module does.
         if is_exporting():
-            return self._torch_class.forward(self, input, hx, **keywords)
+            if given:
+                raise RuntimeError(
+                    f"an exported program holds torch's own operation, which has no {list(given)}; "
+                    "export fusedrnn.functional.layer with ops.Options"
+                )
+            return self._torch_class.forward(self, input, hx)
         pair = self._num_states == 2 and isinstance(hx, (tuple, list))
         states = () if hx is None else tuple(hx) if pair else (hx,)
         fits = hx is None or len(states) == self._num_states
         if (
             fits
-            and not (self.proj_size or self.recompute_gates or keywords)
+            and not (self.proj_size or self.recompute_gates or given)
             and library.fits_a_graph(
                 (input, *states, *(getattr(self, name) for name in self._flat_weights_names))
             )
@@ -215,7 +230,17 @@ class _Layers(_Fused, nn.RNNBase):
             if results is not None:
                 output, *final = results
                 return output, tuple(final) if self._num_states == 2 else final[0]
-        return _outside_graph(forward, self, input, hx, **keywords)
+        return _outside_graph(forward, self, input, hx, **given)
+
+    def _computed(
+        self, input: Any, states: States | None, given: dict[str, Any]
+    ) -> list[Any] | None:
+        """[output, *final states, cells if wanted], or None where the call is torch's."""
+        if given or (type(input) is not Tensor and is_jagged(input)):
+            return extended(self, input, states, **given)
+        if isinstance(input, Tensor):
+            return self._kernels(input, states or ())
+        return self._packed(input, states or ())
 
     def _kernels(
         self,
@@ -374,23 +399,16 @@ class LSTM(_Layers):
         super().__init__("LSTM", *args, **kwargs)
 
     def forward(self, input: Any, hx: Any = None, **keywords: Unpack[_LSTMKeywords]) -> Any:
+        given = _given(keywords) if keywords else {}
         if is_compiling():
-            return self._compiling(LSTM.forward, input, hx, **keywords)
-        if keywords or (type(input) is not Tensor and is_jagged(input)):
-            if hx is not None and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
-                raise RuntimeError(f"hx must be (h_0, c_0), got {type(hx).__name__}")
-            output, h_n, c_n, *cells = extended(self, input, hx, **keywords)
-            return output, (h_n, c_n), *cells
+            return self._compiling(LSTM.forward, input, hx, given)
         if hx is None or (isinstance(hx, (tuple, list)) and len(hx) == 2):
-            states = hx or ()
-            result = (
-                self._kernels(input, states)
-                if isinstance(input, Tensor)
-                else self._packed(input, states)
-            )
+            result = self._computed(input, hx, given)
             if result is not None:
-                output, h_n, c_n = result
-                return output, (h_n, c_n)
+                output, h_n, c_n, *cells = result
+                return output, (h_n, c_n), *cells
+        if given:
+            raise RuntimeError(f"hx must be (h_0, c_0), got {type(hx).__name__}")
         return self._torch_forward(input, hx)
 
     def _torch_forward(self, input: Any, hx: Any) -> Any:
@@ -410,29 +428,20 @@ class _OneStateLayers(_Layers):
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__(*args, **kwargs)
 
-    def forward(
-        self, input: Any, hx: Any = None, **keywords: Unpack[_Keywords]
-    ) -> tuple[Any, Tensor]:
-        if "return_cell_states" in keywords:
+    def forward(self, input: Any, hx: Any = None, **keywords: Unpack[_Keywords]) -> Any:
+        given = _given(keywords) if keywords else {}
+        if "return_cell_states" in given:
             raise TypeError(f"return_cell_states is an LSTM's, this is {self.mode}")
         if is_compiling():
-            return self._compiling(_OneStateLayers.forward, input, hx, **keywords)  # type: ignore[no-any-return]
-        if keywords or (type(input) is not Tensor and is_jagged(input)):
-            if hx is not None and not isinstance(hx, Tensor):
-                raise RuntimeError(f"hx must be the tensor h_0, got {type(hx).__name__}")
-            output, h_n = extended(self, input, None if hx is None else (hx,), **keywords)
-            return output, h_n
+            return self._compiling(_OneStateLayers.forward, input, hx, given)
         if hx is None or isinstance(hx, Tensor):
-            states = () if hx is None else (hx,)
-            result = (
-                self._kernels(input, states)
-                if isinstance(input, Tensor)
-                else self._packed(input, states)
-            )
+            result = self._computed(input, None if hx is None else (hx,), given)
             if result is not None:
                 output, h_n = result
                 return output, h_n
-        return self._torch_forward(input, hx)  # type: ignore[no-any-return]
+        if given:
+            raise RuntimeError(f"hx must be the tensor h_0, got {type(hx).__name__}")
+        return self._torch_forward(input, hx)
 
 
 class GRU(_OneStateLayers):

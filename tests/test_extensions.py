@@ -1,11 +1,12 @@
 """What the layers have beyond torch.nn's: lengths, jagged nested tensors, reset masks and the cell
 states of every step, each against torch.nn run sequence by sequence or step by step."""
 
+import numpy
 import pytest
 import torch
 from helpers import LAYERS, assert_same, build, flat, pair, ran, run, states
 from torch import nn
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 
 from fusedrnn import modules
 
@@ -94,38 +95,85 @@ def test_lengths(kind, options, as_tensor):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_lengths_that_are_all_zero(kind):
-    _, ours, input, hx = made(kind, {"num_layers": 2, "bidirectional": True})
-    output, final = ours(input, hx, lengths=[0] * B)
-    assert output.shape == (T, B, 2 * H)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_lengths_that_are_all_zero(kind, batch_first):
+    options = {"num_layers": 2, "bidirectional": True, "batch_first": batch_first}
+    _, ours, input, hx = made(kind, options)
+    input.requires_grad_()
+    output, final = ours(input, hx, lengths=[0] * B, reset_mask=mask_of(*input.shape[:2]))
+    assert output.shape == (*input.shape[:2], 2 * H)
     assert not output.any()
     assert all(map(torch.equal, flat(final), flat(hx)))
+    (output.sum() + sum(s.sum() for s in flat(final))).backward()
+    for t in (input, *ours.parameters()):  # as with a batch of none
+        assert not t.grad.any()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_batch_of_none_with_lengths(kind):
+    _, ours, input, _ = made(kind, {})
+    output, final = ours(input[:, :0], lengths=[])
+    assert output.shape == (T, 0, H)
+    assert flat(final)[0].shape == (1, 0, H)
+    output.sum().backward()
+    assert all(not p.grad.any() for p in ours.parameters())
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_keywords_that_ask_for_nothing(kind):
+    _, ours, input, hx = made(kind, {})
+    nothing = {"lengths": None, "reset_mask": None, "reset_to_hx": False}
+    nothing["return_cell_states"] = False
+    assert all(map(torch.equal, flat(ours(input, hx, **nothing)), flat(ours(input, hx))))
+    packed = pack_sequence([input[:, 0]])
+    assert torch.equal(ours(packed, **nothing)[0].data, ours(packed)[0].data)
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(input, **nothing)[0], ours(input)[0])
+
+
+def test_flags_are_taken_by_their_truth():
+    _, ours, input, hx = made("LSTM", {})
+    mask = mask_of(T, B)
+    expected = flat(ours(input, hx, reset_mask=mask, reset_to_hx=True, return_cell_states=True))
+    found = flat(ours(input, hx, reset_mask=mask, reset_to_hx=1, return_cell_states=numpy.True_))
+    assert all(map(torch.equal, found, expected))
+    found = flat(ours(input, hx, reset_mask=mask.numpy(), reset_to_hx=1, return_cell_states=1))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_an_exported_program_has_none_of_them():
+    module = build(modules, "LSTM", I, H)
+    with pytest.raises(Exception, match="an exported program holds torch's own operation"):
+        torch.export.export(module, (torch.randn(T, B, I),), {"lengths": LENGTHS})
 
 
 @ALL
 def test_jagged_nested_tensors(kind, options):
-    _, ours, _, _ = made(kind, options)
-    sequences = [torch.randn(n, I, dtype=torch.float64) for n in (2, 5, 1, 5)]
-    nested = torch.nested.nested_tensor(sequences, layout=torch.jagged, requires_grad=True)
-    with ran("kernel_forward"):
-        output, state = ours(nested)
-    packed = pack_sequence(sequences, enforce_sorted=False)
-    packed_output, packed_state = ours(packed)
-    expected = nn.utils.rnn.unpad_sequence(
-        *nn.utils.rnn.pad_packed_sequence(packed_output), batch_first=False
-    )
-    assert output.layout is torch.jagged
-    for a, b in zip(output.unbind(), expected, strict=True):
-        torch.testing.assert_close(a, b)
-    for a, b in zip(flat(state), flat(packed_state), strict=True):
-        torch.testing.assert_close(a, b)
-    with ran("kernel_backward"):
-        output.values().sum().backward()
-    for p in ours.parameters():
-        p.grad = None
-    leaf = packed.data.clone().requires_grad_()
-    ours(packed._replace(data=leaf))[0].data.sum().backward()
-    torch.testing.assert_close(nested.grad.values().sum(), leaf.grad.sum())
+    """As a PackedSequence of the same sequences, gradients of all included."""
+    _, ours, _, hx = made(kind, options)
+    sequences = [torch.randn(n, I, dtype=torch.float64) for n in (2, 5, 1, 5, 3)]
+    for given in (None, hx):
+        found = []
+        for jagged in (True, False):
+            leaves = [s.clone().requires_grad_() for s in sequences]
+            initial = [s.clone().requires_grad_() for s in flat(given)]
+            state = None if given is None else tuple(initial) if len(initial) == 2 else initial[0]
+            ours.zero_grad()
+            if jagged:
+                nested = torch.nested.as_nested_tensor(leaves, layout=torch.jagged)
+                with ran("kernel_forward"):
+                    output, final = ours(nested, state)
+                assert output.layout is torch.jagged
+                outputs = output.unbind()
+            else:
+                output, final = ours(pack_sequence(leaves, enforce_sorted=False), state)
+                outputs = unpack_sequence(output)
+            with ran("kernel_backward"):
+                sum((t * t.cos()).sum() for t in (*outputs, *flat(final))).backward()
+            tensors = [*leaves, *initial, *ours.parameters()]
+            found.append([*outputs, *flat(final), *(t.grad for t in tensors)])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 class StepByStep(nn.Module):
@@ -165,15 +213,22 @@ def test_reset_mask(kind, proj_size, to_hx):
 
 @ALL
 def test_reset_mask_is_a_boundary_for_both_directions(kind, options):
-    """With one boundary for all, the two parts are two sequences; all layers, and no hx."""
-    theirs, ours, input, _ = made(kind, {**options, "num_layers": 1})
+    """With one boundary for all, the two parts are two sequences; in each of the layers."""
+    theirs, ours, input, _ = made(kind, options)
     mask = torch.zeros(T, B, dtype=torch.bool)
     mask[2] = True
     first = options.get("batch_first", False)
-    output, _ = ours(input, reset_mask=mask.t() if first else mask)
     time = 1 if first else 0
-    parts = [theirs(part)[0] for part in input.split((2, T - 2), time)]
-    torch.testing.assert_close(output, torch.cat(parts, time), rtol=1e-10, atol=1e-10)
+    leaves = [input.clone().requires_grad_() for _ in range(2)]
+    output, _ = ours(leaves[0], reset_mask=mask.t() if first else mask)
+    parts = [theirs(part)[0] for part in leaves[1].split((2, T - 2), time)]
+    expected = torch.cat(parts, time)
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
+    for module, result, leaf in ((ours, output, leaves[0]), (theirs, expected, leaves[1])):
+        (result * result.cos()).sum().backward()
+        module.gradients = [leaf.grad, *(p.grad for p in module.parameters())]
+    for a, b in zip(ours.gradients, theirs.gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -345,7 +400,15 @@ def test_under_compile():
         return module(x, lengths=LENGTHS, reset_mask=mask, return_cell_states=True)
 
     expected = module(input, lengths=LENGTHS, reset_mask=mask, return_cell_states=True)
-    for a, b in zip(flat(compiled(input)), flat(expected), strict=True):
+    actual = compiled(input)
+    for a, b in zip(flat(actual), flat(expected), strict=True):
+        torch.testing.assert_close(a, b)
+    wanted = list(module.parameters())
+    for a, b in zip(
+        torch.autograd.grad(actual[2].sum(), wanted),
+        torch.autograd.grad(expected[2].sum(), wanted),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -369,7 +432,7 @@ def test_wrong_lengths(case):
 WRONG_MASKS = {
     "shape": (torch.zeros(B, T, dtype=torch.bool), r"\.t\(\)"),
     "dtype": (torch.zeros(T, B), r"\.bool\(\)"),
-    "no tensor": ([[True]], "list"),
+    "no tensor": ([[True]], r"\[1, 1\]"),
 }
 
 
@@ -377,7 +440,10 @@ WRONG_MASKS = {
 def test_wrong_masks(case):
     mask, message = WRONG_MASKS[case]
     module = build(modules, "LSTM", I, H)
-    with ran(), pytest.raises(ValueError, match=rf"must be torch.bool \[{T}, {B}\].*{message}"):
+    with (
+        ran(),
+        pytest.raises(ValueError, match=rf"must be torch.bool \[{T}, {B}\] on cpu.*{message}"),
+    ):
         module(torch.randn(T, B, I), reset_mask=mask)
 
 
@@ -406,6 +472,21 @@ def test_wrong_inputs():
         (ValueError, "dtype", (x.double(),), {"lengths": [1] * B}),
         (RuntimeError, r"hidden\[0\] size \(1, 5, 4\)", (x, (x, x)), {"reset_mask": mask}),
         (RuntimeError, r"h_0, c_0", (x, x), {"reset_mask": mask}),
+        (RuntimeError, "NoneType", (x, (None, None)), {"reset_mask": mask}),
+        (
+            RuntimeError,
+            r"size \(1, 4\), got \[1, 1, 4\]",
+            (x[:, 0], (torch.zeros(1, 1, H),) * 2),
+            {"reset_mask": mask[:, 0]},
+        ),
+        (
+            RuntimeError,
+            "one dtype",
+            (x, (torch.zeros(1, B, H), torch.zeros(1, B, H).double())),
+            {"reset_mask": mask},
+        ),
+        (RuntimeError, "larger than 0", (x[:0],), {"lengths": [0] * B}),
+        (ValueError, "on meta", (x,), {"reset_mask": mask.to("meta")}),
     ]:
         with ran(), pytest.raises(error, match=message):
             module(*arguments, **keywords)

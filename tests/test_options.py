@@ -2,13 +2,16 @@
 the kernels against reference.py, and what must not change a bit."""
 
 import itertools
+import threading
+import time
 
+import numpy
 import pytest
 import torch
 from helpers import ran
 from layers import LAYER_CELLS, relative_error
 
-from fusedrnn import functional, ops
+from fusedrnn import LSTM, functional, ops
 
 CASES = list(itertools.product(LAYER_CELLS, ("padded", "packed"), (None, "zero", "initial")))
 
@@ -224,6 +227,41 @@ def test_reset_everywhere_is_a_sequence_of_steps():
     output, _ = functional.layer("gru", input, (h0,), weights, options)
     steps = [functional.layer("gru", x, (h0[0],), weights)[0] for x in input]
     torch.testing.assert_close(output, torch.stack(steps), rtol=1e-12, atol=1e-12)
+
+
+def test_a_projection_to_more_than_it_is_of():
+    """The initial zeros are as wide as h, which the modules never make wider than c."""
+    leaves, num_states, options = problem(
+        "lstm", 6, 40, 3, 4, 1, P=64, packed=False, reset=None, dtype=torch.float64
+    )
+    leaves = [leaves[0], *leaves[1 + num_states :]]
+    actual = run(functional.kernel_layer, "lstm", leaves, 0, options)
+    for a, b in zip(
+        actual, run(functional.reference_layer, "lstm", leaves, 0, options), strict=True
+    ):
+        assert relative_error(a, b) < 1e-12
+
+
+def test_a_mask_that_changes_during_a_call():
+    """Threads that saw different masks would wait for each other for ever."""
+    module = LSTM(16, 256)
+    array = numpy.zeros((6, 3), dtype=bool)
+    mask, stop = torch.from_numpy(array), threading.Event()
+
+    def toggle():
+        while not stop.is_set():
+            numpy.logical_not(array, out=array)
+
+    thread = threading.Thread(target=toggle)
+    thread.start()
+    input, deadline = torch.randn(6, 3, 16), time.monotonic() + 1
+    try:
+        with ran("kernel_forward"):
+            while time.monotonic() < deadline:
+                assert module(input, reset_mask=mask)[0].isfinite().all()
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _sizes(*sizes, dtype=torch.int64):

@@ -1,7 +1,6 @@
 // WHEN: a layer's backward pass over all time steps, and then the gradients of its weights.
 #pragma once
 
-#include "../cells/rnn.h"
 #include "call.h"
 #include "layer_grads.h"
 #include "step.h"
@@ -193,7 +192,7 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   }
   if (projects) {
     pack_shared(shard, blocks_of<T>(H), direction_barrier, [&](int64_t begin, int64_t end) {
-      pack_backward<Rnn<false>, T>(projection, a.weight_hr[d], P, H, begin, end);
+      pack_backward<Projection, T>(projection, a.weight_hr[d], P, H, begin, end);
     });
   }
 

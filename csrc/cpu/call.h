@@ -4,11 +4,15 @@
 
 #include <cstdlib>
 
+#include "../cells/rnn.h"
 #include "../memory.h"
 #include "plan.h"
 
 namespace fusedrnn {
 namespace {
+
+// A projection is a product by rows of one gate.
+using Projection = Rnn<false>;
 
 // Scratch of one call, shared by its threads: for each direction `elements` numbers, on a cache
 // line boundary, and barrier counters.

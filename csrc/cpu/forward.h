@@ -1,16 +1,12 @@
 // WHEN: a layer's forward pass over all time steps.
 #pragma once
 
-#include "../cells/rnn.h"
 #include "call.h"
 #include "step.h"
 #include "unpacked.h"
 
 namespace fusedrnn {
 namespace {
-
-// A projection is a product by rows of one gate.
-using Projection = Rnn<false>;
 
 // How a forward call lays out a direction's scratch, and how it walks time: the input of a chunk of
 // steps is projected just before they run, so that gates_x is still in the cache when they read it.
@@ -90,7 +86,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   step.P               = P;
   step.save            = a.gates != nullptr;
   ProjectStep<T> project{};
-  project.I            = a.I;
+  project.K            = a.I;
   project.H            = H;
   project.input_stride = s.B == 1 && !s.offsets ? a.input_stride_t : a.input_stride_b;
   project.gates_stride = G * H;

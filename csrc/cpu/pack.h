@@ -1,9 +1,10 @@
-// weight_ih, weight_hh and weight_hr, laid out once per call in the order in which the register tiles of
-// step.h read them: panels of V hidden units (V lanes of one vector), each dense, so that a step
+// The weights, laid out once per call in the order in which the register tiles of step.h read them: panels of V hidden units (V lanes of one vector), each dense, so that a step
 // streams them front to back.
 //
-//   forward   [H/V] x { bias row [G][V], then [K = I or H] rows of [G][V] }: all gates of V units
-//   backward  [P/V] x {                       [K = G*H]    rows of    [V] }
+//   forward   [H/V] x { bias row [G][V], then [K] rows of [G][V] }: all gates of V units
+//   backward  [P/V] x {                       [K] rows of    [V] }
+//
+// for weights [G*H, K], K = I or P, and [K, P], K = G*H; of weight_hr, [P, H] and [P, H], with G = 1.
 //
 // Units beyond H are zero. Not a cache: a packed copy lives as long as the call (weights change in
 // ways that no version counter shows).

@@ -96,11 +96,12 @@ FUSEDRNN_INLINE void affine(Vec<T> (&acc)[M][P * Cell::kGates], const T* a, int6
   product<M, P, G>(acc, a, lda, K, panels + G * V, panel_size);
 }
 
-// The input projection: a row is one batch element at one time step.
+// A product by rows: the input projection, where a row is one batch element at one time step, and
+// that of h, whose gate is one and whose units are its own.
 template <class T>
 struct ProjectStep {
-  int64_t I, H;
-  const T* input;  // rows of I
+  int64_t K, H;
+  const T* input;  // rows of K
   int64_t input_stride;
   T* gates;  // rows of G*H
   int64_t gates_stride;
@@ -111,7 +112,7 @@ template <class Cell, class T, int M, int P>
 void project_tile(const ProjectStep<T>& s, int64_t row, int64_t block) {
   constexpr int G = Cell::kGates;
   Vec<T> acc[M][P * G];
-  affine<Cell, M, P>(acc, s.input + row * s.input_stride, s.input_stride, s.I, s.panels, block);
+  affine<Cell, M, P>(acc, s.input + row * s.input_stride, s.input_stride, s.K, s.panels, block);
   unroll<M * P>([&](auto mp) FUSEDRNN_LAMBDA {
     constexpr int m = mp / P, p = mp % P;
     const int64_t unit = (block + p) * kLanes<T>;
