@@ -41,6 +41,15 @@ def extended(
 
     ValueError, TypeError or RuntimeError where an argument does not fit.
     """
+    if lengths is None and type(input) is Tensor and input.dim() == 3:
+        # The kernels check what they take. What they refuse is looked at below.
+        mask = reset_mask
+        if layers.batch_first and isinstance(mask, Tensor) and mask.dim() == 2:
+            mask = mask.t()
+        options = ops.Options(None, mask, reset_to_hx, return_cell_states)
+        results = layers._kernels(input, states or (), options)
+        if results is not None:
+            return results  # type: ignore[no-any-return]
     if isinstance(input, PackedSequence):
         raise ValueError(
             "lengths, reset_mask and return_cell_states take padded or jagged input, got a "
@@ -53,7 +62,7 @@ def extended(
                 "(torch.nested.to_padded_tensor)"
             )
         ragged, flat = from_jagged(input), input.values()
-        layers.check_input(flat.unsqueeze(1), None)
+        _check_input(layers, flat)
         options = ops.Options(cells=return_cell_states)
         results = _ragged(layers, ragged, flat, states, input.shape[0], options)
         for i in _sequences(layers, results):
@@ -65,7 +74,7 @@ def extended(
             f"{type(layers).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead"
         )
     unbatched = input.dim() == 2
-    layers.check_input(input.unsqueeze(1) if unbatched else input, None)
+    _check_input(layers, input)
     if reset_mask is not None:
         reset_mask = _checked_mask(reset_mask, input)
     if lengths is None:
@@ -131,6 +140,12 @@ def _state_sizes(layers: Any) -> tuple[int, ...]:
     return (layers.proj_size or layers.hidden_size, layers.hidden_size)[: layers._num_states]
 
 
+def _check_input(layers: Any, input: Tensor) -> None:
+    """torch's error unless the features are as many as they must be, and of the weights' dtype."""
+    if input.shape[-1] != layers.input_size or input.dtype != layers._flat_weights[0].dtype:
+        layers.check_input(input.unsqueeze(1) if input.dim() == 2 else input, None)
+
+
 def _check_states(
     layers: Any, states: States | None, input: Tensor, batch: int, unbatched: bool
 ) -> None:
@@ -154,7 +169,7 @@ def _checked_mask(given: Any, input: Tensor) -> Tensor:
     ValueError unless it is bool, of the shape of all but the input's last dimension, and on its
     device.
     """
-    mask: Tensor = torch.as_tensor(given)
+    mask: Tensor = given if isinstance(given, Tensor) else torch.as_tensor(given)
     expected = input.shape[:-1]
     if mask.dtype is not torch.bool or mask.shape != expected or mask.device != input.device:
         raise ValueError(

@@ -191,11 +191,13 @@ class _LSTMKeywords(_Keywords, total=False):
     return_cell_states: bool
 
 
+_KEYWORDS = set(_LSTMKeywords.__annotations__)
+
+
 def _given(keywords: Any) -> dict[str, Any]:
     """Those that ask for something. TypeError for others than there are."""
-    for name in keywords:
-        if name not in _LSTMKeywords.__annotations__:
-            raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
+    if not keywords.keys() <= _KEYWORDS:
+        raise TypeError(f"forward() got an unexpected keyword argument: {', '.join(keywords)}")
     return {k: v for k, v in keywords.items() if v is not None and v is not False}
 
 
