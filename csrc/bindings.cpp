@@ -162,7 +162,7 @@ struct Layer {
   }
 
   // initial: (), (h0,) or (h0, c0). weights: 4 for each direction, or 5 with a projection; biases may
-  // be None. options: None, or (batch_sizes, reset, reset_to_initial, cells) as ops.Options.
+  // be None. options: None, or the fields of ops.Options.
   bool read(int index, PyObject* input_object, const Items& initial, const Items& all_weights,
             PyObject* options, bool dense_input) {
     const Torch& torch  = Torch::get();
@@ -244,8 +244,9 @@ struct Layer {
                           : read_dense(object, {N}, Dtype::kBool, &reset))) {
       return false;
     }
+    if (check_only) return true;
     memory.push_back(allocate(size_t(N)));
-    if (N > 0 && !check_only) std::memcpy(memory.back().get(), reset.data, size_t(N));
+    if (N > 0) std::memcpy(memory.back().get(), reset.data, size_t(N));
     reset.data = memory.back().get();
     return true;
   }

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
 
-States = list[Tensor] | tuple[Tensor, ...]
+States = list[Tensor] | tuple[Tensor, ...]  # (h,) or, for LSTM, (h, c); or () for zeros
 
 
 def is_jagged(input: Any) -> bool:
@@ -43,10 +43,7 @@ def extended(
     """
     if lengths is None and type(input) is Tensor and input.dim() == 3:
         # The kernels check what they take. What they refuse is looked at below.
-        mask = reset_mask
-        if layers.batch_first and isinstance(mask, Tensor) and mask.dim() == 2:
-            mask = mask.t()
-        options = ops.Options(None, mask, reset_to_hx, return_cell_states)
+        options = ops.Options(None, _by_time(layers, reset_mask), reset_to_hx, return_cell_states)
         results = layers._kernels(input, states or (), options)
         if results is not None:
             return results  # type: ignore[no-any-return]
@@ -79,11 +76,7 @@ def extended(
         reset_mask = _checked_mask(reset_mask, input)
     if lengths is None:
         _check_states(layers, states, input, input.shape[0 if layers.batch_first else 1], unbatched)
-        if reset_mask is not None and unbatched:
-            reset_mask = reset_mask.unsqueeze(1)
-        elif reset_mask is not None and layers.batch_first:
-            reset_mask = reset_mask.transpose(0, 1)
-        options = ops.Options(None, reset_mask, reset_to_hx, return_cell_states)
+        options = ops.Options(None, _by_time(layers, reset_mask), reset_to_hx, return_cell_states)
         return layers._kernels(input, states or (), options, own=True)  # type: ignore[no-any-return]
 
     if unbatched:
@@ -99,6 +92,13 @@ def extended(
     for i in _sequences(layers, results):
         results[i] = results[i].reshape(*input.shape[:2], results[i].shape[1])
     return results
+
+
+def _by_time(layers: Any, mask: Tensor | None) -> Tensor | None:
+    """A mask [T, B] of one that is as the input: also [B, T] or [T]. Checks nothing."""
+    if not isinstance(mask, Tensor) or mask.dim() not in (1, 2):
+        return mask
+    return mask.unsqueeze(1) if mask.dim() == 1 else mask.t() if layers.batch_first else mask
 
 
 def _sequences(layers: Any, results: Sequence[Tensor]) -> list[int]:

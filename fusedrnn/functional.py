@@ -215,20 +215,9 @@ def reference_layer(
     if not is_compiling():  # a graph would be built anew whenever the counter differs
         ops.count("reference")
     options = options or ops.Options()
-    batch_sizes = options.batch_sizes
-    one_step = input.dim() == 2 and batch_sizes is None
+    one_step = input.dim() == 2 and options.batch_sizes is None
     if one_step:
         input, initial = input.unsqueeze(0), [s.unsqueeze(0) for s in initial]
-    if not initial:
-        per_direction = ops.weights_per_direction(weights)
-        weight_hh = weights[1]
-        assert weight_hh is not None
-        rows = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
-        sizes = (weight_hh.shape[1], weight_hh.shape[0] // ops.CELLS[cell].gates)  # of h and of c
-        initial = [
-            input.new_zeros((len(weights) // per_direction, rows, size))
-            for size in sizes[: ops.CELLS[cell].states]
-        ]
     results = reference.scan(cell, input, tuple(initial), weights, *options[:4])
     return tuple(r.squeeze(0) for r in results[1:]) if one_step else results
 

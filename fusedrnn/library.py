@@ -1,4 +1,4 @@
-"""The layers as operators of torch.library, for torch.compile, and their rules under torch.func.
+"""The layers as custom operators of torch, for torch.compile, and their rules under torch.func.
 
 Eager calls do not pass here: functional.py serves them at a lower cost. No math either: what an
 operator computes is ops.py's, or reference.py's where the kernels do not take the tensors.
@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import library as custom_operators
 from torch._C import _is_any_autocast_enabled
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import Function, forward_ad
@@ -89,10 +90,6 @@ def _unpack(
 def _results_of_reference(cell: str, tensors: _Optional) -> tuple[Tensor, ...]:
     ops.count("reference")
     input, initial, weights = _unpack(cell, tensors)
-    if not initial:
-        assert weights[1] is not None
-        shape = (len(weights) // 4, input.shape[1], weights[1].shape[1])
-        initial = tuple(input.new_zeros(shape) for _ in range(ops.CELLS[cell].states))
     return reference.scan(cell, input, initial, weights)
 
 
@@ -456,7 +453,7 @@ def _backward_composed(*arguments: Any) -> Any:
 
 # The operators -----------------------------------------------------------------------------------
 
-_LIBRARY: Any = torch.library.Library("fusedrnn", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY: Any = custom_operators.Library("fusedrnn", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _define(cell: str) -> tuple[Any, Any]:
@@ -494,12 +491,12 @@ def _define(cell: str) -> tuple[Any, Any]:
     ) -> None:
         _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
         _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
-        torch.library.register_fake(f"fusedrnn::{name}", fake, lib=_LIBRARY)
+        custom_operators.register_fake(f"fusedrnn::{name}", fake, lib=_LIBRARY)
 
         def rule(info: Any, in_dims: Any, *arguments: Any) -> Any:
             return vmap(operator, cell, info.batch_size, in_dims, *arguments)
 
-        torch.library.register_vmap(f"fusedrnn::{name}", rule, lib=_LIBRARY)
+        custom_operators.register_vmap(f"fusedrnn::{name}", rule, lib=_LIBRARY)
 
     register(
         forward,

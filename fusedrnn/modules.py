@@ -25,14 +25,12 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from . import library, ops
-from .extensions import extended, is_jagged
+from .extensions import States, extended, is_jagged
 from .functional import autocast_layer, kernel_layer, other_layer
 from .functional import layer as functional_layer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-States = list[Tensor] | tuple[Tensor, ...]  # (h,) or, for LSTM, (h, c); or () for zeros
 
 
 def _compute(

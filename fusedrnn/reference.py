@@ -79,11 +79,20 @@ def scan(
 ) -> tuple[Tensor, ...]:
     """One layer of `cell`, all its directions: (output, h_n) or, for LSTM, (output, h_n, c_n).
 
-    `initial` is (h0,) or, for LSTM, (h0, c0). A second direction runs from the last time step to
-    the first; its output stands behind the first one's in the last dimension. The other arguments
-    are those of ops.Options; with `cells`, c of all steps is the last result.
+    `initial` is (h0,) or, for LSTM, (h0, c0); or (), for zeros. A second direction runs from the
+    last time step to the first; its output stands behind the first one's in the last dimension. The
+    other arguments are those of ops.Options; with `cells`, c of all steps is the last result.
     """
     per_direction = 5 if len(weights) % 5 == 0 else 4
+    if not initial:
+        weight_hh = weights[1]
+        assert weight_hh is not None
+        batch = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
+        rows, size = weight_hh.shape
+        initial = tuple(
+            input.new_zeros(len(weights) // per_direction, batch, width)
+            for width in ((size, rows // 4) if cell == "lstm" else (size,))
+        )
     sizes = None if batch_sizes is None else batch_sizes.tolist()
     by_time = (lambda x: x.unbind(0)) if sizes is None else (lambda x: torch.split(x, sizes))
     resets = None if reset is None else by_time(reset)

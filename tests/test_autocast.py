@@ -22,13 +22,7 @@ def kernels_only(monkeypatch):
     monkeypatch.setattr(modules, "_TORCH_HAS_BFLOAT16", False)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Nothing here is large enough for more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def input_of(kind, dtype=F32):

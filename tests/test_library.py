@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import CELLS, LAYERS, assert_same, build, flat, pair, raised, ran, run, states
 from layers import LAYER_CELLS, layer_inputs
+from torch import library as custom_operators
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -69,12 +70,12 @@ def test_opcheck(cell):
     for directions, bias in ((1, True), (2, False)):
         tensors, grads = operator_tensors(cell, torch.float64, directions, bias)
         forward, backward = library._OPERATORS[cell]
-        torch.library.opcheck(forward, (False, *tensors))
-        torch.library.opcheck(forward, (True, *detached(tensors)))
+        custom_operators.opcheck(forward, (False, *tensors))
+        custom_operators.opcheck(forward, (True, *detached(tensors)))
         saved = forward(True, *detached(tensors))[-1]
         needed = [t is not None for t in tensors]
-        torch.library.opcheck(backward, (0, needed, *tensors, saved, *grads))
-        torch.library.opcheck(backward, (2, needed, *detached(tensors), saved, *grads))
+        custom_operators.opcheck(backward, (0, needed, *tensors, saved, *grads))
+        custom_operators.opcheck(backward, (2, needed, *detached(tensors), saved, *grads))
 
 
 @pytest.mark.parametrize("cell", LAYER_CELLS)

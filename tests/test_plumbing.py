@@ -23,13 +23,7 @@ T, B, I, H = 6, 3, 5, 7  # noqa: E741
 ALL = pytest.mark.parametrize("kind", LAYERS + CELLS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Nothing here is large enough for more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def input_of(kind, *lead, dtype=torch.float64):

@@ -114,19 +114,17 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   // forwards, LSTM's and RNN's by the steps below.
   const auto h_prev = [&](int64_t i) { return all_h_prev + walk.offset(i) * P; };
   for (int64_t i = 0; layout.h_prev && i < s.T; ++i) {
-    const Part part = part_of_h(walk.count(i));
-    if (i > 0 && !Cell::kPrevIsH && !hidden && walk.uniform(i, part.row_begin, part.row_end)) {
+    const States<T> states{hidden && i > 0 ? hidden + walk.offset(i - 1) * P : nullptr, P, h0, P};
+    if (hidden) {
+      states.copy_before(walk, i, shard, h_prev(i));
       continue;
     }
+    const Part part = part_of_h(walk.count(i));
+    if (i > 0 && !Cell::kPrevIsH && walk.uniform(i, part.row_begin, part.row_end)) continue;
     for (int64_t row = part.row_begin; row < part.row_end; ++row) {
-      const Source source = walk.source(i, row);
-      const Part one      = {row, row + 1, part.column, part.columns};
-      if (source != Source::kPrevious) {
-        copy_rows<T>(one, h_prev(i), P,
-                     [&](int64_t) { return source == Source::kInitial ? h0 + row * P : nullptr; });
-      } else if (hidden) {
-        const T* const from = hidden + (walk.offset(i - 1) + row) * P;
-        copy_rows<T>(one, h_prev(i), P, [&](int64_t) { return from; });
+      if (walk.source(i, row) != Source::kPrevious) {
+        copy_rows<T>({row, row + 1, part.column, part.columns}, h_prev(i), P,
+                     [&](int64_t) { return states.before(walk, i, row); });
       } else if constexpr (Cell::kPrevIsH) {
         recompute_h<Cell>(H, shard.block_begin, shard.block_end,
                           gates + (walk.offset(i - 1) + row) * G * H, h_prev(i - 1) + row * P,
@@ -137,11 +135,7 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   // LSTM's c of the step before the i-th, to c_to.
   const auto copy_c_prev = [&](int64_t i, T* c_to) {
     const T* const previous = i == 0 ? nullptr : extra + walk.offset(i - 1) * H;
-    copy_rows<T>(part_of_c(walk.count(i)), c_to, H, [&](int64_t row) -> const T* {
-      const Source source = walk.source(i, row);
-      if (source == Source::kPrevious) return previous + row * H;
-      return source == Source::kInitial ? c0 + row * H : nullptr;
-    });
+    States<T>{previous, H, c0, H}.copy_before(walk, i, shard, c_to);
   };
   Barrier direction_barrier = scratch.direction_barrier(d, shard);
   const auto mine = [&](int64_t of) { return of * shard.direction_rank / shard.direction_threads; };

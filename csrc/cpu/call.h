@@ -101,15 +101,36 @@ template <class T, class From>
 void copy_rows(const Part& part, T* to, int64_t to_stride, const From& from) {
   const size_t bytes = sizeof(T) * size_t(part.columns);
   for (int64_t row = part.row_begin; row < part.row_end; ++row) {
-    T* const out      = to + row * to_stride + part.column;
+    T* const out      = to + row * to_stride;
     const T* const in = from(row);
     if (!in) {
-      std::memset(out, 0, bytes);
-    } else {
-      std::memcpy(out, in + part.column, bytes);
+      std::memset(out + part.column, 0, bytes);
+    } else if (in != out) {
+      std::memcpy(out + part.column, in + part.column, bytes);
     }
   }
 }
+
+// The state [B, size] of a direction, in rows of `stride`, as a step left it; and before its first.
+template <class T>
+struct States {
+  const T* previous;
+  int64_t stride;
+  const T* initial;  // dense
+  int64_t size;
+
+  // The row before step i; null for zeros.
+  const T* before(const Walk& walk, int64_t i, int64_t row) const {
+    const Source source = walk.source(i, row);
+    if (source == Source::kPrevious) return previous + row * stride;
+    return source == Source::kInitial ? initial + row * size : nullptr;
+  }
+  // All of this thread's rows before step i, to a dense array.
+  void copy_before(const Walk& walk, int64_t i, const Shard& shard, T* to) const {
+    copy_rows<T>(own_part<T>(shard, walk.count(i), size), to, size,
+                 [&](int64_t row) { return before(walk, i, row); });
+  }
+};
 
 template <class Cell, class T, class Args>
 Shape shape_of(const Args& a, int64_t weight_elements, int max_rows) {

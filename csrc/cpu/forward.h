@@ -126,26 +126,9 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   // h and c of the step before, where rows of step i come from elsewhere too: made anew, h to where
   // the returned pointer says, c in c_n.
   const auto gather = [&](int64_t i, const T* h_from, const T* c_from) __attribute__((noinline)) {
-    const int64_t count = walk.count(i);
-    T* const h_started  = started + i % 2 * s.B * P;
-    copy_rows<T>(part_of_h(count), h_started, P, [&](int64_t row) -> const T* {
-      const Source source = walk.source(i, row);
-      if (source == Source::kPrevious) return h_from + row * DP;
-      return source == Source::kInitial ? h0 + row * P : nullptr;
-    });
-    if constexpr (Cell::kHasCell) {
-      const Part part = part_of_c(count);
-      for (int64_t row = part.row_begin; row < part.row_end; ++row) {
-        const Source source = walk.source(i, row);
-        T* const to         = c_n + row * H + part.column;
-        const T* const from = (source == Source::kPrevious ? c_from : c0) + row * H + part.column;
-        if (source == Source::kZero) {
-          std::memset(to, 0, sizeof(T) * size_t(part.columns));
-        } else if (to != from) {
-          std::memcpy(to, from, sizeof(T) * size_t(part.columns));
-        }
-      }
-    }
+    T* const h_started = started + i % 2 * s.B * P;
+    States<T>{h_from, DP, h0, P}.copy_before(walk, i, shard, h_started);
+    if constexpr (Cell::kHasCell) States<T>{c_from, H, c0, H}.copy_before(walk, i, shard, c_n);
     return h_started;
   };
   // Says through step where i's h_prev and prev are; true if they are as some step left them. Before
