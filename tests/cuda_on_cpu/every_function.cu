@@ -31,7 +31,7 @@ extern "C" __global__ void every_function(unsigned char* bytes, uint16_t* halves
   store_release(words, load_acquire(words + 1));
 
   sync_warp();
-  floats[0] += shuffle(floats[1], 3) + shuffle_xor(floats[2], 1);
+  floats[0]  += shuffle(floats[1], 3) + shuffle_xor(floats[2], 1);
   doubles[0] += shuffle(doubles[1], 3) + shuffle_xor(doubles[2], 1);
 
   float d[4]          = {};
@@ -56,6 +56,7 @@ extern "C" __global__ void every_function(unsigned char* bytes, uint16_t* halves
   store_async(remote + 8, 7, remote);
   barrier_arrive(barrier);
   barrier_arrive_remote(remote);
-  while (!barrier_try_wait(barrier, 0)) {}
+  while (!barrier_try_wait(barrier, 0)) {
+  }
   sync_grid();
 }
