@@ -46,7 +46,7 @@ struct Device {
   int count = 1, major = 9, minor = 0, multiprocessors = 132, shared_bytes = 227 * 1024;
 } device;
 double switch_probability = 0.02;
-int ctas_in_flight        = 6;
+int ctas_in_flight        = 4;  // more fall out of the L2 cache
 uint64_t switch_limit     = 2000000000;
 bool collectives_order    = false;
 
@@ -620,7 +620,9 @@ Place locate(const char* op, const void* address, size_t bytes, Site site) {
   }
   const auto after = regions.upper_bound(a);
   if (after == regions.end() || a < after->second.begin || a + bytes > after->second.end) {
-    fail_at(op, site, "outside all memory: " + name_of_address(address, cta));
+    fail_at(
+        op, site,
+        format("the %zu bytes are not within any memory: ", bytes) + name_of_address(address, cta));
   }
   const Region& region = after->second;
   return {region.cells + (a - region.begin / kGranule * kGranule) / kGranule, count, false};
@@ -825,7 +827,9 @@ bool disabled(Site site, const char* op) {
 
 // ---- Collectives of a warp: the last lane to come performs it for all.
 
-bool same(Site a, Site b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+bool same(Site a, Site b) {
+  return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
+}
 
 template <class Perform>
 void collective(const char* op, Site site, void* argument, const Perform& perform) {
@@ -834,7 +838,7 @@ void collective(const char* op, Site site, void* argument, const Perform& perfor
   if (warp.alive < kLanes) {
     fail_at(op, site, format("only %d lanes of the warp are left to take part", warp.alive));
   }
-  if (warp.arrived && (std::strcmp(warp.op, op) || !same(warp.site, site))) {
+  if (warp.arrived && (warp.op != op || !same(warp.site, site))) {
     fail_at(op, site,
             "diverged: other lanes of the warp wait at " + std::string(warp.op) + " " +
                 name_of(warp.site));

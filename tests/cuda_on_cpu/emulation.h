@@ -6,8 +6,8 @@
 //   barrier, and now and then at a load or store, from a seeded generator: same seed, same run.
 // - Whether two accesses are ordered does not depend on how the draws fall out: vector clocks say
 //   which accesses of others a thread is behind. Conflicting accesses that no barrier orders are an
-//   error. A shuffle or a product makes lanes wait for each other but orders no memory, as in CUDA's
-//   model; sync_warp does.
+//   error. A shuffle or a product makes lanes wait for each other but orders no memory, as CUDA's
+//   model has it; sync_warp does.
 // - Launches are queued, and run at the latest at a synchronization. Only with the programmatic
 //   attribute do kernels overlap.
 // - Granularity: two bytes. Two threads that write neighbouring single bytes are reported.
