@@ -168,9 +168,10 @@ struct Launch {
   bool programmatic, cooperative;
   cudaStream_t stream;
   int serial, num_ctas, group_size;
-  uint32_t first;                    // its CTAs' numbers, which no other launch has
-  uint32_t base;                     // CTAs below are known to have ended before it began
-  std::shared_ptr<Launch> previous;  // that may still run
+  uint32_t first;                          // its CTAs' numbers, which no other launch has
+  uint32_t base;                           // CTAs below are known to have ended before it began
+  uint32_t known_at_trigger = UINT32_MAX;  // the same, by all its CTAs when they let the next start
+  std::shared_ptr<Launch> previous;        // that may still run
   uint32_t known_at_end = 0;
   bool any_waited = false, ended = false;
   std::vector<int> order;  // of groups, from the back
@@ -319,7 +320,9 @@ uint32_t next_number = 1;  // of a CTA
 std::string name_of(const Launch& launch) {
   Dl_info info;
   if (!dladdr(launch.kernel, &info) || info.dli_saddr != launch.kernel || !info.dli_sname) {
-    return format("kernel %d", launch.serial);
+    const dim3 g = launch.grid, b = launch.block;
+    return format("kernel %d, with %u x %u x %u blocks of %u x %u x %u threads,", launch.serial,
+                  g.x, g.y, g.z, b.x, b.y, b.z);
   }
   int status         = 0;
   char* const plain  = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status);
@@ -723,7 +726,8 @@ void check_read(const Place& place, const void* address, Access access, Site sit
       }
     }
     if (recorded) continue;
-    const Reader reader = {me.cta, me.clock, bit, cell.readers, warp, access, uint16_t(site.line)};
+    const Reader reader = {me.cta,           me.clock,           bit, cell.readers, warp,
+                           uint16_t(access), uint16_t(site.line)};
     if (!place.shared && kept >= kGlobalReaders) {
       uint32_t victim = cell.readers;
       for (size_t j = random_below(size_t(kept)); j; --j) victim = readers[victim].next;
@@ -984,14 +988,16 @@ void land(size_t index) {
 
 // ---- Threads, CTAs and launches begin and end
 
-void trigger(Cta& cta) {
+void trigger(Cta& cta, const View& by) {
   if (cta.triggered) return;
-  cta.triggered = true;
+  cta.triggered   = true;
+  uint32_t& known = cta.launch->known_at_trigger;
+  known           = std::min(known, by.known_before);
   if (++cta.launch->ctas_triggered == cta.launch->num_ctas) to_main = true;
 }
 
 void end_cta(Cta& cta) {
-  trigger(cta);
+  trigger(cta, cta.at_end);
   const std::string who = name_of(cta) + " of " + name_of(*cta.launch);
   for (const StoreUnderWay& store : stores) {
     if (store.target == &cta) {
@@ -1148,7 +1154,8 @@ void keep_house() {
   if (queue.empty()) released.clear();
   for (auto& launch : queue) {
     const Launch* previous = launch->previous.get();
-    if (previous && !previous->ended && previous->ctas_triggered < previous->num_ctas) break;
+    if (previous && previous->ctas_triggered < previous->num_ctas) break;
+    if (previous) launch->base = previous->known_at_trigger;
     while (!launch->order.empty() &&
            (launch->ctas_running == 0 ||
             launch->ctas_running + launch->group_size <= ctas_in_flight)) {
@@ -1407,7 +1414,7 @@ void wait_for_previous_kernel(Site site) {
 }
 
 void let_next_kernel_start() {
-  if (device.major >= 9) trigger(*current->home);
+  if (device.major >= 9) trigger(*current->home, *current);
   if (to_main) yield();
 }
 
@@ -1673,10 +1680,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
   launch->first       = next_number;
   launch->base        = next_number;
   next_number        += uint32_t(ctas);
-  if (overlaps) {
-    launch->previous = queue.back();
-    launch->base     = launch->previous->base;
-  }
+  if (overlaps) launch->previous = queue.back();
   for (int i = 0; i < int(ctas) / launch->group_size; ++i) launch->order.push_back(i);
   for (size_t i = launch->order.size(); i > 1; --i) {
     std::swap(launch->order[i - 1], launch->order[random_below(i)]);
@@ -1865,7 +1869,9 @@ void emulation_set_switch_limit(uint64_t limit) { switch_limit = limit; }
 void emulation_set_collectives_order(int yes) { collectives_order = yes; }
 
 int emulation_num_sites() { return int(sites.size()); }
-const char* emulation_site(int index) { return sites.at(size_t(index))->c_str(); }
+const char* emulation_site(int index) {
+  return size_t(index) < sites.size() ? sites[size_t(index)]->c_str() : nullptr;
+}
 void emulation_disable_site(const char* site) {
   disabled_site   = site ? site : "";
   disabled_number = -1;

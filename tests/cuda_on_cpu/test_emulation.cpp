@@ -513,6 +513,14 @@ __global__ void linger(int* out) {
   previous_has_ended = true;
 }
 
+// The second of three kernels, of which the first writes what the third reads before it waits:
+// right if the second lets it start only when the first has ended.
+__global__ void between(bool waits_first) {
+  if (waits_first) wait_for_previous_kernel();
+  let_next_kernel_start();
+  if (!waits_first) wait_for_previous_kernel();
+}
+
 std::string run_steps(uint64_t seed, int* words, int steps, int without_wait, bool constant_input) {
   emulation_reset(seed);
   for (int t = 0; t < steps; ++t) {
@@ -536,6 +544,18 @@ void test_order_of_kernels() {
     CHECK(error.find("race") != std::string::npos);
     CHECK(error.find("the kernel") != std::string::npos);
     CHECK(run_steps(seed, words.get(), 3, -1, true).find("may overlap") != std::string::npos);
+  }
+
+  for (uint64_t seed = 0; seed < kSeeds; ++seed) {
+    for (const bool waits_first : {false, true}) {
+      emulation_reset(seed);
+      Shape shape = {6, 32};
+      launch(shape, step, words.get(), words.get() + 192, false, false);
+      shape.programmatic = true;
+      launch(shape, between, waits_first);
+      launch(shape, step, words.get() + 192, words.get(), false, true);
+      CHECK(emulation_synchronize() == (waits_first ? 0 : 1));
+    }
   }
 
   // They do overlap, but only with the attribute, and not on devices that cannot.
