@@ -244,12 +244,25 @@ struct Mbarrier {
   std::vector<Thread*> waiting;
 };
 
+// Sites as numbers, small enough for the records below: places in a hash table.
+constexpr size_t kSites = 1 << 14;
+Site site_table[kSites];
+uint16_t number_of(Site site) {
+  size_t i = (reinterpret_cast<uintptr_t>(site.file) * 31 + size_t(site.line) * 0x9e37) % kSites;
+  while (site_table[i].file &&
+         (site_table[i].file != site.file || site_table[i].line != site.line)) {
+    i = (i + 1) % kSites;
+  }
+  site_table[i] = site;
+  return uint16_t(i);
+}
+
 // A word's record: who wrote it last, and a list of who has read it since.
 struct Cell {
   uint32_t cta, clock, readers;  // cta 0: not written
   uint16_t thread : 12;
   uint16_t flags : 4;
-  uint16_t line;
+  uint16_t site;
 };
 enum CellFlags { kPending = 1, kAtomicWrite = 2, kIsBarrier = 4 };
 
@@ -257,7 +270,7 @@ struct Reader {
   uint32_t cta, clock, lanes, next;
   uint16_t warp : 8;
   uint16_t access : 8;
-  uint16_t line;
+  uint16_t site;
 };
 
 struct Cluster {
@@ -321,8 +334,8 @@ std::string name_of(const Launch& launch) {
   Dl_info info;
   if (!dladdr(launch.kernel, &info) || info.dli_saddr != launch.kernel || !info.dli_sname) {
     const dim3 g = launch.grid, b = launch.block;
-    return format("kernel %d, with %u x %u x %u blocks of %u x %u x %u threads,", launch.serial,
-                  g.x, g.y, g.z, b.x, b.y, b.z);
+    return format("kernel %d (%u x %u x %u blocks of %u x %u x %u threads)", launch.serial, g.x,
+                  g.y, g.z, b.x, b.y, b.z);
   }
   int status         = 0;
   char* const plain  = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status);
@@ -498,14 +511,11 @@ void join(Thread* const* threads, size_t n) {
   }
   for (size_t i = 0; i < n; ++i) joined.local->clock[threads[i]->self] = threads[i]->clock;
   for (size_t i = 0; i < n; ++i) {
-    Thread& t             = *threads[i];
-    static_cast<View&>(t) = View{t.launch,
-                                 t.cta,
-                                 t.self,
-                                 joined.local,
-                                 joined.remote,
-                                 joined.known_before,
-                                 joined.knows_previous};
+    Thread& t        = *threads[i];
+    t.local          = joined.local;
+    t.remote         = joined.remote;
+    t.known_before   = joined.known_before;
+    t.knows_previous = joined.knows_previous;
     // In step, so that a warp's lanes share their records.
     t.clock = clock + 1;
     t.dirty = false;
@@ -632,7 +642,7 @@ Place locate(const char* op, const void* address, size_t bytes, Site site) {
 }
 
 [[noreturn]] void race(const char* op, const void* address, Site site, const char* other,
-                       uint32_t cta, int thread, int lanes, int line) {
+                       uint32_t cta, int thread, int lanes, uint16_t number) {
   std::string who;
   const Launch* launch = current->launch;
   if (cta == current->cta) {
@@ -649,12 +659,12 @@ Place locate(const char* op, const void* address, size_t bytes, Site site) {
   if (lanes > 1) by = format("%d threads of warp %d of ", lanes, thread / kLanes) + who;
   fail_at(op, site,
           "race on " + name_of_address(address, *current->home) + ": no barrier orders it behind " +
-              other + format(" at line %d by ", line) + by);
+              other + " at " + name_of(site_table[number]) + " by " + by);
 }
 
-std::string under_copy(int line) {
-  return format(" is being copied to since line %d: no wait_copies of its thread lies between",
-                line);
+std::string under_copy(const Cell& cell) {
+  return " is being copied to since " + name_of(site_table[cell.site]) +
+         ": no wait_copies of its thread lies between";
 }
 
 void check_read(const Place& place, const void* address, Access access, Site site) {
@@ -666,10 +676,11 @@ void check_read(const Place& place, const void* address, Access access, Site sit
   const uint16_t warp = uint16_t(me.self / kLanes);
   const auto at       = [&](size_t i) { return static_cast<const char*>(address) + i * kGranule; };
   me.dirty            = true;
+  const uint16_t number = number_of(site);
   for (size_t i = 0; i < place.count; ++i) {
     Cell& cell = place.cells[i];
     if (cell.flags & kPending) {
-      fail_at(op, site, name_of_address(at(i), *me.home) + under_copy(cell.line));
+      fail_at(op, site, name_of_address(at(i), *me.home) + under_copy(cell));
     }
     if (cell.flags & kIsBarrier) fail_at(op, site, "the address is a barrier's");
     if (!cell.cta) {
@@ -677,15 +688,14 @@ void check_read(const Place& place, const void* address, Access access, Site sit
         fail_at(op, site, name_of_address(at(i), *me.home) + " has never been written");
       }
     } else if (access == kConstant && cell.cta >= me.launch->base) {
-      const char* who = cell.cta >= me.launch->first ? "this kernel"
-                                                     : "the kernel before, which "
-                                                       "it may overlap,";
+      const char* who =
+          cell.cta >= me.launch->first ? "this kernel" : "the kernel before, which it may overlap,";
       fail_at(op, site,
-              name_of_address(at(i), *me.home) + " has been written by " + who +
-                  format(" at line %d", cell.line));
+              name_of_address(at(i), *me.home) + " has been written by " + who + " at " +
+                  name_of(site_table[cell.site]));
     } else if (!(access == kAtomic && (cell.flags & kAtomicWrite)) &&
                !ordered(cell.cta, cell.thread, cell.clock, me)) {
-      race(op, at(i), site, "a write", cell.cta, cell.thread, 1, cell.line);
+      race(op, at(i), site, "a write", cell.cta, cell.thread, 1, cell.site);
     }
 
     // Those that this thread is behind need no record any more: a write behind it is behind them.
@@ -726,8 +736,7 @@ void check_read(const Place& place, const void* address, Access access, Site sit
       }
     }
     if (recorded) continue;
-    const Reader reader = {me.cta,           me.clock,           bit, cell.readers, warp,
-                           uint16_t(access), uint16_t(site.line)};
+    const Reader reader = {me.cta, me.clock, bit, cell.readers, warp, uint16_t(access), number};
     if (!place.shared && kept >= kGlobalReaders) {
       uint32_t victim = cell.readers;
       for (size_t j = random_below(size_t(kept)); j; --j) victim = readers[victim].next;
@@ -749,25 +758,25 @@ void check_write(const char* op, const Place& place, const void* address, const 
     Cell& cell    = place.cells[i];
     const auto at = static_cast<const char*>(address) + i * kGranule;
     if (cell.flags & kPending) {
-      fail_at(op, site, name_of_address(at, *current->home) + under_copy(cell.line));
+      fail_at(op, site, name_of_address(at, *current->home) + under_copy(cell));
     }
     if (cell.flags & kIsBarrier) fail_at(op, site, "the address is a barrier's");
     if (cell.cta && !(atomic && (cell.flags & kAtomicWrite)) &&
         !ordered(cell.cta, cell.thread, cell.clock, view)) {
-      race(op, at, site, "a write", cell.cta, cell.thread, 1, cell.line);
+      race(op, at, site, "a write", cell.cta, cell.thread, 1, cell.site);
     }
     for (uint32_t index = cell.readers; index; index = readers[index].next) {
       const Reader& r = readers[index];
       if (r.access == kConstant && r.cta >= view.launch->first) {
         fail_at(op, site,
-                name_of_address(at, *current->home) +
-                    format(" is read by load_constant at line %d", r.line));
+                name_of_address(at, *current->home) + " is read by load_constant at " +
+                    name_of(site_table[r.site]));
       }
       if (atomic && r.access == kAtomic) continue;
       for (uint32_t lanes = r.lanes; lanes; lanes &= lanes - 1) {
         const int thread = r.warp * kLanes + __builtin_ctz(lanes);
         if (!ordered(r.cta, thread, r.clock, view)) {
-          race(op, at, site, "a read", r.cta, thread, __builtin_popcount(r.lanes), r.line);
+          race(op, at, site, "a read", r.cta, thread, __builtin_popcount(r.lanes), r.site);
         }
       }
     }
@@ -777,13 +786,14 @@ void check_write(const char* op, const Place& place, const void* address, const 
 
 void record_write(const Place& place, uint32_t cta, int thread, uint32_t clock, int flags,
                   Site site) {
+  const uint16_t number = number_of(site);
   for (size_t i = 0; i < place.count; ++i) {
     Cell& cell  = place.cells[i];
     cell.cta    = cta;
     cell.clock  = clock;
     cell.thread = uint16_t(thread & 0xfff);
     cell.flags  = uint16_t(flags & 15);
-    cell.line   = uint16_t(site.line);
+    cell.site   = number;
   }
 }
 
@@ -850,11 +860,15 @@ void collective(const char* op, Site site, void* argument, const Perform& perfor
   warp.op           = op;
   warp.site         = site;
   current->argument = argument;
-  if (++warp.arrived < kLanes) return wait_at(op, site);
-  warp.arrived = 0;
-  perform(warp);
-  for (Thread* t : warp.lanes) ready.push_back(t);
-  switch_away();
+  if (++warp.arrived < kLanes) {
+    wait_at(op, site);
+  } else {
+    warp.arrived = 0;
+    perform(warp);
+    for (Thread* t : warp.lanes) ready.push_back(t);
+    switch_away();
+  }
+  current->argument = nullptr;
 }
 
 // ---- Barriers of threads
