@@ -47,7 +47,7 @@ struct Device {
 } device;
 double switch_probability = 0.02;
 int ctas_in_flight        = 4;  // more fall out of the L2 cache
-uint64_t switch_limit     = 2000000000;
+uint64_t switch_limit     = 200000000;
 bool collectives_order    = false;
 
 std::recursive_mutex api;  // one OS thread at a time
@@ -321,12 +321,13 @@ std::vector<Thread*> ready, idle;
 std::vector<StoreUnderWay> stores;
 Thread* current = nullptr;
 jmp_buf main_context;
-bool to_main         = false;  // something for the main loop to do
-bool failed          = false;
-uint64_t switches    = 0;
-uint64_t progress    = 0;  // the last switch at which something other than spinning happened
-int launches         = 0;
-uint32_t next_number = 1;  // of a CTA
+bool to_main          = false;  // something for the main loop to do
+bool failed           = false;
+uint64_t switches     = 0;
+uint64_t first_switch = 0;  // of this run
+uint64_t progress     = 0;  // the last switch at which something other than spinning happened
+int launches          = 0;
+uint32_t next_number  = 1;  // of a CTA
 
 // ---- Errors
 
@@ -442,7 +443,8 @@ void land(size_t index);
     ++switches;
     const size_t n = ready.size() + stores.size();
     if (to_main || n == 0) _longjmp(main_context, 1);
-    if (switches > switch_limit) fail("too many switches of threads; they wait" + who_waits());
+    if (switches - first_switch > switch_limit)
+      fail("too many switches of threads; they wait" + who_waits());
     if (switches - progress > 1000 + 64 * n) {
       fail("deadlock: the threads that do not wait only read a word again that nobody changes" +
            who_waits());
@@ -1200,24 +1202,29 @@ void abandon() {
   to_main = false;
 }
 
-// Until this launch has ended, or with null all. All fibers come back here.
+// Until this launch has ended, or with null all. All fibers come back to the one line, and go on
+// from there: no local of that function would survive it.
 const Launch* awaited;
-bool run_until(const Launch* launch) {
-  awaited = launch;
-  _setjmp(main_context);
+
+__attribute__((noinline)) bool go_on() {
   current = nullptr;
   if (!failed) {
     keep_house();
     if (queue.empty() || (awaited && awaited->ended)) return true;
     progress = switches;
     if (!ready.empty() || !stores.empty()) dispatch();
-    failed = true;
-    error  = "deadlock: all threads wait" + who_waits() +
-             format(" [seed %llu]", (unsigned long long)(seed));
+    fail("deadlock: all threads wait" + who_waits());
   }
   abandon();
   last_error = cudaErrorLaunchFailure;
   return false;
+}
+
+bool run_until(const Launch* launch) {
+  awaited      = launch;
+  first_switch = switches;
+  _setjmp(main_context);
+  return go_on();
 }
 
 }  // namespace
@@ -1833,7 +1840,7 @@ void emulation_reset(uint64_t new_seed) {
   last_error = cudaSuccess;
   seed       = new_seed;
   launches   = 0;
-  switches = progress = 0;
+  switches = first_switch = progress = 0;
   random_restart();
 }
 

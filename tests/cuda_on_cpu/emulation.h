@@ -10,7 +10,9 @@
 //   model has it; sync_warp does.
 // - Launches are queued, and run at the latest at a synchronization. Only with the programmatic
 //   attribute do kernels overlap.
-// - Granularity: two bytes. Two threads that write neighbouring single bytes are reported.
+// - Granularity: two bytes. Two threads that write neighbouring single bytes are reported. Of a
+//   place in global memory that many warps have read, a few are remembered, drawn at random: a race
+//   of a write with such reads may need another seed to be seen.
 // - The first error is kept as a message; the launch is given up and nothing runs until a reset.
 #pragma once
 
@@ -28,7 +30,8 @@ void emulation_reset(uint64_t seed);
 // Runs all that is queued; 0 if without an error since the reset.
 int emulation_synchronize();
 
-// Global memory. To clear runs what is queued first.
+// Global memory, which must live until the kernels that use it have run: before it is freed,
+// synchronize. To clear does so too.
 void emulation_register(void* address, size_t bytes);
 void emulation_clear_regions();
 
@@ -37,7 +40,7 @@ void emulation_set_device(int major, int minor, int multiprocessors, int shared_
 void emulation_set_device_count(int count);
 
 // How it is run: the probability that a load or store lets others run; how many CTAs of a kernel
-// run at once, unless they have to; after how many switches of threads to give up.
+// run at once, unless they have to; after how many switches of threads in one run to give up.
 void emulation_set_switch_probability(double probability);
 void emulation_set_ctas_in_flight(int ctas);
 void emulation_set_switch_limit(uint64_t switches);
