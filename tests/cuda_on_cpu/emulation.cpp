@@ -905,7 +905,11 @@ void open_grid_barrier(Group& group) {
     all->knows_previous                       |= any.knows_previous;
   }
   for (Cta& cta : group.ctas) {
-    for (Thread* t : cta.threads) acquire(*t, all);
+    for (Thread* t : cta.threads) {
+      t->remote         = all;  // more than it has known before
+      t->known_before   = all->known_before;
+      t->knows_previous = all->knows_previous;
+    }
     ready.insert(ready.end(), cta.threads.begin(), cta.threads.end());
   }
   group.arrived = 0;
@@ -1040,15 +1044,22 @@ void end_thread() {
   Group& all = *cta.group;
   Warp& warp = cta.warps[size_t(me.self / kLanes)];
   progress   = switches;
-  if (std::memcmp(me.stack, &kCanary, sizeof kCanary)) {
+  if (std::memcmp(me.stack, &kCanary, sizeof kCanary) != 0) {
     fail("the stack of " + name_of(me) + " was too small");
   }
   if (warp.arrived) {
     fail(name_of(me) + " ends while other lanes of its warp wait at " + warp.op + " " +
          name_of(warp.site));
   }
-  acquire(cta.at_end, release(me));
-  cta.threads[size_t(me.self)] = nullptr;
+  View& end = cta.at_end;
+  for (size_t i = 0; i < end.local->clock.size(); ++i) {
+    end.local->clock[i] = std::max(end.local->clock[i], me.local->clock[i]);
+  }
+  end.local->clock[size_t(me.self)] = me.clock;
+  merge(end.remote, me.remote);
+  end.known_before              = std::max(end.known_before, me.known_before);
+  end.knows_previous           |= me.knows_previous;
+  cta.threads[size_t(me.self)]  = nullptr;
   --warp.alive;
   if (me.in_cluster_barrier && me.cluster_phase == cta.cluster->phase) --cta.cluster->arrived;
   --cta.cluster->alive;
@@ -1080,7 +1091,7 @@ void start_group(const std::shared_ptr<Launch>& launch) {
   const dim3 cluster       = launch->cluster;
   const dim3 clusters      = {grid.x / cluster.x, grid.y / cluster.y, grid.z / cluster.z};
   const int cluster_size   = int(cluster.x * cluster.y * cluster.z);
-  const size_t num_threads = launch->block.x * launch->block.y * launch->block.z;
+  const size_t num_threads = size_t(launch->block.x) * launch->block.y * launch->block.z;
   group.launch             = launch;
   group.ctas.resize(size_t(launch->group_size));
   group.clusters.resize(size_t(launch->group_size / cluster_size));
@@ -1128,6 +1139,7 @@ void start_group(const std::shared_ptr<Launch>& launch) {
       cta.threads.push_back(&t);
       ready.push_back(&t);
     }
+    cta.at_end.local = new Block(*cta.at_end.local);  // the threads share the other
   }
   launch->ctas_running += launch->group_size;
 }
