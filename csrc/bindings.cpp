@@ -14,6 +14,9 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#if defined(FUSEDRNN_CUDA_ARCHS)
+#include "cuda/bindings.h"
+#endif
 #include "memory.h"
 #include "tensor.h"
 
@@ -629,7 +632,12 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = "gcc " __VERSION__;
 #endif
   m.attr("isas") = isa_names();
-  m.attr("cuda") = "";  // architectures, likewise: no CUDA kernels yet
+#if defined(FUSEDRNN_CUDA_ARCHS)
+  m.attr("cuda") = FUSEDRNN_CUDA_ARCHS;
+  add_cuda(m);
+#else
+  m.attr("cuda") = "";
+#endif
   m.def("release_threads", release_threads, "Ends this thread's idle OpenMP threads.");
   static PyMethodDef methods[] = {definition<forward, 7>("forward"),
                                   definition<backward, 10>("backward"),

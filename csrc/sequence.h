@@ -16,6 +16,12 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define FUSEDRNN_INLINE __host__ __device__ __forceinline__
+#else
+#define FUSEDRNN_INLINE inline __attribute__((always_inline))
+#endif
+
 namespace fusedrnn {
 
 // Order as in fusedrnn/ops.py and in kernel tables.

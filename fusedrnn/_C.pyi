@@ -47,3 +47,72 @@ def backward(
     groups: int,
     /,
 ) -> tuple[Tensor | None, ...] | NotImplementedType | None: ...
+
+class CudaLayer:
+    """One layer's shape, sequences, device and stream; csrc/cuda/kernels.h has every argument.
+
+    Only in a build with CUDA kernels. Addresses are integers, 0 for null. RuntimeError for an error
+    of CUDA's.
+    """
+
+    def __init__(
+        self,
+        *,
+        cell: int,
+        number: int,
+        T: int,
+        B: int,
+        H: int,
+        P: int,
+        D: int,
+        offsets: list[int] | None,
+        device_offsets: int,
+        reset: int,
+        reset_to_initial: bool,
+        device: int,
+        stream: int,
+    ) -> None: ...
+    def forward(
+        self,
+        *,
+        block: bool,
+        workspace: int,
+        gates_x: list[int],
+        weight_hh: list[int],
+        bias_hh: list[int],
+        weight_hr: list[int],
+        h0: int,
+        c0: int,
+        gates: int,
+        extra: int,
+        every_cell: bool,
+        unprojected: int,
+        hidden: int,
+        output: int,
+        h_n: int,
+        c_n: int,
+    ) -> None: ...
+    def backward(
+        self,
+        *,
+        block: bool,
+        workspace: int,
+        weight_hh: list[int],
+        weight_hr: list[int],
+        gates: int,
+        extra: int,
+        previous: int,
+        c0: int,
+        grad_output: int,
+        grad_h_n: int,
+        grad_c_n: int,
+        grad_cells: int,
+        grad_gates: int,
+        grad_hidden: int,
+        carry: int,
+        grad_h0: int,
+        grad_c0: int,
+    ) -> None: ...
+    def previous(self, *, gates: int, extra: int, hidden: int, h0: int, previous: int) -> None: ...
+    def workspace_bytes(self, projected: bool, /) -> int: ...
+    def block_ctas(self, backward: bool, /) -> int: ...

@@ -139,12 +139,21 @@ class Options(NamedTuple):
 def takes(
     cell: str, input: Tensor, initial: Tensors, weights: Weights, options: Options | None = None
 ) -> bool:
-    """Whether the kernels take these tensors: ordinary dense CPU tensors of one dtype, float32,
-    float64, bfloat16 or float16, of the shapes of one layer, or of one step (`check_layer`).
+    """Whether the kernels take these tensors: ordinary dense ones of one device, the CPU or a CUDA
+    one, and of one dtype, float32, float64, bfloat16 or float16, of the shapes of one layer or, on
+    the CPU, of one step (`check_layer`).
 
     `initial` is (h0,) or (h0, c0) or, for zeros, ().
     """
+    if input.is_cuda:
+        return bool(_cuda().takes(cell, input, initial, weights, options))
     return _C.takes(CELLS[cell].number, input, initial, weights, options)
+
+
+def _cuda() -> Any:
+    from . import cuda  # which imports this file
+
+    return cuda
 
 
 class Plan(NamedTuple):
@@ -195,7 +204,12 @@ def forward(
     threads = torch.get_num_threads()
     result = call(CELLS[cell].number, save, threads, input, initial, weights, options)
     if result is None or result is NotImplemented:
-        return None
+        if not (input.is_cuda and takes(cell, input, initial, weights, options)):
+            return None
+        call = _cuda().forward
+        if profiler._is_profiler_enabled:
+            call = _recorded(cell, "forward", call)
+        result = call(cell, save, input, initial, weights, options)
     counts["kernel_forward"] += 1
     return result
 
@@ -218,30 +232,22 @@ def backward(
     if one of `grads` is no ordinary tensor.
     RuntimeError if another argument is not as `forward` took or gave it.
     """
-    call = _C.backward
+    first: tuple[Any, ...] = (CELLS[cell].number, torch.get_num_threads())
+    call: Callable[..., Any] = _C.backward
+    if input.is_cuda:
+        first, call = (cell,), _cuda().backward
     if profiler._is_profiler_enabled:
         call = _recorded(cell, "backward", call)
-    result = call(
-        CELLS[cell].number,
-        torch.get_num_threads(),
-        input,
-        initial,
-        weights,
-        options,
-        saved,
-        grads,
-        needed,
-        groups,
-    )
+    result = call(*first, input, initial, weights, options, saved, grads, needed, groups)
     if result is None:  # what comes back may have passed a user's saved_tensors_hooks
         raise RuntimeError(
             "saved_tensors_hooks must give back tensors of the shape, dtype and device that they "
-            f"were given: a {input.dtype} layer on the CPU got something else"
+            f"were given: a {input.dtype} layer on {input.device} got something else"
         )
     if result is NotImplemented:
         return None
     counts["kernel_backward"] += 1
-    return result
+    return result  # type: ignore[no-any-return]
 
 
 def weights_per_direction(weights: Sequence[Tensor | None]) -> int:

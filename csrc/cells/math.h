@@ -12,9 +12,11 @@
 #include <utility>
 
 #if defined(__CUDACC__)
-#define FUSEDRNN_CELL __host__ __device__ __forceinline__
+#define FUSEDRNN_CELL __device__ __forceinline__
+#define FUSEDRNN_UNROLL _Pragma("unroll")
 #else
 #define FUSEDRNN_CELL inline __attribute__((always_inline))
+#define FUSEDRNN_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace fusedrnn {
@@ -48,29 +50,35 @@ struct Exp;
 
 template <>
 struct Exp<float> {  // relative error 1.3e-8, 0.11 ULP
-  static constexpr int kTerms       = 5;
-  static constexpr float kP[kTerms] = {0.49999998153818844534f, 0.16666543617692724903f,
-                                       0.041667199942543189813f, 0.0083665208943056078172f,
-                                       0.0013882515775329425903f};
-  static constexpr float kLog2E     = 1.44269504088896340736f;
-  static constexpr float kLn2Hi     = 0.693145751953125f;  // 16 bits: n * kLn2Hi is exact
-  static constexpr float kLn2Lo     = 1.42860682030941723e-6f;
-  static constexpr float kRound     = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  static constexpr int kMantissa    = 23;
-  static constexpr int32_t kBias    = 127;
-  static constexpr int32_t kSign    = INT32_MIN;
-  static constexpr float kExpZero   = 88.0f;  // exp(-x) counts as 0 from here on: n is -127
-  static constexpr float kTanhOne   = 9.1f;   // tanh(x) rounds to 1 above
+  static constexpr int kTerms = 5;
+  static FUSEDRNN_CELL constexpr float p(int i) {
+    constexpr float kP[kTerms] = {0.49999998153818844534f, 0.16666543617692724903f,
+                                  0.041667199942543189813f, 0.0083665208943056078172f,
+                                  0.0013882515775329425903f};
+    return kP[i];
+  }
+  static constexpr float kLog2E   = 1.44269504088896340736f;
+  static constexpr float kLn2Hi   = 0.693145751953125f;  // 16 bits: n * kLn2Hi is exact
+  static constexpr float kLn2Lo   = 1.42860682030941723e-6f;
+  static constexpr float kRound   = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr int kMantissa  = 23;
+  static constexpr int32_t kBias  = 127;
+  static constexpr int32_t kSign  = INT32_MIN;
+  static constexpr float kExpZero = 88.0f;  // exp(-x) counts as 0 from here on: n is -127
+  static constexpr float kTanhOne = 9.1f;   // tanh(x) rounds to 1 above
 };
 
 template <>
 struct Exp<double> {  // relative error 2.6e-19
-  static constexpr int kTerms        = 11;
-  static constexpr double kP[kTerms] = {
-      0.50000000000000000085,     0.16666666666666676508,   0.041666666666666508766,
-      0.008333333333321691057,    0.0013888888888962377374, 0.00019841269885967032584,
-      0.000024801587172526841437, 2.7557244373150889153e-6, 2.755740265210362174e-7,
-      2.5108979223420803152e-8,   2.0875327238943049427e-9};
+  static constexpr int kTerms = 11;
+  static FUSEDRNN_CELL constexpr double p(int i) {
+    constexpr double kP[kTerms] = {
+        0.50000000000000000085,     0.16666666666666676508,   0.041666666666666508766,
+        0.008333333333321691057,    0.0013888888888962377374, 0.00019841269885967032584,
+        0.000024801587172526841437, 2.7557244373150889153e-6, 2.755740265210362174e-7,
+        2.5108979223420803152e-8,   2.0875327238943049427e-9};
+    return kP[i];
+  }
   static constexpr double kLog2E   = 1.44269504088896340736;
   static constexpr double kLn2Hi   = 0.69314718055989033;  // 33 bits
   static constexpr double kLn2Lo   = 5.4979230187083711552e-14;
@@ -94,9 +102,9 @@ FUSEDRNN_CELL ExpParts<V> exp_parts(V x) {
   const V rounded = fma(x, splat<V>(C::kLog2E), splat<V>(C::kRound));
   const V n       = rounded - C::kRound;
   const V r       = fma(n, splat<V>(-C::kLn2Lo), fma(n, splat<V>(-C::kLn2Hi), x));
-  V p             = splat<V>(C::kP[C::kTerms - 1]);
-#pragma GCC unroll 16
-  for (int i = C::kTerms - 2; i >= 0; --i) p = fma(p, r, splat<V>(C::kP[i]));
+  V p             = splat<V>(C::p(C::kTerms - 1));
+  FUSEDRNN_UNROLL
+  for (int i = C::kTerms - 2; i >= 0; --i) p = fma(p, r, splat<V>(C::p(i)));
   // The low bits of `rounded` hold n: moved into the exponent field, biased, they are 2^n; n =
   // -kBias gives 0.
   const V scale = from_bits((to_bits(rounded) + C::kBias) << C::kMantissa);

@@ -4,10 +4,10 @@
 
 #include <unistd.h>
 
+#include "../walk.h"
 #include "pack.h"
 #include "step.h"
 #include "threads.h"
-#include "walk.h"
 
 namespace fusedrnn {
 namespace {

@@ -12,13 +12,14 @@
 #include <type_traits>
 #include <utility>
 
+#include "../sequence.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
 
-#define FUSEDRNN_INLINE inline __attribute__((always_inline))
 #define FUSEDRNN_LAMBDA __attribute__((always_inline))
 
 namespace fusedrnn {

@@ -1,8 +1,7 @@
 // Which rows run at each step of a direction's walk over time, and where their states come from.
 #pragma once
 
-#include "../sequence.h"
-#include "vec.h"
+#include "sequence.h"
 
 namespace fusedrnn {
 namespace {
@@ -31,14 +30,17 @@ inline int64_t steps_of(const Sequences& s, int64_t row) {
 }
 
 // Whether all rows run at every step, each from the step before.
-inline bool all_alike(const Sequences& s) { return s.offsets == nullptr && s.reset == nullptr; }
+FUSEDRNN_INLINE bool all_alike(const Sequences& s) {
+  return s.offsets == nullptr && s.reset == nullptr;
+}
 
 // What the state before a row's step is: that of the direction's step before, h0 and c0, or zeros.
 enum class Source { kPrevious, kInitial, kZero };
 
 class Walk {
  public:
-  Walk(const Sequences& sequences, int64_t direction) : s_(sequences), direction_(direction) {}
+  FUSEDRNN_INLINE Walk(const Sequences& sequences, int64_t direction)
+      : s_(sequences), direction_(direction) {}
 
   FUSEDRNN_INLINE int64_t time(int64_t i) const {
     return direction_ == 0 ? i : s_.T - 1 - i;
@@ -49,13 +51,13 @@ class Walk {
   }
 
   // [count]: the rows between which and the step before lies a boundary; null if none does.
-  const bool* boundaries(int64_t i) const {
+  FUSEDRNN_INLINE const bool* boundaries(int64_t i) const {
     if (!s_.reset || (i == 0 && direction_ == 1)) return nullptr;
     const int64_t later = direction_ == 0 ? time(i) : time(i - 1);
     return s_.reset + rows_before(s_, later);
   }
 
-  Source source(int64_t i, int64_t row) const {
+  FUSEDRNN_INLINE Source source(int64_t i, int64_t row) const {
     if (i > 0 && row >= count(i - 1)) return Source::kInitial;  // a shorter sequence's last time
     const bool* const cut = boundaries(i);
     if (cut && cut[row]) return s_.reset_to_initial ? Source::kInitial : Source::kZero;
@@ -68,7 +70,7 @@ class Walk {
   }
 
  private:
-  bool all_as_usual(int64_t i, int64_t begin, int64_t end) const {
+  FUSEDRNN_INLINE bool all_as_usual(int64_t i, int64_t begin, int64_t end) const {
     for (int64_t row = begin; row < end; ++row) {
       if (source(i, row) != (i == 0 ? Source::kInitial : Source::kPrevious)) return false;
     }

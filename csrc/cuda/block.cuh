@@ -1,0 +1,288 @@
+// The block path: one launch for all time steps, for layers so small that one CTA holds all their
+// recurrent weights, in registers and shared memory. A CTA takes 8 sequences of one direction and
+// waits for nobody else.
+//
+// Each warp owns a tile of 16 units with all their gates, so that a cell's arithmetic, its c and its
+// carried gradients stay in the registers of the lane that has its sums. What the warps exchange, h
+// or the gates' gradients, goes through shared memory, two buffers by turns: one barrier a step.
+#pragma once
+
+#include "layer.cuh"
+
+namespace fusedrnn {
+namespace {
+
+constexpr int kBlockWarps = 12;  // at most, so that each thread can have 168 registers
+constexpr int kBlockUnits = kBlockWarps * kUnitTile;
+
+// How many fragments of its weights a warp keeps in registers, 8 each. With one more each way,
+// nvcc 13.0 spills (LSTM: forward for sm_90a, backward for sm_80).
+template <class N>
+FUSEDRNN_INLINE constexpr int in_registers(bool backward) {
+  return N::kWeightLanes < kWarp ? 0 : backward ? 4 : 6;
+}
+
+// Bytes of a row of states in shared memory: an odd number of 64 bytes, so that the 8 rows that a
+// quarter of a warp reads at once lie in different banks.
+template <class N>
+FUSEDRNN_INLINE int state_row_bytes(int size, int segments) {
+  const int bytes = segments * blocks_of<N>(size) * N::kBlock * int(sizeof(typename N::scalar_t));
+  return (bytes + 63) / 64 % 2 ? (bytes + 63) / 64 * 64 : (bytes + 63) / 64 * 64 + 64;
+}
+
+// The others, in shared memory.
+template <class N>
+FUSEDRNN_INLINE int in_shared(int size, int segments, bool backward) {
+  const int fragments = blocks_of<N>(size) * segments - in_registers<N>(backward);
+  return fragments > 0 ? fragments : 0;
+}
+
+// Bytes of all warps' weights there.
+template <class N>
+FUSEDRNN_INLINE int64_t shared_weights(int H, int segments, bool backward) {
+  return int64_t(tiles_of(H)) * in_shared<N>(H, segments, backward) * kFragment<N> *
+         int64_t(sizeof(Vec16));
+}
+
+// What a CTA of the block path needs, of H units.
+template <class N>
+FUSEDRNN_INLINE int64_t block_shared(int H, int segments, bool backward) {
+  return shared_weights<N>(H, segments, backward) +
+         2 * kRowTile * state_row_bytes<N>(H, backward ? segments : 1);
+}
+
+// One warp's weights, for as long as the kernel runs.
+template <class N, int kSegments, bool kBackward>
+class Resident {
+ public:
+  // In the shared memory of the CTA this warp has a part that it alone writes and reads.
+  __device__ __forceinline__ Resident(const Vec16* weights, int size, int tile, int lane)
+      : blocks_(blocks_of<N>(size)), lane_(lane) {
+    const Vec16* own = weights + int64_t(tile) * blocks_ * kSegments * kFragment<N>;
+#pragma unroll
+    for (int f = 0; f < kInRegisters; ++f) {
+      if (f < blocks_ * kSegments) {
+        load_weights<N>(registers_[f], own + f * kFragment<N>, lane);
+      }
+    }
+    const int vectors = in_shared<N>(size, kSegments, kBackward) * kFragment<N>;
+    Vec16* shared     = reinterpret_cast<Vec16*>(shared_memory()) + int64_t(tile) * vectors;
+    for (int v = lane; v < vectors; v += kWarp) {
+      store(shared + v, load(own + kInRegisters * kFragment<N> + v));
+    }
+    shared_ = shared;
+  }
+
+  // sums += weights times states; states(s, b, i): the lane's i-th vector of block b in segment s.
+  template <bool kSameStates, class States>
+  __device__ __forceinline__ void multiply(typename N::acc_t (&sums)[kSegments][kSums],
+                                           const States& states) const {
+    constexpr int kUnrolled = (kInRegisters + kSegments - 1) / kSegments;
+#pragma unroll
+    for (int b = 0; b < kUnrolled; ++b) {
+      if (b < blocks_) multiply_block<kSameStates, true>(sums, states, b);
+    }
+#pragma unroll 1
+    for (int b = kUnrolled; b < blocks_; ++b) multiply_block<kSameStates, false>(sums, states, b);
+  }
+
+ private:
+  static constexpr int kInRegisters = in_registers<N>(kBackward);
+
+  template <bool kSameStates, bool kMayBeInRegisters, class States>
+  __device__ __forceinline__ void multiply_block(typename N::acc_t (&sums)[kSegments][kSums],
+                                                 const States& states, int b) const {
+    Vec16 vectors[N::kStateVectors];
+#pragma unroll
+    for (int s = 0; s < kSegments; ++s) {
+      if (s == 0 || !kSameStates) {
+#pragma unroll
+        for (int i = 0; i < N::kStateVectors; ++i) vectors[i] = N::prepared(states(s, b, i));
+      }
+      const int f = b * kSegments + s;
+      if (kMayBeInRegisters && f < kInRegisters) {
+        N::multiply(sums[s], registers_[f], vectors);
+      } else {
+        Vec16 fragment[2];
+        load_weights<N>(fragment, shared_ + (f - kInRegisters) * kFragment<N>, lane_);
+        N::multiply(sums[s], fragment, vectors);
+      }
+    }
+  }
+
+  Vec16 registers_[kInRegisters > 0 ? kInRegisters : 1][2];
+  const Vec16* shared_;
+  int blocks_, lane_;
+};
+
+// The two buffers of states, [2][8 rows][segments of K], behind the weights.
+template <class N>
+class StateBuffers {
+ public:
+  using scalar_t = typename N::scalar_t;
+
+  // Behind weights of so many segments.
+  __device__ __forceinline__ StateBuffers(int size, int weights, int segments, bool backward)
+      : begin_(shared_memory() + shared_weights<N>(size, weights, backward)),
+        row_bytes_(state_row_bytes<N>(size, segments)),
+        segment_(blocks_of<N>(size) * N::kBlock) {}
+
+  // Zeros everywhere, also behind the ends of the rows, which `write` does not reach; for all threads.
+  __device__ __forceinline__ void clear() const {
+    const int vectors = 2 * kRowTile * row_bytes_ / int(sizeof(Vec16));
+    for (int v = threadIdx.x; v < vectors; v += blockDim.x) {
+      store(reinterpret_cast<Vec16*>(begin_) + v, Vec16{});
+    }
+  }
+
+  __device__ __forceinline__ Vec16 read(int buffer, int lane, int s, int b, int i) const {
+    const int k = s * segment_ + b * N::kBlock + N::state_k(lane);
+    return load(reinterpret_cast<const Vec16*>(at(buffer, N::state_row(lane, i), k)));
+  }
+  __device__ __forceinline__ void write(int buffer, int row, int s, int k, scalar_t x) const {
+    store(at(buffer, row, s * segment_ + k), x);
+  }
+
+ private:
+  __device__ __forceinline__ scalar_t* at(int buffer, int row, int k) const {
+    return reinterpret_cast<scalar_t*>(begin_ + (buffer * kRowTile + row) * row_bytes_) + k;
+  }
+
+  unsigned char* begin_;
+  int row_bytes_, segment_;
+};
+
+// Grid: tiles of 8 rows, directions. One warp for each tile of units.
+template <class N, class C>
+__global__ void __launch_bounds__(kBlockWarps* kWarp, 1)
+    forward_block(const __grid_constant__ ForwardLayer<N> a) {
+  using acc_t     = typename N::acc_t;
+  using scalar_t  = typename N::scalar_t;
+  const int d     = blockIdx.y;
+  const int lane  = threadIdx.x % kWarp;
+  const int row0  = blockIdx.x * kRowTile;
+  const int unit0 = threadIdx.x / kWarp * kUnitTile;
+  const int64_t T = a.sequences.T, B = a.sequences.B;
+
+  const Resident<N, C::kGates, false> weights(a.weight_hh[d], a.H, threadIdx.x / kWarp, lane);
+  const StateBuffers<N> states(a.H, C::kGates, 1, false);
+  states.clear();
+
+  acc_t prev[kSums]{};  // c, or h
+  acc_t gates_x[kSums][C::kGates]{};
+
+  // The lane's i-th number of the state before step t, made of what the step before it left.
+  const auto begin_step = [&](int64_t t, const Step& step, int i, acc_t h, acc_t c) {
+    const int row = row0 + sum_row(lane, i), unit = unit0 + sum_unit(lane, i);
+    if (row >= step.count || unit >= a.H) return;
+    load_gates_x<N, C>(gates_x[i], a, d, step.offset + row, unit);  // arrives during the product
+    const Source source = step.source(row);
+    const int64_t state = (d * B + row) * a.H + unit;
+    if (source != Source::kPrevious) {
+      h = source == Source::kInitial ? number<acc_t>(a.h0, state) : acc_t(0);
+      c = source == Source::kInitial ? number<acc_t>(a.c0, state) : acc_t(0);
+    }
+    const scalar_t stored = Rounded<scalar_t>::of(h);
+    states.write(int(t % 2), sum_row(lane, i), 0, unit, stored);
+    prev[i] = C::kHasCell ? c : acc_t(to_float(stored));
+  };
+
+  sync_threads();  // cleared
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) begin_step(0, step_of(a.sequences, d, 0), i, 0, 0);
+  sync_threads();
+  for (int64_t t = 0; t < T; ++t) {
+    acc_t sums[C::kGates][kSums]{};
+#pragma unroll
+    for (int i = 0; i < kSums; i += 2) {  // the bias from cache: registers are what is scarce
+      const int unit = unit0 + sum_unit(lane, i);
+      acc_t bias[C::kGates]{};
+      if (unit < a.H) load_bias<N, C>(bias, a, d, unit);
+#pragma unroll
+      for (int g = 0; g < C::kGates; ++g) sums[g][i] = sums[g][i + 1] = bias[g];
+    }
+    weights.template multiply<true>(
+        sums, [&](int s, int b, int i) { return states.read(int(t % 2), lane, s, b, i); });
+    const Step step = step_of(a.sequences, d, t), next = step_of(a.sequences, d, t + 1);
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      const int row = row0 + sum_row(lane, i), unit = unit0 + sum_unit(lane, i);
+      acc_t h = 0, c = 0;
+      if (row < step.count && unit < a.H) {
+        acc_t gates_h[C::kGates];
+#pragma unroll
+        for (int g = 0; g < C::kGates; ++g) gates_h[g] = sums[g][i];
+        const auto result = C::forward(gates_x[i], gates_h, prev[i]);
+        put_cell<N, C>(a, d, step, row, unit, result);
+        h = result.h;
+        if constexpr (C::kHasCell) c = result.extra;
+      }
+      begin_step(t + 1, next, i, h, c);
+    }
+    sync_threads();
+  }
+}
+
+// Grid and warps as forward_block's.
+template <class N, class C>
+__global__ void __launch_bounds__(kBlockWarps* kWarp, 1)
+    backward_block(const __grid_constant__ BackwardLayer<N> a) {
+  using acc_t     = typename N::acc_t;
+  using scalar_t  = typename N::scalar_t;
+  const int d     = blockIdx.y;
+  const int lane  = threadIdx.x % kWarp;
+  const int row0  = blockIdx.x * kRowTile;
+  const int unit0 = threadIdx.x / kWarp * kUnitTile;
+
+  const Resident<N, C::kGates, true> weights(a.weight_hh[d], a.H, threadIdx.x / kWarp, lane);
+  const StateBuffers<N> states(a.H, C::kGates, C::kGates, true);
+  states.clear();
+  acc_t carry[kSums]{};
+  sync_threads();
+
+  for (int64_t t = a.sequences.T - 1; t >= -1; --t) {  // at -1 only the initial states receive
+    const Step step = step_of(a.sequences, d, t), after = step_of(a.sequences, d, t + 1);
+    // Loaded before the product, while which they arrive.
+    Saved<N, C> saved[kSums]{};
+    acc_t grad_h[kSums]{}, grad_c[kSums]{};
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      const int row = row0 + sum_row(lane, i), unit = unit0 + sum_unit(lane, i);
+      if (row >= step.count || unit >= a.H) continue;
+      saved[i]  = load_saved<N, C>(a, d, step, row, unit);
+      grad_h[i] = grad_of_h(a, d, step, row, unit);
+      if constexpr (C::kHasCell) grad_c[i] = grad_of_c(a, d, step, row, unit);
+    }
+    acc_t sums[C::kGates][kSums]{};
+    weights.template multiply<false>(
+        sums, [&](int s, int b, int i) { return states.read(int((t + 1) & 1), lane, s, b, i); });
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      const int row = row0 + sum_row(lane, i), unit = unit0 + sum_unit(lane, i);
+      if (unit >= a.H) continue;
+      acc_t passed = 0;
+#pragma unroll
+      for (int g = 0; g < C::kGates; ++g) passed += sums[g][i];
+      const int64_t state = (d * a.sequences.B + row) * a.H + unit;
+      grad_h[i] += receive(after, row, passed, [&](acc_t x) { add(a.grad_h0, state, x); });
+      if constexpr (C::kHasCarry) {
+        carry[i] = receive(after, row, carry[i],
+                           [&](acc_t x) { add(C::kHasCell ? a.grad_c0 : a.grad_h0, state, x); });
+      }
+      if (row >= step.count) continue;
+      const auto result = C::backward(saved[i].gates, saved[i].extra, saved[i].prev, grad_h[i],
+                                      carry[i] + grad_c[i]);
+      put_grad_gates<N, C>(a, d, step, row, unit, result.grad_gates);
+      carry[i] = result.carry;
+#pragma unroll
+      for (int g = 0; g < C::kGates; ++g) {
+        states.write(int(t & 1), sum_row(lane, i), g, unit,
+                     Rounded<scalar_t>::of(result.grad_gates[g]));
+      }
+    }
+    sync_threads();
+  }
+}
+
+}  // namespace
+}  // namespace fusedrnn

@@ -1,0 +1,50 @@
+// Lays weights out in fragment order (product.cuh), once a call.
+#pragma once
+
+#include "product.cuh"
+
+namespace fusedrnn {
+namespace {
+
+// Which numbers: those of segment s are weight[offset[s] + unit * unit_stride + k * k_stride].
+template <class scalar_t>
+struct Packing {
+  const scalar_t* weight;
+  Vec16* packed;
+  int units, size, segments;
+  int64_t offset[4], unit_stride, k_stride;
+};
+
+constexpr int kPackThreads = 256;
+
+template <class N>
+__global__ void __launch_bounds__(kPackThreads)
+    pack(const __grid_constant__ Packing<typename N::scalar_t> p) {
+  using scalar_t        = typename N::scalar_t;
+  const int blocks      = blocks_of<N>(p.size);
+  const int64_t vectors = packed_vectors<N>(p.units, p.size, p.segments);
+  const int64_t threads = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t v = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; v < vectors; v += threads) {
+    // v counts [tiles][blocks][segments][2][kWeightLanes].
+    const int place         = int(v % kFragment<N>);
+    const int64_t fragment  = v / kFragment<N>;
+    const int segment       = int(fragment % p.segments);
+    const int block         = int(fragment / p.segments % blocks);
+    const int tile          = int(fragment / p.segments / blocks);
+    constexpr int kSameUnit = N::kWeightLanes / 8;  // lanes of one unit
+    const int lane          = place % N::kWeightLanes;
+    const int unit          = tile * kUnitTile + 8 * (place / N::kWeightLanes) + lane / kSameUnit;
+    const int k             = block * N::kBlock + lane % kSameUnit * N::kVector;
+    Vec16 vector{};
+    for (int i = 0; i < N::kVector; ++i) {
+      if (unit >= p.units || k + i >= p.size) break;
+      const scalar_t x =
+          load(p.weight + p.offset[segment] + unit * p.unit_stride + (k + i) * p.k_stride);
+      memcpy(reinterpret_cast<char*>(&vector) + i * sizeof x, &x, sizeof x);
+    }
+    store(p.packed + v, N::prepared(vector));
+  }
+}
+
+}  // namespace
+}  // namespace fusedrnn

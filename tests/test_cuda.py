@@ -1,0 +1,284 @@
+"""The CUDA kernels against reference.py in float64, on the emulation of emulated.py: forward and
+backward, both paths, every kind of number and every option; and that the emulation would notice if
+a barrier were missing. On a GPU: test_cuda_device.py."""
+
+import pytest
+import torch
+from emulated import emulated, module
+from helpers import ran
+from test_options import problem
+
+from fusedrnn import LSTM, cuda, functional, ops, reference
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NUMBERS = ("float64", "float32", "tf32", "bfloat16", "float16")
+PATHS = [(n, p) for n in NUMBERS for p in ("step", "block") if (n, p) != ("float64", "block")]
+
+# Ugly sizes: tiles of 16 units, of 8 and of 32 rows, vectors of 2, 4 and 8 numbers.
+SHAPES = {
+    "one of each": dict(T=1, B=1, I=1, H=1, D=1),
+    "aligned": dict(T=3, B=2, I=4, H=16, D=1),
+    "two directions": dict(T=4, B=11, I=3, H=7, D=2),
+    "packed": dict(T=5, B=9, I=3, H=33, D=2, packed=True),
+    "boundaries": dict(T=5, B=3, I=3, H=17, D=2, reset="zero"),
+    "packed, boundaries": dict(T=5, B=4, I=3, H=18, D=2, packed=True, reset="initial"),
+    "many rows": dict(T=2, B=35, I=2, H=5, D=1),
+    "weights in shared memory": dict(T=3, B=2, I=2, H=70, D=1),
+}
+PROJECTIONS = {
+    "narrow": dict(T=3, B=3, I=5, H=20, P=9, D=2),
+    "packed, boundaries": dict(T=4, B=10, I=5, H=21, P=17, D=2, packed=True, reset="initial"),
+}
+
+
+def dtype_of(number):
+    return torch.float32 if number == "tf32" else getattr(torch, number)
+
+
+def gradients(function, leaves, num_states, options, cell, grads=None):
+    """(results, gradients of all leaves from all results)."""
+    results = function(cell, leaves, num_states, options)
+    if grads is None:
+        generator = torch.Generator().manual_seed(1)
+        grads = [torch.randn(r.shape, generator=generator).bfloat16() for r in results]
+    found = torch.autograd.grad(
+        results, leaves, [g.to(r.dtype) for g, r in zip(grads, results, strict=True)]
+    )
+    return [r.detach() for r in results], found
+
+
+def by_layer(cell, leaves, num_states, options):
+    n = 1 + num_states
+    return functional.layer(cell, leaves[0], leaves[1:n], leaves[n:], options)
+
+
+def by_reference(cell, leaves, num_states, options):
+    n = 1 + num_states
+    return reference.scan(cell, leaves[0], tuple(leaves[1:n]), leaves[n:], *options[:4])
+
+
+def errors(found, exact):
+    """Largest errors of each tensor, relative to its largest element or 1."""
+    scale = [e.abs().max().clamp(min=1) for e in exact]
+    return [
+        ((f.double() - e).abs().max() / s).item()
+        for f, e, s in zip(found, exact, scale, strict=True)
+    ]
+
+
+def check(cell, number, path, shape, seed=0, **more):
+    """Results and gradients are as near to float64's as the reference's in the same dtype."""
+    shape = {"packed": False, "reset": None, **shape}
+    dtype = dtype_of(number)
+    leaves, num_states, options = problem(cell, dtype=dtype, seed=seed, **shape)
+    options = options._replace(**more)
+    with emulated(path, number == "tf32", seed) as runs, ran("kernel_forward", "kernel_backward"):
+        results, found = gradients(by_layer, leaves, num_states, options, cell)
+    assert [r for r in runs if r[0] != "previous"] == [
+        ("forward", path == "block"),
+        ("backward", path == "block"),
+    ]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    exact_results, exact = gradients(by_reference, wide, num_states, options, cell)
+    mine = errors([*results, *found], [*exact_results, *exact])
+    if number == "tf32":
+        # Operands of 11 bits; products and sums are float32. No CPU computes so: an outer bound.
+        # Not on relu's gradients: where its argument is about zero, rounding decides.
+        allowed = [8 * 2.0**-11] * (len(results) if cell == "rnn_relu" else len(mine))
+    else:
+        plain, same = gradients(by_reference, leaves, num_states, options, cell)
+        rounding = torch.finfo(dtype).eps
+        allowed = [2 * e + 16 * rounding for e in errors([*plain, *same], [*exact_results, *exact])]
+    for i, (error, bound) in enumerate(zip(mine, allowed, strict=False)):
+        assert error <= bound, f"tensor {i}: {error:.1e}, allowed {bound:.1e}"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("cell", ops.CELLS)
+@pytest.mark.parametrize(("number", "path"), PATHS)
+def test_forward_and_backward(number, path, cell, shape):
+    check(cell, number, path, SHAPES[shape])
+
+
+@pytest.mark.parametrize("shape", PROJECTIONS)
+@pytest.mark.parametrize("number", NUMBERS)
+def test_projection(number, shape):
+    check("lstm", number, "step", PROJECTIONS[shape])
+
+
+@pytest.mark.parametrize("path", ["step", "block"])
+@pytest.mark.parametrize("cell", ops.CELLS)
+def test_other_schedules(cell, path):
+    for seed in range(1, 6):
+        check(cell, "float32", path, SHAPES["packed, boundaries"], seed=seed)
+
+
+@pytest.mark.parametrize("cell", ops.CELLS)
+@pytest.mark.parametrize("number", ["float64", "float32", "bfloat16"])
+def test_gates_computed_again(number, cell):
+    check(cell, number, "step", SHAPES["packed, boundaries"], recompute=True)
+
+
+@pytest.mark.parametrize("shape", ["packed", "boundaries"])
+@pytest.mark.parametrize("path", ["step", "block"])
+def test_every_cell_state(path, shape):
+    check("lstm", "float32", path, SHAPES[shape], cells=True)
+    check("lstm", "float32", "step", PROJECTIONS["narrow"], cells=True, recompute=True)
+
+
+@pytest.mark.parametrize("path", ["step", "block"])
+@pytest.mark.parametrize("cell", ops.CELLS)
+def test_without_gradients_the_same_bits(cell, path):
+    """And no states, no biases, and only some gradients."""
+    leaves, num_states, _ = problem(
+        cell, T=3, B=3, I=2, H=9, D=2, packed=False, reset=None, dtype=torch.float32
+    )
+    input, weights = (
+        leaves[0],
+        [None if i % 4 > 1 else w for i, w in enumerate(leaves[1 + num_states :])],
+    )
+    with emulated(path):
+        results = functional.layer(cell, input, (), weights)
+        (grad,) = torch.autograd.grad(results[-1].sum(), [weights[1]])
+        with torch.no_grad():
+            again = functional.layer(cell, input, (), weights)
+    assert all(map(torch.equal, results, again))
+    results = functional.layer(cell, input, (), weights)
+    (expected,) = torch.autograd.grad(results[-1].sum(), [weights[1]])
+    torch.testing.assert_close(grad, expected)
+
+
+def test_paths_agree_bit_for_bit_from_run_to_run():
+    leaves, num_states, options = problem(
+        "gru", T=4, B=11, I=3, H=33, D=2, packed=False, reset=None, dtype=torch.bfloat16
+    )
+    for path in ("step", "block"):
+        runs = []
+        for seed in (1, 2):
+            with emulated(path, seed=seed):
+                results, found = gradients(by_layer, leaves, num_states, options, "gru")
+            runs.append([*results, *found])
+        assert all(map(torch.equal, *runs))
+
+
+def test_modules():
+    """A stacked bidirectional LSTM with every option, through modules.py."""
+    torch.manual_seed(0)
+    ours = LSTM(3, 5, num_layers=2, bidirectional=True, batch_first=True, dtype=torch.float64)
+    theirs = torch.nn.LSTM(3, 5, 2, bidirectional=True, batch_first=True, dtype=torch.float64)
+    theirs.load_state_dict(ours.state_dict())
+    input = torch.randn(4, 3, 3, dtype=torch.float64)
+    with emulated() as runs, ran("kernel_forward", "kernel_backward"):
+        output, _ = ours(input)
+        output.square().sum().backward()
+    assert [r[0] for r in runs].count("forward") == 2  # one call a layer, both directions inside
+    expected, _ = theirs(input)
+    expected.square().sum().backward()
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("cell", "P"), [("lstm", 0), ("lstm", 2), ("gru", 0), ("rnn_tanh", 0), ("rnn_relu", 0)]
+)
+def test_gradcheck(cell, P):
+    leaves, num_states, options = problem(
+        cell, T=2, B=2, I=1, H=3, D=1, P=P, packed=True, reset="initial", dtype=torch.float64
+    )
+    with emulated():
+        assert torch.autograd.gradcheck(
+            lambda *t: by_layer(cell, t, num_states, options), leaves, fast_mode=True
+        )
+
+
+# The choice of a path ----------------------------------------------------------------------------
+
+
+def chosen(H, B=8, dtype=torch.bfloat16, cell="lstm", path="", backward=False):
+    leaves, num_states, options = problem(
+        cell, T=1, B=B, I=1, H=H, D=1, packed=False, reset=None, dtype=dtype
+    )
+    n = 1 + num_states
+    with emulated(path):
+        return cuda._Layer(cell, leaves[0], leaves[1:n], leaves[n:], options).block(backward)
+
+
+def test_small_layers_take_the_block_path():
+    assert chosen(128)
+    assert chosen(192)
+    assert not chosen(208)
+    assert not chosen(192, backward=True)  # both ways' weights are as large, the gates' states not
+    assert chosen(128, backward=True)
+    assert chosen(112, dtype=torch.float32)
+    assert not chosen(128, dtype=torch.float32)
+    assert not chosen(16, dtype=torch.float64)
+    # Two of its CTAs fit a multiprocessor, and two rounds of them are taken.
+    assert chosen(128, B=8 * 132 * 2 * 2)
+    assert not chosen(128, B=8 * 132 * 2 * 2 + 1)
+
+
+def test_smaller_multiprocessors_take_fewer_layers():
+    try:
+        module().set_device(8, 6, 82, 99 * 1024)
+        assert chosen(96)
+        assert not chosen(160)
+    finally:
+        module().set_device(9, 0, 132, 227 * 1024)
+
+
+def test_forced_path_that_cannot_be():
+    with pytest.raises(RuntimeError, match="FUSEDRNN_KERNEL=block: H = 208 in bfloat16"):
+        chosen(208, path="block")
+
+
+# The emulation notices what is missing -----------------------------------------------------------
+
+
+def suite():
+    """One case for each kernel and each kind of exchange between threads."""
+    for path, number in (("step", "float32"), ("block", "float32"), ("block", "bfloat16")):
+        check("lstm", number, path, SHAPES["packed, boundaries"])
+        check("gru", number, path, SHAPES["weights in shared memory"])
+    check("lstm", "float32", "step", PROJECTIONS["narrow"])
+
+
+def test_each_barrier_is_needed():
+    suite()
+    sites = module().sites()
+    files = {site.rpartition("/")[2].partition(":")[0] for site in sites}
+    assert files == {"step.cuh", "block.cuh"}
+    try:
+        for site in sites:
+            module().disable_site(site)
+            with pytest.raises((AssertionError, RuntimeError)) as caught:
+                suite()
+            assert caught.value is not None, site
+    finally:
+        module().disable_site(None)
+    suite()
+
+
+def test_accesses_outside_are_noticed():
+    leaves, num_states, options = problem(
+        "lstm", T=2, B=2, I=2, H=4, D=1, packed=False, reset=None, dtype=torch.float32
+    )
+    n = 1 + num_states
+    with emulated("step"), torch.no_grad():
+        real = cuda._Layer.empty
+        cut = {"left": 1}
+
+        def short(self, *shape, dtype=None):
+            tensor = real(self, *shape, dtype=dtype)
+            if len(shape) == 2 and cut["left"]:  # the output, one row too short
+                cut["left"] = 0
+                return tensor[:-1].clone()
+            return tensor
+
+        cuda._Layer.empty = short
+        try:
+            with pytest.raises(RuntimeError, match="not within any memory"):
+                functional.layer("lstm", leaves[0], leaves[1:n], leaves[n:], options)
+        finally:
+            cuda._Layer.empty = real
