@@ -16,7 +16,7 @@ from torch._C import (
 )
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import library, modules, ops
+from fusedrnn import modules, ops
 from fusedrnn.extensions import from_jagged, is_jagged
 from fusedrnn.functional import autocast_dtype
 
@@ -64,12 +64,7 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
         if converted is not None:
             layers = [(c, i.float(), _floats(s), _floats(w), o) for c, i, s, w, o in layers]
     elif ops.watched():
-        if (
-            ops.only_transformed()
-            and library.has(weights, options)
-            and first.dtype in ops.DTYPES
-            and first.device.type == "cpu"
-        ):
+        if ops.only_transformed() and first.dtype in ops.DTYPES and first.device.type == "cpu":
             return "kernels: through an operator that has rules for torch.func (library.py)."
         return "reference: its operations have the rules of torch.func and forward-mode AD."
     plans = [ops.plan(*layer) for layer in layers]

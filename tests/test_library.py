@@ -51,14 +51,53 @@ def run_compiled(model, input, hx=None):
     return {name.replace("_orig_mod.", ""): t for name, t in run(model, input, hx).items()}
 
 
-def operator_tensors(cell, dtype, directions=1, bias=True):
+NO_FLAGS = (False, False, False)
+ORDINARY = (None, None, *NO_FLAGS)
+
+
+def operator_tensors(cell, dtype, directions=1, bias=True, proj_size=0, options=ORDINARY):
     """(tensors, grads of the results) of the operators of a cell."""
     x, initial, weights = layer_inputs(cell, 3, 4, 2, 3, directions, dtype)
-    weights = [w if bias or i % 4 < 2 else None for i, w in enumerate(weights)]
-    tensors = [x, *initial, *weights, *[None] * (8 - len(weights))]
+    batch_sizes, reset, _, cells, _ = options
+    size = proj_size or 3
+    if batch_sizes is not None:
+        x = x.detach().flatten(0, 1)[: batch_sizes.sum()].requires_grad_()
+    each = []
+    for d in range(directions):
+        weight_ih, weight_hh, *biases = weights[4 * d : 4 * d + 4]
+        weight_hr = None
+        if proj_size:
+            weight_hh = weight_hh.detach()[:, :size].contiguous().requires_grad_()
+            weight_hr = torch.randn(size, 3, dtype=dtype, requires_grad=True)
+        each += [weight_ih, weight_hh, *(biases if bias else (None, None)), weight_hr]
+    if proj_size:
+        initial = (initial[0].detach()[..., :size].contiguous().requires_grad_(), initial[1])
+    tensors = [x, *initial, *each, *[None] * (10 - len(each)), batch_sizes, reset]
     torch.manual_seed(1)
-    shapes = [(3, 4, 3 * directions), *[(directions, 4, 3)] * len(initial)]
-    return tensors, [torch.randn(shape, dtype=dtype) for shape in shapes]
+    rows = x.shape[:-1]
+    shapes = [(*rows, size * directions), *(s.shape for s in initial)]
+    grads = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    if cell == "lstm":
+        grads.append(torch.randn(*rows, 3 * directions, dtype=dtype) if cells else None)
+    return tensors, grads
+
+
+def options_of(cell, packed=False, reset=False, to_initial=False, recompute=False):
+    """With cells for an LSTM, of sequences of the lengths 3, 2, 2, 1 where packed."""
+    batch_sizes = torch.tensor([4, 3, 1]) if packed else None
+    mask = torch.rand((8,) if packed else (3, 4), generator=torch.Generator().manual_seed(4)) < 0.4
+    return batch_sizes, mask if reset else None, to_initial, cell == "lstm", recompute
+
+
+OPERATOR_OPTIONS = [
+    {"reset": True, "recompute": True},
+    {"packed": True},
+    {"packed": True, "reset": True, "to_initial": True, "recompute": True},
+]
+
+
+def needed_of(tensors):
+    return [t is not None and (t.is_floating_point() or t.is_complex()) for t in tensors]
 
 
 def detached(tensors):
@@ -69,25 +108,54 @@ def detached(tensors):
 def test_opcheck(cell):
     for directions, bias in ((1, True), (2, False)):
         tensors, grads = operator_tensors(cell, torch.float64, directions, bias)
-        forward, backward = library._OPERATORS[cell]
-        custom_operators.opcheck(forward, (False, *tensors))
-        custom_operators.opcheck(forward, (True, *detached(tensors)))
-        saved = forward(True, *detached(tensors))[-1]
-        needed = [t is not None for t in tensors]
-        custom_operators.opcheck(backward, (0, needed, *tensors, saved, *grads))
-        custom_operators.opcheck(backward, (2, needed, *detached(tensors), saved, *grads))
+        opcheck(cell, NO_FLAGS, tensors, grads)
+        _, backward = library._OPERATORS[cell]
+        saved = library._FORWARD[cell](True, NO_FLAGS, *detached(tensors))[-1]
+        needed = needed_of(tensors)
+        arguments = (2, needed, NO_FLAGS, *detached(tensors), saved, *grads)
+        custom_operators.opcheck(backward, arguments)
 
 
-@pytest.mark.parametrize("cell", LAYER_CELLS)
-def test_derivatives_of_the_operators(cell):
-    tensors, _ = operator_tensors(cell, torch.float64, 2, False)
-    present = [i for i, t in enumerate(tensors) if t is not None]
+def opcheck(cell, flags, tensors, grads):
+    forward, backward = library._OPERATORS[cell]
+    custom_operators.opcheck(forward, (False, flags, *tensors))
+    custom_operators.opcheck(forward, (True, flags, *detached(tensors)))
+    saved = forward(True, flags, *detached(tensors))[-1]
+    # A graph of second derivatives is composed of the reference, which reads batch_sizes.
+    leaves = tensors if tensors[-2] is None else detached(tensors)
+    custom_operators.opcheck(backward, (0, needed_of(tensors), flags, *leaves, saved, *grads))
+
+
+@pytest.mark.parametrize("given", OPERATOR_OPTIONS, ids=str)
+@pytest.mark.parametrize(("cell", "proj_size"), [*((c, 0) for c in LAYER_CELLS), ("lstm", 2)])
+def test_opcheck_of_options_and_projections(cell, proj_size, given):
+    options = options_of(cell, **given)
+    arguments = operator_tensors(cell, torch.float64, 2, True, proj_size, options)
+    opcheck(cell, options[2:], *arguments)
+
+
+@pytest.mark.parametrize("lengths", [[4, 0, 6, 1, 4], [0, 0], []], ids=str)
+def test_opcheck_of_ragged(lengths):
+    arguments = (torch.tensor(lengths, dtype=torch.int64), 6, True)
+    custom_operators.opcheck(torch.ops.fusedrnn.ragged.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("cell", "proj_size", "given"),
+    [*((c, 0, None) for c in LAYER_CELLS), *(("lstm", 2, g) for g in OPERATOR_OPTIONS)],
+    ids=str,
+)
+def test_derivatives_of_the_operators(cell, proj_size, given):
+    options = ORDINARY if given is None else options_of(cell, **given)
+    flags = options[2:]
+    tensors, _ = operator_tensors(cell, torch.float64, 2, False, proj_size, options)
+    present = [i for i, n in enumerate(needed_of(tensors)) if n]
 
     def function(*chosen):
-        arguments = [None] * len(tensors)
+        arguments = list(tensors)
         for i, t in zip(present, chosen, strict=True):
             arguments[i] = t
-        return library._FORWARD[cell](False, *arguments)[:-1]
+        return tuple(library._FORWARD[cell](False, flags, *arguments))
 
     chosen = [tensors[i] for i in present]
     with ran(*KERNELS):
@@ -108,15 +176,14 @@ def test_operators_on_tensors_that_the_kernels_do_not_take(groups):
     tensors, grads = operator_tensors("lstm", torch.complex128)
     forward, backward = library._OPERATORS["lstm"]
     with ran("reference"):
-        *results, saved = forward(True, *detached(tensors))
-        needed = [t is not None for t in tensors]
-        found = backward(groups, needed, *detached(tensors), saved, *grads)
+        *results, saved = forward(True, NO_FLAGS, *detached(tensors))
+        found = backward(groups, needed_of(tensors), NO_FLAGS, *detached(tensors), saved, *grads)
     x, h0, c0, *weights = tensors
     expected = functional.reference_layer("lstm", x, (h0, c0), weights[:4])
     for a, b in zip(results, expected, strict=True):
         torch.testing.assert_close(a, b)
     leaves = [t for t in tensors if t is not None]
-    for a, b in zip(found, torch.autograd.grad(expected, leaves, grads), strict=True):
+    for a, b in zip(found, torch.autograd.grad(expected, leaves, grads[:3]), strict=True):
         torch.testing.assert_close(a if a.shape == b.shape else a.sum(0), b)
 
 
