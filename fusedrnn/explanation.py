@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import modules, ops
 from fusedrnn.extensions import from_jagged, is_jagged
-from fusedrnn.functional import autocast_dtype
+from fusedrnn.functional import autocast_dtype, in_float32
 
 
 def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
@@ -62,7 +62,7 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
     if ops.only_autocast():
         converted = autocast_dtype(*layers[0])
         if converted is not None:
-            layers = [(c, i.float(), _floats(s), _floats(w), o) for c, i, s, w, o in layers]
+            layers = [(cell, *in_float32(*layer[1:4]), layer[4]) for layer in layers]
     elif ops.watched():
         if ops.only_transformed() and first.dtype in ops.DTYPES and first.device.type == "cpu":
             return "kernels: through an operator that has rules for torch.func (library.py)."
@@ -157,10 +157,6 @@ def _layers(
         size = directions * (module.proj_size or module.hidden_size)
         input = input.new_empty(*input.shape[:-1], size)
     return layers
-
-
-def _floats(tensors: Any) -> list[Tensor | None]:
-    return [t if t is None else t.float() for t in tensors]
 
 
 def _why_not_ordinary(input: Tensor, initial: Any, weights: Any) -> str:

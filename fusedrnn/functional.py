@@ -21,8 +21,7 @@ it is the same rule for all. float64 stays float64, as in torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -139,7 +138,10 @@ def graph_layer(
     dtype = autocast_dtype(cell, input, initial, weights, options)
     if dtype is None and (len(dtypes) > 1 or input.dtype not in ops.DTYPES):
         return None
-    return _converted(library.layer, dtype, cell, input, initial, weights, options)
+    if dtype is None:
+        return library.layer(cell, input, initial, weights, options)
+    results = library.layer(cell, *in_float32(input, initial, weights), options)
+    return tuple(r.to(dtype) for r in results)
 
 
 def kernel_layer(
@@ -181,28 +183,22 @@ def autocast_layer(
     if not input.is_cpu or not ops.only_autocast():
         return None
     dtype = autocast_dtype(cell, input, initial, weights, options)
-    return _converted(_even_if_watched, dtype, cell, input, initial, weights, options)
-
-
-_even_if_watched = partial(kernel_layer, even_if_watched=True)
-
-
-def _converted(
-    compute: Callable[..., tuple[Tensor, ...] | None],
-    dtype: torch.dtype | None,
-    cell: str,
-    input: Tensor,
-    initial: ops.Tensors,
-    weights: ops.Weights,
-    options: ops.Options | None,
-) -> tuple[Tensor, ...] | None:
-    """compute(cell, ...) in float32, results in `dtype`; as it is where that is None."""
     if dtype is None:
-        return compute(cell, input, initial, weights, options)
-    initial = [s.float() for s in initial]
-    weights = [w if w is None else w.float() for w in weights]
-    results = compute(cell, input.float(), initial, weights, options)
+        return kernel_layer(cell, input, initial, weights, options, even_if_watched=True)
+    input, initial, weights = in_float32(input, initial, weights)
+    results = kernel_layer(cell, input, initial, weights, options, even_if_watched=True)
     return None if results is None else tuple(r.to(dtype) for r in results)
+
+
+def in_float32(
+    input: Tensor, initial: ops.Tensors, weights: ops.Weights
+) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    """What the kernels take under autocast, where it converts."""
+    return (
+        input.float(),
+        [s.float() for s in initial],
+        [w if w is None else w.float() for w in weights],
+    )
 
 
 def autocast_dtype(

@@ -227,13 +227,13 @@ class _Layers(_Fused, nn.RNNBase):
         tensors += [*states, *(getattr(self, name) for name in self._flat_weights_names)]
         tensors += [t for t in given.values() if isinstance(t, Tensor)]
         order = input.sorted_indices if packed else None
-        batch_is_data = packed and not states and order is None
+        batch_is_data = packed and hx is None and order is None
         if (
             fits
             and library.fits_a_graph(tensors)
             and (library.sizes_may_be_unknown() or not ("lengths" in given or batch_is_data))
         ):
-            if packed and not states:
+            if packed and hx is None:
                 # For all layers: a number that is read from a tensor twice is two to a graph.
                 batch = int(input.batch_sizes[0]) if order is None else order.shape[0]
                 states = zero_states(self, input.data, batch)
