@@ -69,8 +69,9 @@ def fits_a_graph(tensors: Sequence[Any]) -> bool:
 @assume_constant_result  # type: ignore[untyped-decorator]
 def sizes_may_be_unknown() -> bool:
     """Whether the graph may have sizes that are known at run time only: with fullgraph=True."""
-    sizes: Any = TracingContext.get().fake_mode.shape_env  # type: ignore[union-attr]
-    return bool(sizes.allow_scalar_outputs and sizes.allow_dynamic_output_shape_ops)
+    context: Any = TracingContext.try_get()
+    sizes = context and context.fake_mode and context.fake_mode.shape_env
+    return bool(sizes and sizes.allow_scalar_outputs and sizes.allow_dynamic_output_shape_ops)
 
 
 def layer(

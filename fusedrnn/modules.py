@@ -225,13 +225,13 @@ class _Layers(_Fused, nn.RNNBase):
         packed = isinstance(input, PackedSequence)
         tensors = [t for t in input if t is not None] if packed else [input]
         tensors += [*states, *(getattr(self, name) for name in self._flat_weights_names)]
-        tensors += [t for t in given.values() if isinstance(t, Tensor)]
+        tensors += [v for k, v in given.items() if k == "reset_mask" or isinstance(v, Tensor)]
         order = input.sorted_indices if packed else None
-        batch_is_data = packed and hx is None and order is None
+        sizes_known = not ("lengths" in given or (packed and hx is None and order is None))
         if (
             fits
             and library.fits_a_graph(tensors)
-            and (library.sizes_may_be_unknown() or not ("lengths" in given or batch_is_data))
+            and (sizes_known or library.sizes_may_be_unknown())
         ):
             if packed and hx is None:
                 # For all layers: a number that is read from a tensor twice is two to a graph.

@@ -172,19 +172,23 @@ def test_derivatives_of_the_operators(cell, proj_size, given):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("groups", [0, 2])
-def test_operators_on_tensors_that_the_kernels_do_not_take(groups):
-    tensors, grads = operator_tensors("lstm", torch.complex128)
+def test_operators_on_tensors_that_the_kernels_do_not_take(groups, reset):
+    options = ops.Options(*options_of("lstm", reset=True, to_initial=True) if reset else ())
+    tensors, grads = operator_tensors("lstm", torch.complex128, options=options)
+    flags = options[2:]
     forward, backward = library._OPERATORS["lstm"]
     with ran("reference"):
-        *results, saved = forward(True, NO_FLAGS, *detached(tensors))
-        found = backward(groups, needed_of(tensors), NO_FLAGS, *detached(tensors), saved, *grads)
+        *results, saved = forward(True, flags, *detached(tensors))
+        found = backward(groups, needed_of(tensors), flags, *detached(tensors), saved, *grads)
     x, h0, c0, *weights = tensors
-    expected = functional.reference_layer("lstm", x, (h0, c0), weights[:4])
+    expected = functional.reference_layer("lstm", x, (h0, c0), weights[:4], options)
     for a, b in zip(results, expected, strict=True):
         torch.testing.assert_close(a, b)
-    leaves = [t for t in tensors if t is not None]
-    for a, b in zip(found, torch.autograd.grad(expected, leaves, grads[:3]), strict=True):
+    leaves = [t for t, n in zip(tensors, needed_of(tensors), strict=True) if n]
+    grads = [g for g in grads if g is not None]
+    for a, b in zip(found, torch.autograd.grad(expected, leaves, grads), strict=True):
         torch.testing.assert_close(a if a.shape == b.shape else a.sum(0), b)
 
 
@@ -532,20 +536,26 @@ def test_sizes_of_every_kind_compile_once(kind, steps):
     assert found == [1, 2, steps, steps, steps]
 
 
-@pytest.mark.parametrize("call", ["lengths", "packed, sorted"])
-def test_without_fullgraph_unknown_sizes_break_the_graph_once(call):
+@pytest.mark.parametrize("call", ["lengths", "packed, sorted", "mask of numpy"])
+def test_what_breaks_the_graph_once_without_fullgraph(call):
+    """Sizes that are known at run time only, and what is no tensor."""
     counter = CompileCounterWithBackend("aot_eager")
     module = build(modules, "LSTM", I, H, num_layers=2)
     x = torch.randn(6, 5, I)
     given = pack(x, SORTED, False) if call == "packed, sorted" else x
-    keywords = {} if call == "packed, sorted" else {"lengths": LENGTHS}
+    keywords = {
+        "lengths": {"lengths": LENGTHS},
+        "packed, sorted": {},
+        "mask of numpy": {"reset_mask": MASK.numpy()},
+    }[call]
 
     @torch.compile(backend=counter)
     def model(x):
         return module(x, **keywords)[1][1] + 1
 
-    with ran("kernel_forward"):
+    with ran(*KERNELS):
         actual = model(given)
+        actual.sum().backward()
     assert torch.equal(actual, module(given, **keywords)[1][1] + 1)
     assert counter.frame_count == 1
 
