@@ -16,9 +16,9 @@ from torch._C import (
 )
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import library, modules, ops
+from fusedrnn import modules, ops
 from fusedrnn.extensions import from_jagged, is_jagged
-from fusedrnn.functional import autocast_dtype
+from fusedrnn.functional import autocast_dtype, in_float32
 
 
 def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
@@ -62,14 +62,9 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
     if ops.only_autocast():
         converted = autocast_dtype(*layers[0])
         if converted is not None:
-            layers = [(c, i.float(), _floats(s), _floats(w), o) for c, i, s, w, o in layers]
+            layers = [(cell, *in_float32(*layer[1:4]), layer[4]) for layer in layers]
     elif ops.watched():
-        if (
-            ops.only_transformed()
-            and library.has(weights, options)
-            and first.dtype in ops.DTYPES
-            and first.device.type == "cpu"
-        ):
+        if ops.only_transformed() and first.dtype in ops.DTYPES and first.device.type == "cpu":
             return "kernels: through an operator that has rules for torch.func (library.py)."
         return "reference: its operations have the rules of torch.func and forward-mode AD."
     plans = [ops.plan(*layer) for layer in layers]
@@ -162,10 +157,6 @@ def _layers(
         size = directions * (module.proj_size or module.hidden_size)
         input = input.new_empty(*input.shape[:-1], size)
     return layers
-
-
-def _floats(tensors: Any) -> list[Tensor | None]:
-    return [t if t is None else t.float() for t in tensors]
 
 
 def _why_not_ordinary(input: Tensor, initial: Any, weights: Any) -> str:

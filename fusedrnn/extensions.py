@@ -8,12 +8,13 @@ operations, which autograd knows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C import _is_any_autocast_enabled
+from torch.compiler import is_compiling
 from torch.nested import nested_tensor_from_jagged
 from torch.nn.utils.rnn import PackedSequence
 
@@ -29,6 +30,7 @@ def is_jagged(input: Any) -> bool:
 
 def extended(
     layers: Any,
+    kernels: Callable[..., Any],
     input: Any,
     states: States | None,
     *,
@@ -39,12 +41,13 @@ def extended(
 ) -> list[Tensor]:
     """[output, *final states, cells if wanted] of LSTM, GRU or RNN `layers`; see LSTM there.
 
+    `kernels` is layers._kernels, as it is or for a graph.
     ValueError, TypeError or RuntimeError where an argument does not fit.
     """
     if lengths is None and type(input) is Tensor and input.dim() == 3:
         # The kernels check what they take. What they refuse is looked at below.
         options = ops.Options(None, _by_time(layers, reset_mask), reset_to_hx, return_cell_states)
-        results = layers._kernels(input, states or (), options)
+        results = kernels(input, states or (), options)
         if results is not None:
             return results  # type: ignore[no-any-return]
     if isinstance(input, PackedSequence):
@@ -61,7 +64,7 @@ def extended(
         ragged, flat = from_jagged(input), input.values()
         _check_input(layers, flat)
         options = ops.Options(cells=return_cell_states)
-        results = _ragged(layers, ragged, flat, states, input.shape[0], options)
+        results = _ragged(layers, kernels, ragged, flat, states, input.shape[0], options)
         for i in _sequences(layers, results):
             results[i] = nested_tensor_from_jagged(results[i], input.offsets())
         return results
@@ -77,7 +80,7 @@ def extended(
     if lengths is None:
         _check_states(layers, states, input, input.shape[0 if layers.batch_first else 1], unbatched)
         options = ops.Options(None, _by_time(layers, reset_mask), reset_to_hx, return_cell_states)
-        return layers._kernels(input, states or (), options, own=True)  # type: ignore[no-any-return]
+        return kernels(input, states or (), options, own=True)  # type: ignore[no-any-return]
 
     if unbatched:
         raise ValueError("lengths are of an input of three dimensions, got two; unsqueeze it")
@@ -88,7 +91,7 @@ def extended(
     if reset_mask is not None:
         reset_mask = ragged.gather(reset_mask.flatten())
     options = ops.Options(None, reset_mask, reset_to_hx, return_cell_states)
-    results = _ragged(layers, ragged, input.flatten(0, 1), states, batch, options)
+    results = _ragged(layers, kernels, ragged, input.flatten(0, 1), states, batch, options)
     for i in _sequences(layers, results):
         results[i] = results[i].reshape(*input.shape[:2], results[i].shape[1])
     return results
@@ -108,6 +111,7 @@ def _sequences(layers: Any, results: Sequence[Tensor]) -> list[int]:
 
 def _ragged(
     layers: Any,
+    kernels: Callable[..., Any],
     ragged: Ragged,
     flat: Tensor,
     states: States | None,
@@ -117,16 +121,15 @@ def _ragged(
     """`extended` for flat input [rows, I]; output and cells are flat too."""
     _check_states(layers, states, flat, batch, False)
     if states is None:
-        first = layers.num_layers * (1 + layers.bidirectional)
-        states = [flat.new_zeros(first, batch, size) for size in _state_sizes(layers)]
+        states = zero_states(layers, flat, batch)
     order = ragged.order
     started = [s.index_select(1, order) for s in states]
-    if len(order):
+    if is_compiling() or len(order):  # unknown in a graph, whose operators take none too
         options = options._replace(batch_sizes=ragged.batch_sizes)
-        results = layers._kernels(ragged.gather(flat), started, options, own=True)
+        results = kernels(ragged.gather(flat), started, options, own=True)
     else:  # all are empty: one step of a batch of none, for its shapes, dtypes and gradients
         step = flat[:0].unsqueeze(1 if layers.batch_first else 0)
-        results = layers._kernels(step, started, options._replace(reset=None), own=True)
+        results = kernels(step, started, options._replace(reset=None), own=True)
         for i in _sequences(layers, results):
             results[i] = results[i].flatten(0, 1)
     for i, state in enumerate(states, 1):
@@ -134,6 +137,12 @@ def _ragged(
     for i in _sequences(layers, results):
         results[i] = ragged.scatter(results[i], flat)
     return results  # type: ignore[no-any-return]
+
+
+def zero_states(layers: Any, like: Tensor, batch: int) -> States:
+    """The initial states of `batch` sequences where none are given."""
+    first = layers.num_layers * (1 + layers.bidirectional)
+    return [like.new_zeros(first, batch, size) for size in _state_sizes(layers)]
 
 
 def _state_sizes(layers: Any) -> tuple[int, ...]:
@@ -235,6 +244,19 @@ def from_lengths(
             f"lengths must be [{batch}], one for each sequence of the batch, got "
             f"{list(lengths.shape)}"
         )
+    if is_compiling():
+        return Ragged(*torch.ops.fusedrnn.ragged(lengths, seq_len, batch_first))
+    return rows_of_lengths(lengths, seq_len, batch_first, device)
+
+
+_CPU = torch.device("cpu")
+
+
+def rows_of_lengths(
+    lengths: Tensor, seq_len: int, batch_first: bool, device: torch.device = _CPU
+) -> Ragged:
+    """`from_lengths` of int64 lengths [B] on the CPU. In a graph one operator: see library.py."""
+    (batch,) = lengths.shape
     if batch and (int(lengths.min()) < 0 or int(lengths.max()) > seq_len):
         raise ValueError(
             f"lengths must be from 0 to {seq_len}, the input's time steps, got "

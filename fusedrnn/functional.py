@@ -113,11 +113,35 @@ def _layer_in_graph(
     options: ops.Options | None,
 ) -> tuple[Tensor, ...]:
     """`layer` while torch.compile or torch.export builds a graph."""
-    ops.check_layer(cell, input, initial, weights, options)
-    tensors = [t for t in (input, *initial, *weights) if t is not None]
-    if library.has(weights, options) and library.fits_a_graph(tensors):
-        return library.layer(cell, input, initial, weights)
-    return reference_layer(cell, input, initial, weights, options)
+    results = graph_layer(cell, input, initial, weights, options)
+    return reference_layer(cell, input, initial, weights, options) if results is None else results
+
+
+def graph_layer(
+    cell: str,
+    input: Tensor,
+    initial: ops.Tensors,
+    weights: ops.Weights,
+    options: ops.Options | None = None,
+) -> tuple[Tensor, ...] | None:
+    """`layer` as one operator of a graph, with autocast's conversions; None for tensors that it
+    does not take.
+
+    RuntimeError where a shape does not fit. Values are checked where the graph runs.
+    """
+    ops.check_layer(cell, input, initial, weights, options, values=False)
+    numbers = [t for t in (input, *initial, *weights) if t is not None]
+    others = [t for t in (options or ())[:2] if t is not None]
+    if not library.fits_a_graph((*numbers, *others)):
+        return None
+    dtypes = {t.dtype for t in numbers}
+    dtype = autocast_dtype(cell, input, initial, weights, options)
+    if dtype is None and (len(dtypes) > 1 or input.dtype not in ops.DTYPES):
+        return None
+    if dtype is None:
+        return library.layer(cell, input, initial, weights, options)
+    results = library.layer(cell, *in_float32(input, initial, weights), options)
+    return tuple(r.to(dtype) for r in results)
 
 
 def kernel_layer(
@@ -161,10 +185,20 @@ def autocast_layer(
     dtype = autocast_dtype(cell, input, initial, weights, options)
     if dtype is None:
         return kernel_layer(cell, input, initial, weights, options, even_if_watched=True)
-    initial = [s.float() for s in initial]
-    weights = [w if w is None else w.float() for w in weights]
-    results = kernel_layer(cell, input.float(), initial, weights, options, even_if_watched=True)
+    input, initial, weights = in_float32(input, initial, weights)
+    results = kernel_layer(cell, input, initial, weights, options, even_if_watched=True)
     return None if results is None else tuple(r.to(dtype) for r in results)
+
+
+def in_float32(
+    input: Tensor, initial: ops.Tensors, weights: ops.Weights
+) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    """What the kernels take under autocast, where it converts."""
+    return (
+        input.float(),
+        [s.float() for s in initial],
+        [w if w is None else w.float() for w in weights],
+    )
 
 
 def autocast_dtype(
@@ -199,8 +233,8 @@ def other_layer(
 ) -> tuple[Tensor, ...]:
     """`layer` where `kernel_layer` is None: under torch.func alone by operators that have rules for
     it, otherwise by the reference. Checks nothing."""
-    if ops.only_transformed() and library.has(weights, options):
-        return library.layer(cell, input, initial, weights)
+    if ops.only_transformed():
+        return library.layer(cell, input, initial, weights, options)
     return reference_layer(cell, input, initial, weights, options)
 
 

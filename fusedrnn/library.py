@@ -3,113 +3,152 @@
 Eager calls do not pass here: functional.py serves them at a lower cost. No math either: what an
 operator computes is ops.py's, or reference.py's where the kernels do not take the tensors.
 
-For each cell two operators, `tensors` being input [T, B, I], h0 (and c0) [D, B, H] or None, and
-eight weights as in functional.py, the last four None without a second direction:
+For each cell two operators:
 
-    fusedrnn::lstm_forward(save, *tensors) -> (output, h_n, c_n, saved)
-    fusedrnn::lstm_backward(groups, needed, *tensors, saved, grad_output, grad_h_n, grad_c_n)
+    fusedrnn::lstm_forward(save, flags, *tensors) -> the results of functional.layer, and `saved`
+    fusedrnn::lstm_backward(groups, needed, flags, *tensors, saved, *grads)
         -> the gradients of those of `tensors` that are `needed`
+
+tensors: input [T, B, I], or [N, I] with batch_sizes; h0 (and c0) or None; ten weights, weight_ih,
+    weight_hh, bias_ih, bias_hh and weight_hr of each direction, None where there is none;
+    batch_sizes and reset of ops.Options
+flags: reset_to_initial, cells and recompute of ops.Options
+grads: of output, h_n (c_n and cells), None for zero
 
 With groups = N > 0, N samples lie side by side in the batch, [T, N * B, I], and the gradients of
 the weights are each sample's own, [N, ...]. So a vmap over either operator is again one call of it,
-unless the weights differ from sample to sample; then it is one call a sample.
+unless there are batch_sizes, or weights that differ from sample to sample; then it is one call a
+sample.
 
-`saved`, what the backward needs, is empty without `save`. Autograd asks for it below the operator
+`saved`, what the backward needs, is there with `save`. Autograd asks for it below the operator
 that it records, so that a caller never does. Forward-mode AD and second derivatives are composed of
 torch's operations, from reference.py: a missing rule would be a zero derivative, and no error.
+
+    fusedrnn::ragged(lengths, seq_len, batch_first) -> (rows, batch_sizes, order)
+
+is extensions.py's Ragged of a padded input. How large its results are is known at run time only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import library as custom_operators
-from torch._C import _is_any_autocast_enabled
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch._guards import TracingContext
 from torch.autograd import Function, forward_ad
-from torch.compiler import is_exporting
+from torch.compiler import assume_constant_result, is_exporting
 from torch.nn import Parameter
 
-from fusedrnn import ops, reference
+from fusedrnn import extensions, ops, reference
 
 _Optional = Sequence[Tensor | None]
 _AUTOGRAD_KEYS = [k for n, k in torch._C.DispatchKey.__members__.items() if "Autograd" in n]
-_WEIGHTS = 8  # for two directions
-
-
-def has(weights: ops.Weights, options: ops.Options | None) -> bool:
-    """Whether there are operators for such a layer: not for projections, nor with options."""
-    return options is None and ops.weights_per_direction(weights) == 4
+_PER_DIRECTION = 5  # weights
+_WEIGHTS = 2 * _PER_DIRECTION
 
 
 def fits_a_graph(tensors: Sequence[Any]) -> bool:
-    """Whether `layer` takes these tensors, asked while torch.compile builds a graph.
+    """Whether these are tensors that `layer` may take, asked while torch.compile builds a graph.
 
     torch.export asks too; its tensors are of a class of its own.
     """
-    first = tensors[0]
-    if _is_any_autocast_enabled() or forward_ad._current_level >= 0:
-        return False
-    return all(
+    return forward_ad._current_level < 0 and all(
         (isinstance(t, Tensor) if is_exporting() else type(t) in (Tensor, Parameter))
         and t.device.type == "cpu"
         and t.layout is torch.strided
-        and t.dtype in ops.DTYPES
-        and t.dtype == first.dtype
         for t in tensors
     )
 
 
+@assume_constant_result  # type: ignore[untyped-decorator]
+def sizes_may_be_unknown() -> bool:
+    """Whether the graph may have sizes that are known at run time only: with fullgraph=True."""
+    context: Any = TracingContext.try_get()
+    sizes = context and context.fake_mode and context.fake_mode.shape_env
+    return bool(sizes and sizes.allow_scalar_outputs and sizes.allow_dynamic_output_shape_ops)
+
+
 def layer(
-    cell: str, input: Tensor, initial: ops.Tensors, weights: ops.Weights
+    cell: str,
+    input: Tensor,
+    initial: ops.Tensors,
+    weights: ops.Weights,
+    options: ops.Options | None = None,
 ) -> tuple[Tensor, ...]:
     """functional.layer by the operators; the shapes must be those of a layer, or of one step."""
-    if input.dim() == 2:
+    batch_sizes, reset, *flags = options or ops.Options()
+    if input.dim() == 2 and batch_sizes is None:
         results = layer(cell, input[None], [s[None] for s in initial], weights)
         return tuple(r.squeeze(0) for r in results[1:])
     states = tuple(initial) or (None,) * ops.CELLS[cell].states
-    rest = (None,) * (_WEIGHTS - len(weights))
-    return _FORWARD[cell](False, input, *states, *weights, *rest)[:-1]  # type: ignore[no-any-return]
+    per_direction = ops.weights_per_direction(weights)
+    padded: list[Tensor | None] = []
+    for i in range(0, len(weights), per_direction):
+        padded += [*weights[i : i + per_direction], None][:_PER_DIRECTION]
+    padded += [None] * (_WEIGHTS - len(padded))
+    flags = [bool(f) for f in flags]
+    return tuple(_FORWARD[cell](False, flags, input, *states, *padded, batch_sizes, reset))
+
+
+def _present(cell: str, tensors: _Optional) -> tuple[list[int], list[int]]:
+    """Where among `tensors` are the initial states, and the weights, that ops.py takes."""
+    first = 1 + ops.CELLS[cell].states
+    per_direction = 4 if tensors[first + 4] is None else 5
+    starts = [first] if tensors[first + _PER_DIRECTION] is None else [first, first + _PER_DIRECTION]
+    return (
+        [i for i in range(1, first) if tensors[i] is not None],
+        [start + k for start in starts for k in range(per_direction)],
+    )
 
 
 def _unpack(
-    cell: str, tensors: _Optional
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-    """(input, initial, weights) as ops.py takes them."""
-    input, states = tensors[0], 1 + ops.CELLS[cell].states
-    assert input is not None
-    count = 4 if tensors[states + 4] is None else _WEIGHTS
-    initial = tuple(t for t in tensors[1:states] if t is not None)
-    return input, initial, tuple(tensors[states : states + count])
+    cell: str, flags: Sequence[bool], tensors: Sequence[Any]
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...], ops.Options]:
+    """(input, initial, weights, options) as ops.py takes them."""
+    states, weights = _present(cell, tensors)
+    input, initial = tensors[0], tuple(tensors[i] for i in states)
+    options = ops.Options(tensors[-2], tensors[-1], *flags)
+    return input, initial, tuple(tensors[i] for i in weights), options
 
 
-def _results_of_reference(cell: str, tensors: _Optional) -> tuple[Tensor, ...]:
+def _results_of_reference(
+    cell: str, flags: Sequence[bool], tensors: _Optional
+) -> tuple[Tensor, ...]:
     ops.count("reference")
-    input, initial, weights = _unpack(cell, tensors)
-    return reference.scan(cell, input, initial, weights)
+    input, initial, weights, options = _unpack(cell, flags, tensors)
+    with torch.autocast("cpu", enabled=False):  # the tensors are as it wants them
+        return reference.scan(cell, input, initial, weights, *options[:4])
 
 
 def _gradients_of_reference(
-    cell: str, groups: int, needed: Sequence[bool], tensors: _Optional, grads: _Optional
+    cell: str,
+    groups: int,
+    needed: Sequence[bool],
+    flags: Sequence[bool],
+    tensors: _Optional,
+    grads: _Optional,
 ) -> tuple[Tensor, ...]:
     """What the backward operator returns, in operations that have every rule of torch's."""
     if groups:
-        return _by_group(_gradients_of_reference, cell, groups, needed, tensors, grads)
+        return _by_group(_gradients_of_reference, cell, groups, needed, flags, tensors, grads)
     wanted = [i for i, n in enumerate(needed) if n]
 
     def results(*chosen: Tensor) -> tuple[Tensor, ...]:
         replaced = list(tensors)
         for i, t in zip(wanted, chosen, strict=True):
             replaced[i] = t
-        return _results_of_reference(cell, replaced)
+        return _results_of_reference(cell, flags, replaced)
 
-    primal, vjp = torch.func.vjp(results, *[tensors[i] for i in wanted])  # type: ignore[misc]
-    full = (torch.zeros_like(p) if g is None else g for p, g in zip(primal, grads, strict=True))
-    return vjp(tuple(full))  # type: ignore[no-any-return]
+    with torch.autocast("cpu", enabled=False):
+        primal, vjp = torch.func.vjp(results, *[tensors[i] for i in wanted])  # type: ignore[misc]
+        full = (torch.zeros_like(p) if g is None else g for p, g in zip(primal, grads, strict=True))
+        return vjp(tuple(full))  # type: ignore[no-any-return]
 
 
 def _by_group(
@@ -117,6 +156,7 @@ def _by_group(
     cell: str,
     groups: int,
     needed: Sequence[bool],
+    flags: Sequence[bool],
     tensors: _Optional,
     grads: _Optional,
 ) -> tuple[Tensor, ...]:
@@ -127,9 +167,12 @@ def _by_group(
         chunks = [(None,) * groups if t is None else t.chunk(groups, 1) for t in batched]
         return list(zip(*chunks, strict=True))
 
+    *inputs, reset = (*tensors[:states], tensors[-1])
     each = [
-        gradients(cell, 0, needed, (*of_input, *tensors[states:]), of_grads)
-        for of_input, of_grads in zip(split(tensors[:states]), split(grads), strict=True)
+        gradients(cell, 0, needed, flags, (*of_input, *tensors[states:-1], of_reset), of_grads)
+        for (*of_input, of_reset), of_grads in zip(
+            split((*inputs, reset)), split(grads), strict=True
+        )
     ]
     batched = sum(needed[:states])
     return tuple(
@@ -141,75 +184,133 @@ def _by_group(
 # What the operators do, once no transform is left ------------------------------------------------
 
 
-def _forward(cell: str, save: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    input, initial, weights = _unpack(cell, tensors)
-    result = ops.forward(cell, input, initial, weights, save)
+def _forward(cell: str, save: bool, flags: Sequence[bool], *tensors: Tensor | None) -> list[Tensor]:
+    input, initial, weights, options = _unpack(cell, flags, tensors)
+    if _without_rows(input, initial, options):
+        return _fake_forward(cell, save, flags, *tensors)
+    result = ops.forward(cell, input, initial, weights, save, options)
     if result is not None:
         results, saved = result
-        return *results, input.new_empty(0) if saved is None else saved
-    ops.check_layer(cell, input, initial, weights)
-    results = _results_of_reference(cell, tensors)
-    fresh = [r.clone(memory_format=torch.contiguous_format) for r in results]
-    return *fresh, _saved_like(cell, save, input, weights).zero_()
+        return [*results] if saved is None else [*results, saved]
+    ops.check_layer(cell, input, initial, weights, options)
+    found = _results_of_reference(cell, flags, tensors)
+    fresh = [r.clone(memory_format=torch.contiguous_format) for r in found]
+    return [*fresh, *(s.zero_() for s in _saved_like(cell, save, input, weights, options))]
 
 
-def _saved_like(cell: str, save: bool, input: Tensor, weights: ops.Weights) -> Tensor:
-    """A tensor of the shape and dtype of what ops.forward saves."""
+def _without_rows(input: Tensor, initial: ops.Tensors, options: ops.Options) -> bool:
+    """Whether no sequence has a step, as `ragged` says it: then no result has an element."""
+    return (
+        options.batch_sizes is not None
+        and not options.batch_sizes.numel() + input.shape[0]
+        and bool(initial)
+        and not initial[0].shape[1]
+    )
+
+
+def _saved_like(
+    cell: str, save: bool, input: Tensor, weights: ops.Weights, options: ops.Options
+) -> list[Tensor]:
+    """A tensor of the shape and dtype of what ops.forward saves; none without `save`."""
     narrow = input.dtype in (torch.float16, torch.bfloat16)
-    dtype = torch.float32 if narrow and save else input.dtype
-    return input.new_empty(sum(_parts(cell, input, weights)) if save else 0, dtype=dtype)
+    size = sum(_parts(cell, input, weights, options))
+    return [input.new_empty(size, dtype=torch.float32 if narrow else None)] if save else []
 
 
-def _parts(cell: str, input: Tensor, weights: ops.Weights) -> tuple[int, ...]:
-    """How many numbers ops.forward saves: gates [D, T, B, G*H], then [D, T, B, H] for some."""
-    assert weights[1] is not None
-    each = len(weights) // 4 * input.shape[0] * input.shape[1] * weights[1].shape[1]
-    return each * ops.CELLS[cell].gates, each * ops.CELLS[cell].extra
+def _sizes(cell: str, weights: ops.Weights) -> tuple[int, int, int]:
+    """(D, H, size of h) of a layer."""
+    weight_hh = weights[1]
+    assert weight_hh is not None
+    directions = len(weights) // ops.weights_per_direction(weights)
+    return directions, weight_hh.shape[0] // ops.CELLS[cell].gates, weight_hh.shape[1]
 
 
-def _fake_forward(cell: str, save: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    input, initial, weights = _unpack(cell, tensors)
-    ops.check_layer(cell, input, initial, weights)
-    assert weights[1] is not None
-    directions, hidden = len(weights) // 4, weights[1].shape[1]
-    seq_len, batch, _ = input.shape
-    output = input.new_empty(seq_len, batch, directions * hidden)
-    final = (input.new_empty(directions, batch, hidden) for _ in range(ops.CELLS[cell].states))
-    return output, *final, _saved_like(cell, save, input, weights)
+def _parts(
+    cell: str, input: Tensor, weights: ops.Weights, options: ops.Options
+) -> tuple[int, int, int]:
+    """How many numbers ops.forward saves of the gates, of c or a_hn, and of h, each [D, N, ...]."""
+    directions, hidden, size = _sizes(cell, weights)
+    info = ops.CELLS[cell]
+    again = options.recompute and info.extra > 0  # RNN saves h alone
+    rows = directions * prod(input.shape[:-1])
+    return (
+        0 if again else rows * info.gates * hidden,
+        rows * hidden * (info.states - 1 if again else info.extra),
+        rows * size if again or ops.weights_per_direction(weights) == 5 else 0,
+    )
+
+
+def _fake_forward(
+    cell: str, save: bool, flags: Sequence[bool], *tensors: Tensor | None
+) -> list[Tensor]:
+    input, initial, weights, options = _unpack(cell, flags, tensors)
+    ops.check_layer(cell, input, initial, weights, options, values=False)
+    directions, hidden, size = _sizes(cell, weights)
+    batch: Any
+    if initial:
+        batch = initial[0].shape[1]
+    elif options.batch_sizes is None:
+        batch = input.shape[1]
+    else:
+        batch = custom_operators.get_ctx().new_dynamic_size()
+    rows = input.shape[:-1]
+    widths = (size, hidden)[: ops.CELLS[cell].states]
+    return [
+        input.new_empty(*rows, directions * size),
+        *(input.new_empty(directions, batch, width) for width in widths),
+        *([input.new_empty(*rows, directions * hidden)] if options.cells else []),
+        *_saved_like(cell, save, input, weights, options),
+    ]
 
 
 def _backward(
-    cell: str, groups: int, needed: Sequence[bool], *arguments: Tensor | None
-) -> tuple[Tensor, ...]:
-    tensors, saved, grads = _split(cell, arguments)
-    input, initial, weights = _unpack(cell, tensors)
-    if ops.takes(cell, input, initial, weights):
-        flags = (*needed[: 1 + len(initial)], *needed[-_WEIGHTS:][: len(weights)])
+    cell: str,
+    groups: int,
+    needed: Sequence[bool],
+    flags: Sequence[bool],
+    *arguments: Tensor | None,
+) -> list[Tensor]:
+    tensors, saved, grads = _split(cell, flags, arguments)
+    input, initial, weights, options = _unpack(cell, flags, tensors)
+    if _without_rows(input, initial, options):
+        return [g.zero_() for g in _fake_backward(cell, groups, needed, flags, *arguments)]
+    if ops.takes(cell, input, initial, weights, options):
+        states, present = _present(cell, tensors)
+        wanted = tuple(needed[i] for i in (0, *states, *present))
         found = ops.backward(
-            cell, input, initial, weights, saved, tuple(grads), flags, groups=groups
+            cell, input, initial, weights, saved, tuple(grads), wanted, options, groups
         )
         if found is not None:
-            return tuple(f for f in found if f is not None)
-    return _plain_gradients(cell, groups, needed, tensors, grads)
+            return [f for f in found if f is not None]
+    return list(_plain_gradients(cell, groups, needed, flags, tensors, grads))
 
 
 def _plain_gradients(
-    cell: str, groups: int, needed: Sequence[bool], tensors: _Optional, grads: _Optional
+    cell: str,
+    groups: int,
+    needed: Sequence[bool],
+    flags: Sequence[bool],
+    tensors: _Optional,
+    grads: _Optional,
 ) -> tuple[Tensor, ...]:
     """The backward of what the kernels do not take, inside the operator: nobody is watching."""
     if groups:
-        return _by_group(_plain_gradients, cell, groups, needed, tensors, grads)
+        return _by_group(_plain_gradients, cell, groups, needed, flags, tensors, grads)
     # Inside an operator's kernel autograd is switched off.
     include = torch._C._dispatch_tls_local_include_set()
     exclude = torch._C._dispatch_tls_local_exclude_set()
     for key in _AUTOGRAD_KEYS:
         exclude = exclude.remove(key)
-    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
+    with (
+        torch._C._ForceDispatchKeyGuard(include, exclude),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+    ):
         leaves = [
             t if t is None else t.detach().requires_grad_(n)
             for t, n in zip(tensors, needed, strict=True)
         ]
-        results = _results_of_reference(cell, leaves)
+        results = _results_of_reference(cell, flags, leaves)
         pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
         found = torch.autograd.grad(
             [r for r, _ in pairs],
@@ -221,18 +322,26 @@ def _plain_gradients(
     return tuple(f.clone(memory_format=torch.contiguous_format) for f in found)
 
 
-def _split(cell: str, arguments: _Optional) -> tuple[_Optional, Tensor, _Optional]:
+def _split(
+    cell: str, flags: Sequence[bool], arguments: _Optional
+) -> tuple[_Optional, Tensor, _Optional]:
     """(tensors, saved, grads) of the backward operator's arguments."""
-    count = 1 + ops.CELLS[cell].states + _WEIGHTS
+    states = ops.CELLS[cell].states
+    count = 1 + states + _WEIGHTS + 2
     saved = arguments[count]
     assert saved is not None
-    return arguments[:count], saved, arguments[count + 1 :]
+    grads = arguments[count + 1 :]
+    return arguments[:count], saved, grads[: 1 + states + ops.Options(None, None, *flags).cells]
 
 
 def _fake_backward(
-    cell: str, groups: int, needed: Sequence[bool], *arguments: Tensor | None
+    cell: str,
+    groups: int,
+    needed: Sequence[bool],
+    flags: Sequence[bool],
+    *arguments: Tensor | None,
 ) -> list[Tensor]:
-    tensors, _, _ = _split(cell, arguments)
+    tensors, _, _ = _split(cell, flags, arguments)
     states = 1 + ops.CELLS[cell].states
     return [
         t.new_empty((groups, *t.shape) if groups and i >= states else t.shape)
@@ -278,62 +387,72 @@ def _one_by_one(
     return results, (0,) * len(results)
 
 
-def _weights_differ(cell: str, in_dims: Sequence[int | None]) -> bool:
+def _one_at_a_time(cell: str, in_dims: Sequence[int | None], tensors: _Optional) -> bool:
+    """Whether the samples of a vmap are no larger batch: see the top of this file."""
     states = 1 + ops.CELLS[cell].states
-    return any(d is not None for d in in_dims[states : states + _WEIGHTS])
+    return tensors[states + _WEIGHTS] is not None or any(
+        d is not None for d in in_dims[states : states + _WEIGHTS]
+    )
 
 
 def _vmap_forward(
     apply: Callable[..., Any],
     cell: str,
     size: int,
-    in_dims: Sequence[int | None],
+    in_dims: Sequence[Any],
     save: bool,
+    flags: Sequence[bool],
     *tensors: Tensor | None,
-) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    in_dims = in_dims[1:]
-    if _weights_differ(cell, in_dims):
-        return _one_by_one(partial(apply, save), size, in_dims, tensors)
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    in_dims = in_dims[2:]
+    if _one_at_a_time(cell, in_dims, tensors):
+        return _one_by_one(partial(apply, save, flags), size, in_dims, tensors)
     states = 1 + ops.CELLS[cell].states
-    inputs = [_fold(t, d, size) for t, d in zip(tensors[:states], in_dims, strict=False)]
-    *results, saved = apply(save, *inputs, *tensors[states:])
-    dims: list[int | None] = [1] * len(results)
-    if not save:
-        return (*(_unfold(r, size) for r in results), saved), (*dims, None)
-    input, _, weights = _unpack(cell, (*inputs, *tensors[states:]))
-    rows = len(weights) // 4 * input.shape[0]  # D * T
-    parts = torch.split(saved, list(_parts(cell, input, weights)))
-    saved = torch.cat([p.reshape(rows, size, -1).transpose(0, 1).flatten(1) for p in parts], 1)
-    return (*(_unfold(r, size) for r in results), saved), (*dims, 0)
+    of_batch = (*range(states), len(tensors) - 1)
+    folded = [
+        _fold(t, d, size) if i in of_batch else t
+        for i, (t, d) in enumerate(zip(tensors, in_dims, strict=True))
+    ]
+    results = apply(save, flags, *folded)
+    unfolded = [_unfold(r, size) for r in results[: len(results) - save]]
+    dims = [1] * len(unfolded)
+    if save:
+        input, _, weights, options = _unpack(cell, flags, folded)
+        rows = _sizes(cell, weights)[0] * input.shape[0]  # D * T
+        parts = torch.split(results[-1], list(_parts(cell, input, weights, options)))
+        each = [p.reshape(rows, size, -1).transpose(0, 1).flatten(1) for p in parts]
+        unfolded.append(torch.cat(each, 1))
+        dims.append(0)
+    return tuple(unfolded), tuple(dims)
 
 
 def _vmap_backward(
     apply: Callable[..., Any],
     cell: str,
     size: int,
-    in_dims: Sequence[int | None],
+    in_dims: Sequence[Any],
     groups: int,
     needed: Sequence[bool],
+    flags: Sequence[bool],
     *arguments: Tensor | None,
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    in_dims = in_dims[2:]
-    if _weights_differ(cell, in_dims):
-        return _one_by_one(partial(apply, groups, needed), size, in_dims, arguments)
-    tensors, saved, _ = _split(cell, arguments)
+    in_dims = in_dims[3:]
+    if _one_at_a_time(cell, in_dims, arguments):
+        return _one_by_one(partial(apply, groups, needed, flags), size, in_dims, arguments)
+    tensors, saved, _ = _split(cell, flags, arguments)
     states, count = 1 + ops.CELLS[cell].states, len(tensors)
     folded = [
-        t if states <= i < count else _fold(t, d, size)
+        t if states <= i < count - 1 or i == count else _fold(t, d, size)
         for i, (t, d) in enumerate(zip(arguments, in_dims, strict=True))
-        if i != count
     ]
-    input, _, weights = _unpack(cell, folded)
-    rows = len(weights) // 4 * input.shape[0]  # D * T
+    input, _, weights, options = _unpack(cell, flags, folded[:count])
+    rows = _sizes(cell, weights)[0] * input.shape[0]  # D * T
     dim = in_dims[count]
     saved = saved.expand(size, -1) if dim is None else saved.movedim(dim, 0)
-    one = [p // size for p in _parts(cell, input, weights)]
+    one = [p // size for p in _parts(cell, input, weights, options)]
     parts = [p.reshape(size, rows, -1) for p in torch.split(saved, one, 1)]
-    folded.insert(count, torch.cat([p.transpose(0, 1).flatten() for p in parts]))
-    found = apply(max(groups, 1) * size, needed, *folded)
+    folded[count] = torch.cat([p.transpose(0, 1).flatten() for p in parts])
+    found = apply(max(groups, 1) * size, needed, flags, *folded)
     results, dims = [], []
     for i, result in zip((i for i in range(count) if needed[i]), found, strict=True):
         if i < states:
@@ -348,37 +467,46 @@ def _vmap_backward(
 
 
 class _Forward(Function):
-    """apply(cell, redispatch, save, *tensors): records the forward operator."""
+    """apply(cell, redispatch, save, flags, *tensors): records the forward operator."""
 
     @staticmethod
-    def forward(ctx: Any, cell: str, redispatch: Any, save: bool, *tensors: Tensor | None) -> Any:
-        *results, saved = redispatch(True, *tensors)
-        ctx.cell = cell
+    def forward(
+        ctx: Any,
+        cell: str,
+        redispatch: Any,
+        save: bool,
+        flags: Sequence[bool],
+        *tensors: Tensor | None,
+    ) -> Any:
+        *results, saved = redispatch(True, flags, *tensors)
+        ctx.cell, ctx.flags, ctx.count = cell, flags, len(results)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, saved)
         if not save:
-            saved = saved.new_empty(0)
+            return tuple(results)
         ctx.mark_non_differentiable(saved)
         return *results, saved
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         *tensors, saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad[3:]
+        cell, flags, grads = ctx.cell, ctx.flags, grads[: ctx.count]
+        needs = ctx.needs_input_grad[4:]
         needed = [n and t is not None for n, t in zip(needs, tensors, strict=True)]
         found: Any = ()
-        if all(g is None for g in grads[:-1]):
+        if all(g is None for g in grads):
             needed = [False] * len(tensors)
         elif forward_ad._current_level >= 0:
-            found = _gradients_of_reference(ctx.cell, 0, needed, tensors, grads[:-1])
+            found = _gradients_of_reference(cell, 0, needed, flags, tensors, grads)
         elif any(needed):
-            found = _BACKWARD[ctx.cell](0, needed, *tensors, saved, *grads[:-1])
+            absent = [None] * (len(_RESULTS[cell]) - len(grads))
+            found = _BACKWARD[cell](0, needed, flags, *tensors, saved, *grads, *absent)
         gradients = iter(found)
-        return None, None, None, *(next(gradients) if n else None for n in needed)
+        return None, None, None, None, *(next(gradients) if n else None for n in needed)
 
 
 class _Backward(Function):
-    """apply(cell, redispatch, groups, needed, *arguments): records the backward operator."""
+    """apply(cell, redispatch, groups, needed, flags, *arguments): records the backward operator."""
 
     @staticmethod
     def forward(
@@ -387,17 +515,19 @@ class _Backward(Function):
         redispatch: Any,
         groups: int,
         needed: Sequence[bool],
+        flags: Sequence[bool],
         *arguments: Tensor | None,
     ) -> Any:
-        ctx.cell, ctx.groups, ctx.needed = cell, groups, needed
+        ctx.constants = cell, groups, needed, flags
         ctx.save_for_backward(*arguments)
-        return tuple(redispatch(groups, needed, *arguments))
+        return tuple(redispatch(groups, needed, flags, *arguments))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        cell, groups, needed, flags = ctx.constants
         arguments = ctx.saved_tensors
-        count = len(_split(ctx.cell, arguments)[0])  # where `saved` is, which has no gradient
-        needs = ctx.needs_input_grad[4:]
+        count = len(_split(cell, flags, arguments)[0])  # where `saved` is, which has no gradient
+        needs = ctx.needs_input_grad[5:]
         wanted = [
             i
             for i, (t, n) in enumerate(zip(arguments, needs, strict=True))
@@ -408,12 +538,12 @@ class _Backward(Function):
             replaced = list(arguments)
             for i, t in zip(wanted, chosen, strict=True):
                 replaced[i] = t
-            tensors, _, grads = _split(ctx.cell, replaced)
-            return _gradients_of_reference(ctx.cell, ctx.groups, ctx.needed, tensors, grads)
+            tensors, _, grads = _split(cell, flags, replaced)
+            return _gradients_of_reference(cell, groups, needed, flags, tensors, grads)
 
         vjp = torch.func.vjp(gradients, *(arguments[i] for i in wanted))[1]
         found = dict(zip(wanted, vjp(cotangents), strict=True))
-        return None, None, None, None, *(found.get(i) for i in range(len(arguments)))
+        return None, None, None, None, None, *(found.get(i) for i in range(len(arguments)))
 
 
 def _autograd_kernel(
@@ -423,10 +553,10 @@ def _autograd_kernel(
     composed: Callable[..., Any],
     keyset: Any,
     *arguments: Any,
-) -> Any:
+) -> list[Tensor]:
     """What the dispatcher calls for autograd, at every level of torch.func's that has any."""
     if forward_ad._current_level >= 0:
-        return composed(cell, *arguments)
+        return composed(cell, *arguments)  # type: ignore[no-any-return]
 
     def redispatch(*arguments: Any) -> Any:
         # Grad mode is of the levels below, and autograd switches it off inside a Function.
@@ -435,16 +565,20 @@ def _autograd_kernel(
 
     if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
         with torch._C._AutoDispatchBelowAutograd():
-            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+            return operator.redispatch(  # type: ignore[no-any-return]
+                keyset & torch._C._after_autograd_keyset, *arguments
+            )
     with enable_single_level_autograd_function():
         # Function.apply itself would begin with torch.func's levels, of which this is one.
-        return super(Function, function).apply(cell, redispatch, *arguments)  # type: ignore[misc]
+        return list(super(Function, function).apply(cell, redispatch, *arguments))  # type: ignore[misc]
 
 
-def _forward_composed(cell: str, save: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    input, _, weights = _unpack(cell, tensors)
-    saved = _saved_like(cell, save, input, weights).zero_()
-    return *_results_of_reference(cell, tensors), saved
+def _forward_composed(
+    cell: str, save: bool, flags: Sequence[bool], *tensors: Tensor | None
+) -> list[Tensor]:
+    input, _, weights, options = _unpack(cell, flags, tensors)
+    saved = _saved_like(cell, save, input, weights, options)
+    return [*_results_of_reference(cell, flags, tensors), *(s.zero_() for s in saved)]
 
 
 def _backward_composed(*arguments: Any) -> Any:
@@ -454,6 +588,10 @@ def _backward_composed(*arguments: Any) -> Any:
 # The operators -----------------------------------------------------------------------------------
 
 _LIBRARY: Any = custom_operators.Library("fusedrnn", "DEF")  # type: ignore[no-untyped-call]
+# Those that may have gradients.
+_RESULTS = {
+    cell: ("output", "h_n", "c_n", "cells")[: 2 * info.states] for cell, info in ops.CELLS.items()
+}
 
 
 def _define(cell: str) -> tuple[Any, Any]:
@@ -462,20 +600,18 @@ def _define(cell: str) -> tuple[Any, Any]:
     names = [
         f"{name}{direction}"
         for direction in ("", "_reverse")
-        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
     ]
-    optional = [f"Tensor? {name}" for name in (*states, *names)]
+    optional = [f"Tensor? {name}" for name in (*states, *names, "batch_sizes", "reset")]
     tensors = ", ".join(["Tensor input", *optional])
     for name in names[:2]:
         tensors = tensors.replace(f"Tensor? {name},", f"Tensor {name},")
-    results = ", ".join(["Tensor"] * (2 + len(states)))
-    grads = ", ".join(
-        f"Tensor? grad_{name}" for name in ("output", "h_n", "c_n")[: 1 + len(states)]
-    )
+    grads = ", ".join(f"Tensor? grad_{name}" for name in _RESULTS[cell])
     forward, backward = f"{cell}_forward", f"{cell}_backward"
     schemas = {
-        forward: f"(bool save, {tensors}) -> ({results})",
-        backward: f"(int groups, bool[] needed, {tensors}, Tensor saved, {grads}) -> Tensor[]",
+        forward: f"(bool save, bool[] flags, {tensors}) -> Tensor[]",
+        backward: f"(int groups, bool[] needed, bool[] flags, {tensors}, Tensor saved, {grads})"
+        " -> Tensor[]",
     }
     for name, schema in schemas.items():
         _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
@@ -487,38 +623,40 @@ def _define(cell: str) -> tuple[Any, Any]:
         kernel: Callable[..., Any],
         fake: Callable[..., Any],
         vmap: Callable[..., Any],
-        autograd: Callable[..., Any],
+        *autograd: Any,
     ) -> None:
-        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-        _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
-        custom_operators.register_fake(f"fusedrnn::{name}", fake, lib=_LIBRARY)
+        _LIBRARY.impl(name, partial(kernel, cell), "CompositeExplicitAutograd")
+        recorded = partial(_autograd_kernel, cell, operator, *autograd)
+        _LIBRARY.impl(name, recorded, "Autograd", with_keyset=True)
+        custom_operators.register_fake(f"fusedrnn::{name}", partial(fake, cell), lib=_LIBRARY)
 
         def rule(info: Any, in_dims: Any, *arguments: Any) -> Any:
             return vmap(operator, cell, info.batch_size, in_dims, *arguments)
 
         custom_operators.register_vmap(f"fusedrnn::{name}", rule, lib=_LIBRARY)
 
+    first, second = operators
+    register(forward, first, _forward, _fake_forward, _vmap_forward, _Forward, _forward_composed)
     register(
-        forward,
-        operators[0],
-        partial(_forward, cell),
-        partial(_fake_forward, cell),
-        _vmap_forward,
-        partial(_autograd_kernel, cell, operators[0], _Forward, _forward_composed),
+        backward, second, _backward, _fake_backward, _vmap_backward, _Backward, _backward_composed
     )
-    register(
-        backward,
-        operators[1],
-        lambda *arguments: list(_backward(cell, *arguments)),
-        partial(_fake_backward, cell),
-        _vmap_backward,
-        lambda keyset, *arguments: list(
-            _autograd_kernel(cell, operators[1], _Backward, _backward_composed, keyset, *arguments)
-        ),
-    )
-    return operators[0], operators[1]
+    return first, second
 
 
 _OPERATORS = {cell: _define(cell) for cell in ops.CELLS}
 _FORWARD = {cell: forward for cell, (forward, _) in _OPERATORS.items()}
 _BACKWARD = {cell: backward for cell, (_, backward) in _OPERATORS.items()}
+
+
+def _fake_ragged(lengths: Tensor, seq_len: int, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    size = custom_operators.get_ctx().new_dynamic_size
+    rows, batch_sizes, order = (lengths.new_empty(size()) for _ in range(3))
+    return rows, batch_sizes, order
+
+
+_LIBRARY.define(
+    "ragged(Tensor lengths, SymInt seq_len, bool batch_first) -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_LIBRARY.impl("ragged", extensions.rows_of_lengths, "CompositeExplicitAutograd")
+custom_operators.register_fake("fusedrnn::ragged", _fake_ragged, lib=_LIBRARY)

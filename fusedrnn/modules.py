@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import is_
 from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
@@ -25,8 +26,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from . import library, ops
-from .extensions import States, extended, is_jagged
-from .functional import autocast_layer, kernel_layer, other_layer
+from .extensions import States, extended, is_jagged, zero_states
+from .functional import autocast_layer, graph_layer, kernel_layer, other_layer
 from .functional import layer as functional_layer
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def _compute(
     if results is not None:
         return results
     if not ops.watched() or ops.only_autocast():
-        ordinary = library.has(weights, options)
+        ordinary = options is None and ops.weights_per_direction(weights) == 4
         if ops.watched() and not (ordinary and _torch_is_faster(cell, hidden, input)):
             results = autocast_layer(cell, input, initial, weights, options)
         if results is None:
@@ -80,15 +81,17 @@ def _compute_in_graph(
     input: Tensor,
     initial: States,
     weights: ops.Weights,
-    options: None,
-) -> tuple[Tensor, ...] | None:
-    """`_compute` while torch.compile builds a graph: one operator of library.py."""
-    try:
-        ops.check_weights(cell, features, hidden, weights)
-        ops.check_layer(cell, input, initial, weights)
-    except RuntimeError:
-        return None  # the eager call has the error for it
-    return library.layer(cell, input, initial, weights)
+    options: ops.Options | None = None,
+) -> tuple[Tensor, ...]:
+    """`_compute` while torch.compile builds a graph: one operator of library.py.
+
+    RuntimeError where that cannot be: the eager call has the right one.
+    """
+    ops.check_weights(cell, features, hidden, weights)
+    results = graph_layer(cell, input, initial, weights, options)
+    if results is None:
+        raise RuntimeError("no tensors for a graph")
+    return results
 
 
 _TORCH_HAS_BFLOAT16 = torch._C._has_mkldnn and any(
@@ -217,30 +220,50 @@ class _Layers(_Fused, nn.RNNBase):
                 )
             return self._torch_class.forward(self, input, hx)
         pair = self._num_states == 2 and isinstance(hx, (tuple, list))
-        states = () if hx is None else tuple(hx) if pair else (hx,)
+        states: States = () if hx is None else tuple(hx) if pair else (hx,)
         fits = hx is None or len(states) == self._num_states
+        packed = isinstance(input, PackedSequence)
+        tensors = [t for t in input if t is not None] if packed else [input]
+        tensors += [*states, *(getattr(self, name) for name in self._flat_weights_names)]
+        tensors += [v for k, v in given.items() if k == "reset_mask" or isinstance(v, Tensor)]
+        order = input.sorted_indices if packed else None
+        sizes_known = not ("lengths" in given or (packed and hx is None and order is None))
         if (
             fits
-            and not (self.proj_size or self.recompute_gates or given)
-            and library.fits_a_graph(
-                (input, *states, *(getattr(self, name) for name in self._flat_weights_names))
-            )
+            and library.fits_a_graph(tensors)
+            and (sizes_known or library.sizes_may_be_unknown())
         ):
-            results = self._kernels(input, states, compute=_compute_in_graph)
+            if packed and hx is None:
+                # For all layers: a number that is read from a tensor twice is two to a graph.
+                batch = int(input.batch_sizes[0]) if order is None else order.shape[0]
+                states = zero_states(self, input.data, batch)
+            kernels = partial(self._kernels, compute=_compute_in_graph)
+            try:
+                results = self._computed(kernels, input, states or None, given)
+            except (RuntimeError, TypeError, ValueError):
+                results = None
             if results is not None:
                 output, *final = results
-                return output, tuple(final) if self._num_states == 2 else final[0]
+                final, cells = final[: self._num_states], final[self._num_states :]
+                return output, tuple(final) if self._num_states == 2 else final[0], *cells
         return _outside_graph(forward, self, input, hx, **given)
 
     def _computed(
-        self, input: Any, states: States | None, given: dict[str, Any]
+        self,
+        kernels: Callable[..., Any],
+        input: Any,
+        states: States | None,
+        given: dict[str, Any],
     ) -> list[Any] | None:
-        """[output, *final states, cells if wanted], or None where the call is torch's."""
+        """[output, *final states, cells if wanted], or None where the call is torch's.
+
+        `kernels` is self._kernels, as it is or for a graph.
+        """
         if given or (type(input) is not Tensor and is_jagged(input)):
-            return extended(self, input, states, **given)
+            return extended(self, kernels, input, states, **given)
         if isinstance(input, Tensor):
-            return self._kernels(input, states or ())
-        return self._packed(input, states or ())
+            return kernels(input, states or ())  # type: ignore[no-any-return]
+        return self._packed(kernels, input, states or ())
 
     def _kernels(
         self,
@@ -338,7 +361,7 @@ class _Layers(_Fused, nn.RNNBase):
             return [input.transpose(0, 1), *final]
         return [input, *final]
 
-    def _packed(self, input: Any, states: States) -> list[Any] | None:
+    def _packed(self, kernels: Callable[..., Any], input: Any, states: States) -> list[Any] | None:
         """`_kernels` for a PackedSequence; output is one too. None for anything else."""
         if not isinstance(input, PackedSequence):
             return None
@@ -347,7 +370,7 @@ class _Layers(_Fused, nn.RNNBase):
             if any(s.dim() != 3 or s.shape[1] != order.shape[0] for s in states):
                 return None
             states = [s.index_select(1, order) for s in states]
-        results = self._kernels(data, states, ops.Options(batch_sizes))
+        results = kernels(data, states, ops.Options(batch_sizes))
         if results is None:
             return None
         output, *final = results
@@ -403,7 +426,7 @@ class LSTM(_Layers):
         if is_compiling():
             return self._compiling(LSTM.forward, input, hx, given)
         if hx is None or (isinstance(hx, (tuple, list)) and len(hx) == 2):
-            result = self._computed(input, hx, given)
+            result = self._computed(self._kernels, input, hx, given)
             if result is not None:
                 output, h_n, c_n, *cells = result
                 return output, (h_n, c_n), *cells
@@ -435,7 +458,8 @@ class _OneStateLayers(_Layers):
         if is_compiling():
             return self._compiling(_OneStateLayers.forward, input, hx, given)
         if hx is None or isinstance(hx, Tensor):
-            result = self._computed(input, None if hx is None else (hx,), given)
+            states = None if hx is None else (hx,)
+            result = self._computed(self._kernels, input, states, given)
             if result is not None:
                 output, h_n = result
                 return output, h_n

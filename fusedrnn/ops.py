@@ -282,8 +282,12 @@ def check_layer(
     initial: Sequence[Tensor],
     weights: Sequence[Tensor | None],
     options: Options | None = None,
+    values: bool = True,
 ) -> None:
-    """RuntimeError unless the shapes are those of one layer, or of one step (input [B, I])."""
+    """RuntimeError unless the shapes are those of one layer, or of one step (input [B, I]).
+
+    values: whether batch_sizes can be read; where not, h0 says what B is.
+    """
     options = options or Options()
     per_direction = weights_per_direction(weights)
     directions, rest = divmod(len(weights), per_direction)
@@ -293,7 +297,12 @@ def check_layer(
             f"with a projection, for each of 1 or 2 directions, got {len(weights)}"
         )
     if options.batch_sizes is not None:
-        batch = _check_batch_sizes(input, options.batch_sizes)
+        if input.dim() != 2:
+            raise RuntimeError(f"input must be [N, I] with batch_sizes, got {list(input.shape)}")
+        if values:
+            batch = _check_batch_sizes(input, options.batch_sizes)
+        else:
+            batch = initial[0].shape[1] if initial and initial[0].dim() == 3 else 0
     elif input.dim() != 3 and not (input.dim() == 2 and directions == 1):
         raise RuntimeError(
             f"input must be [T, B, I], or [B, I] for one step, got {list(input.shape)}"
@@ -331,8 +340,6 @@ def check_layer(
 
 def _check_batch_sizes(input: Tensor, batch_sizes: Tensor) -> int:
     """B; RuntimeError unless batch_sizes is as Options says."""
-    if input.dim() != 2:
-        raise RuntimeError(f"input must be [N, I] with batch_sizes, got {list(input.shape)}")
     sizes = batch_sizes.tolist() if batch_sizes.dim() == 1 else []
     if (
         batch_sizes.dtype is not torch.int64

@@ -41,6 +41,16 @@ class Case:
         self.initials = [torch.stack(s, 2) for s in zip(*(m[1] for m in made), strict=True)]
         self.stacks = [torch.stack(w) for w in zip(*(m[2] for m in made), strict=True)]
 
+    def project(self):
+        """Makes it an LSTM with a projection to 2 numbers."""
+        self.initial[0], self.initials[0] = self.initial[0][..., :2], self.initials[0][..., :2]
+        stacks = []
+        for d in range(0, len(self.stacks), 4):
+            weight_ih, weight_hh, *biases = self.stacks[d : d + 4]
+            stacks += [weight_ih, weight_hh[..., :2], *biases, weight_hh[:, :2] * 0.5]
+        self.stacks = stacks
+        self.weights = [w[0] for w in stacks]
+
 
 def loss(layer):
     return lambda w, x, i: sum(result.square().sum() for result in layer(x, i, w))
@@ -174,6 +184,62 @@ def test_transform(cell, directions, name):
     for a, b in zip(leaves, _pytree.tree_leaves(expected), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     assert any(a.abs().sum() > 0 for a in leaves) or name.endswith("no batch")
+
+
+MASK = torch.tensor([[0, 1], [1, 0], [0, 1]], dtype=torch.bool)
+EXTENDED = {
+    "reset": ops.Options(reset=MASK, recompute=True),
+    "reset to initial": ops.Options(reset=MASK, reset_to_initial=True),
+    "packed": ops.Options(torch.tensor([2, 2, 1]), MASK.flatten()[:5], recompute=True),
+}
+
+
+@pytest.mark.parametrize("name", [n for n in TRANSFORMS if n != "vmap of a step"])
+@pytest.mark.parametrize("given", EXTENDED)
+@pytest.mark.parametrize(("cell", "projected"), [("lstm", True), ("lstm", False), ("gru", False)])
+def test_transform_with_options(cell, projected, given, name):
+    """As test_transform, with projections, and for an LSTM with the cells of every step."""
+    if name.endswith("no batch"):
+        pytest.skip("the mask has a batch")
+    computed_by, transform = TRANSFORMS[name]
+    c = Case(cell, 1 if name == "hessian" and not projected else 2)
+    if projected:
+        c.project()
+    options = EXTENDED[given]._replace(cells=cell == "lstm")
+
+    def layer(function):
+        def call(x, initial, weights):
+            if options.batch_sizes is not None:
+                x = x.flatten(0, 1)[:5]
+            return function(cell, x, initial, weights, options)
+
+        return call
+
+    expected = transform(layer(functional.reference_layer), c)
+    with ran(*computed_by):
+        actual = transform(layer(functional.layer), c)
+    for a, b in zip(_pytree.tree_leaves(actual), _pytree.tree_leaves(expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", ["padded", "packed"])
+def test_vmap_over_masks(form):
+    c = Case("lstm", 2)
+    masks = torch.rand((N, T, B), generator=torch.Generator().manual_seed(2)) < 0.4
+    batch_sizes = torch.tensor([2, 2, 1]) if form == "packed" else None
+
+    def call(w, x, mask):
+        if form == "packed":
+            x, mask = x.flatten(0, 1)[:5], mask.flatten()[:5]
+        options = ops.Options(batch_sizes, mask, cells=True)
+        return sum(r.square().sum() for r in functional.layer("lstm", x, c.initial, w, options))
+
+    with ran(*KERNELS):
+        found = vmap(grad(call, (0, 1)), (None, None, 0))(c.weights, c.x, masks)
+    for i in range(N):
+        one = grad(call, (0, 1))(c.weights, c.x, masks[i])
+        for a, b in zip(_pytree.tree_leaves(found), _pytree.tree_leaves(one), strict=True):
+            torch.testing.assert_close(a[i], b)
 
 
 def test_finite_differences_of_what_a_transform_gives():

@@ -1,6 +1,7 @@
 """torch.compile, torch.export, ONNX and AOTInductor: a layer is one operator of a whole graph, and
 computes what the module does without them. torch.func alone is test_func.py's."""
 
+import contextlib
 import io
 import warnings
 
@@ -15,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils.parametrizations import weight_norm
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from fusedrnn import functional, library, modules, ops
 
@@ -51,14 +52,53 @@ def run_compiled(model, input, hx=None):
     return {name.replace("_orig_mod.", ""): t for name, t in run(model, input, hx).items()}
 
 
-def operator_tensors(cell, dtype, directions=1, bias=True):
+NO_FLAGS = (False, False, False)
+ORDINARY = (None, None, *NO_FLAGS)
+
+
+def operator_tensors(cell, dtype, directions=1, bias=True, proj_size=0, options=ORDINARY):
     """(tensors, grads of the results) of the operators of a cell."""
     x, initial, weights = layer_inputs(cell, 3, 4, 2, 3, directions, dtype)
-    weights = [w if bias or i % 4 < 2 else None for i, w in enumerate(weights)]
-    tensors = [x, *initial, *weights, *[None] * (8 - len(weights))]
+    batch_sizes, reset, _, cells, _ = options
+    size = proj_size or 3
+    if batch_sizes is not None:
+        x = x.detach().flatten(0, 1)[: batch_sizes.sum()].requires_grad_()
+    each = []
+    for d in range(directions):
+        weight_ih, weight_hh, *biases = weights[4 * d : 4 * d + 4]
+        weight_hr = None
+        if proj_size:
+            weight_hh = weight_hh.detach()[:, :size].contiguous().requires_grad_()
+            weight_hr = torch.randn(size, 3, dtype=dtype, requires_grad=True)
+        each += [weight_ih, weight_hh, *(biases if bias else (None, None)), weight_hr]
+    if proj_size:
+        initial = (initial[0].detach()[..., :size].contiguous().requires_grad_(), initial[1])
+    tensors = [x, *initial, *each, *[None] * (10 - len(each)), batch_sizes, reset]
     torch.manual_seed(1)
-    shapes = [(3, 4, 3 * directions), *[(directions, 4, 3)] * len(initial)]
-    return tensors, [torch.randn(shape, dtype=dtype) for shape in shapes]
+    rows = x.shape[:-1]
+    shapes = [(*rows, size * directions), *(s.shape for s in initial)]
+    grads = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    if cell == "lstm":
+        grads.append(torch.randn(*rows, 3 * directions, dtype=dtype) if cells else None)
+    return tensors, grads
+
+
+def options_of(cell, packed=False, reset=False, to_initial=False, recompute=False):
+    """With cells for an LSTM, of sequences of the lengths 3, 2, 2, 1 where packed."""
+    batch_sizes = torch.tensor([4, 3, 1]) if packed else None
+    mask = torch.rand((8,) if packed else (3, 4), generator=torch.Generator().manual_seed(4)) < 0.4
+    return batch_sizes, mask if reset else None, to_initial, cell == "lstm", recompute
+
+
+OPERATOR_OPTIONS = [
+    {"reset": True, "recompute": True},
+    {"packed": True},
+    {"packed": True, "reset": True, "to_initial": True, "recompute": True},
+]
+
+
+def needed_of(tensors):
+    return [t is not None and (t.is_floating_point() or t.is_complex()) for t in tensors]
 
 
 def detached(tensors):
@@ -69,25 +109,54 @@ def detached(tensors):
 def test_opcheck(cell):
     for directions, bias in ((1, True), (2, False)):
         tensors, grads = operator_tensors(cell, torch.float64, directions, bias)
-        forward, backward = library._OPERATORS[cell]
-        custom_operators.opcheck(forward, (False, *tensors))
-        custom_operators.opcheck(forward, (True, *detached(tensors)))
-        saved = forward(True, *detached(tensors))[-1]
-        needed = [t is not None for t in tensors]
-        custom_operators.opcheck(backward, (0, needed, *tensors, saved, *grads))
-        custom_operators.opcheck(backward, (2, needed, *detached(tensors), saved, *grads))
+        opcheck(cell, NO_FLAGS, tensors, grads)
+        _, backward = library._OPERATORS[cell]
+        saved = library._FORWARD[cell](True, NO_FLAGS, *detached(tensors))[-1]
+        needed = needed_of(tensors)
+        arguments = (2, needed, NO_FLAGS, *detached(tensors), saved, *grads)
+        custom_operators.opcheck(backward, arguments)
 
 
-@pytest.mark.parametrize("cell", LAYER_CELLS)
-def test_derivatives_of_the_operators(cell):
-    tensors, _ = operator_tensors(cell, torch.float64, 2, False)
-    present = [i for i, t in enumerate(tensors) if t is not None]
+def opcheck(cell, flags, tensors, grads):
+    forward, backward = library._OPERATORS[cell]
+    custom_operators.opcheck(forward, (False, flags, *tensors))
+    custom_operators.opcheck(forward, (True, flags, *detached(tensors)))
+    saved = forward(True, flags, *detached(tensors))[-1]
+    # A graph of second derivatives is composed of the reference, which reads batch_sizes.
+    leaves = tensors if tensors[-2] is None else detached(tensors)
+    custom_operators.opcheck(backward, (0, needed_of(tensors), flags, *leaves, saved, *grads))
+
+
+@pytest.mark.parametrize("given", OPERATOR_OPTIONS, ids=str)
+@pytest.mark.parametrize(("cell", "proj_size"), [*((c, 0) for c in LAYER_CELLS), ("lstm", 2)])
+def test_opcheck_of_options_and_projections(cell, proj_size, given):
+    options = options_of(cell, **given)
+    arguments = operator_tensors(cell, torch.float64, 2, True, proj_size, options)
+    opcheck(cell, options[2:], *arguments)
+
+
+@pytest.mark.parametrize("lengths", [[4, 0, 6, 1, 4], [0, 0], []], ids=str)
+def test_opcheck_of_ragged(lengths):
+    arguments = (torch.tensor(lengths, dtype=torch.int64), 6, True)
+    custom_operators.opcheck(torch.ops.fusedrnn.ragged.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("cell", "proj_size", "given"),
+    [*((c, 0, None) for c in LAYER_CELLS), *(("lstm", 2, g) for g in OPERATOR_OPTIONS)],
+    ids=str,
+)
+def test_derivatives_of_the_operators(cell, proj_size, given):
+    options = ORDINARY if given is None else options_of(cell, **given)
+    flags = options[2:]
+    tensors, _ = operator_tensors(cell, torch.float64, 2, False, proj_size, options)
+    present = [i for i, n in enumerate(needed_of(tensors)) if n]
 
     def function(*chosen):
-        arguments = [None] * len(tensors)
+        arguments = list(tensors)
         for i, t in zip(present, chosen, strict=True):
             arguments[i] = t
-        return library._FORWARD[cell](False, *arguments)[:-1]
+        return tuple(library._FORWARD[cell](False, flags, *arguments))
 
     chosen = [tensors[i] for i in present]
     with ran(*KERNELS):
@@ -103,19 +172,22 @@ def test_derivatives_of_the_operators(cell):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("groups", [0, 2])
-def test_operators_on_tensors_that_the_kernels_do_not_take(groups):
-    tensors, grads = operator_tensors("lstm", torch.complex128)
+def test_operators_on_tensors_that_the_kernels_do_not_take(groups, reset):
+    options = ops.Options(*options_of("lstm", reset=True, to_initial=True) if reset else ())
+    tensors, grads = operator_tensors("lstm", torch.complex128, options=options)
+    flags = options[2:]
     forward, backward = library._OPERATORS["lstm"]
     with ran("reference"):
-        *results, saved = forward(True, *detached(tensors))
-        needed = [t is not None for t in tensors]
-        found = backward(groups, needed, *detached(tensors), saved, *grads)
+        *results, saved = forward(True, flags, *detached(tensors))
+        found = backward(groups, needed_of(tensors), flags, *detached(tensors), saved, *grads)
     x, h0, c0, *weights = tensors
-    expected = functional.reference_layer("lstm", x, (h0, c0), weights[:4])
+    expected = functional.reference_layer("lstm", x, (h0, c0), weights[:4], options)
     for a, b in zip(results, expected, strict=True):
         torch.testing.assert_close(a, b)
-    leaves = [t for t in tensors if t is not None]
+    leaves = [t for t, n in zip(tensors, needed_of(tensors), strict=True) if n]
+    grads = [g for g in grads if g is not None]
     for a, b in zip(found, torch.autograd.grad(expected, leaves, grads), strict=True):
         torch.testing.assert_close(a if a.shape == b.shape else a.sum(0), b)
 
@@ -208,12 +280,10 @@ def test_compiled_dtypes(dtype):
 
 
 def other_calls():
-    lstm = build(modules, "LSTM", I, H)
-    packed = pack_padded_sequence(torch.randn(4, 2, I), [4, 2])
+    jagged = torch.nested.nested_tensor([torch.randn(4, I), torch.randn(2, I)], layout=torch.jagged)
     complex_input = torch.randn(4, 2, I, dtype=torch.complex64)
     return {
-        "packed": (lstm, packed),
-        "projected": (build(modules, "LSTM", I, H, proj_size=2), torch.randn(4, 2, I)),
+        "jagged": (build(modules, "LSTM", I, H), jagged),
         "complex": (build(modules, "GRU", I, H, dtype=torch.complex64), complex_input),
     }
 
@@ -223,15 +293,6 @@ def test_what_breaks_the_graph(name):
     module, input = other_calls()[name]
     model = torch.compile(lambda x: flat(list(module(x)))[-1] + 1, backend="aot_eager")
     torch.testing.assert_close(model(input), flat(list(module(input)))[-1] + 1)
-
-
-def test_autocast_breaks_the_graph():
-    module, x = build(modules, "RNN_tanh", I, H), torch.randn(4, 2, I)
-    model = torch.compile(Parent(module), backend="aot_eager")
-    with torch.autocast("cpu"):
-        actual, expected = model(x)[0], Parent(module)(x)[0]
-    assert actual.dtype == expected.dtype
-    torch.testing.assert_close(actual, expected)
 
 
 WRONG = {
@@ -330,6 +391,372 @@ def test_torch_func_inside_and_outside_of_compile():
         torch.testing.assert_close(transform(model), transform(module))
 
 
+# Options, projections, packed sequences and autocast in a graph -----------------------------------
+
+LENGTHS = torch.tensor([4, 0, 6, 1, 4])
+MASK = torch.rand((6, 5), generator=torch.Generator().manual_seed(4)) < 0.4
+SORTED = [6, 4, 4, 2, 1]
+UNSORTED = [4, 1, 6, 2, 4]
+
+
+def pack(input, lengths=UNSORTED, sort=True):
+    return pack_padded_sequence(input, torch.as_tensor(lengths), enforce_sorted=not sort)
+
+
+def tensors_of(result):
+    """Those of a module's result, which may have a PackedSequence for its output."""
+    output, *rest = result
+    return [output.data if isinstance(output, PackedSequence) else output, *flat(rest)]
+
+
+# Calls of a module with an input [6, 5, I], each one graph.
+CALLS = {
+    "padded": lambda m, x, hx: m(x, hx),
+    "lengths": lambda m, x, hx: m(x, lengths=LENGTHS),
+    "lengths, hx": lambda m, x, hx: m(x, hx, lengths=LENGTHS),
+    "lengths, none": lambda m, x, hx: m(x, hx, lengths=0 * LENGTHS),
+    "list of lengths": lambda m, x, hx: m(x, lengths=LENGTHS.tolist()),
+    "reset": lambda m, x, hx: m(x, reset_mask=MASK),
+    "reset to hx": lambda m, x, hx: m(x, hx, reset_mask=MASK, reset_to_hx=True),
+    "lengths and reset": lambda m, x, hx: m(x, hx, lengths=LENGTHS, reset_mask=MASK),
+    "packed": lambda m, x, hx: m(pack(x)),
+    "packed, hx": lambda m, x, hx: m(pack(x), hx),
+    "packed, sorted": lambda m, x, hx: m(pack(x, SORTED, False)),
+    "packed, sorted, hx": lambda m, x, hx: m(pack(x, SORTED, False), hx),
+    "cells": lambda m, x, hx: m(x, hx, return_cell_states=True),
+    "cells and lengths": lambda m, x, hx: m(x, lengths=LENGTHS, return_cell_states=True),
+}
+BUILDS = {
+    "LSTM": {"num_layers": 2, "bidirectional": True},
+    "LSTM, projected": {"num_layers": 2, "bidirectional": True, "proj_size": 2},
+    "GRU": {"num_layers": 2, "bias": False},
+    "RNN_relu": {"bidirectional": True},
+}
+
+
+def results_and_gradients(call, module, input, hx, backward_under=None):
+    """Of call(module, input, hx), every result's part in them."""
+    leaves = [input.detach().clone().requires_grad_()]
+    leaves += [s.detach().clone().requires_grad_() for s in flat(hx)]
+    state = None if hx is None else leaves[1] if len(leaves) == 2 else tuple(leaves[1:])
+    results = tensors_of(call(module, leaves[0], state))
+    loss = sum((r.to(input.dtype) * r.to(input.dtype).cos()).sum() for r in results)
+    leaves += module.parameters()
+    with backward_under or contextlib.nullcontext():
+        found = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    return [*(r.detach() for r in results), *found]
+
+
+def hx_of(name, dtype=torch.float32):
+    kind, options = name.partition(",")[0], BUILDS[name]
+    first = options.get("num_layers", 1) * (1 + options.get("bidirectional", False))
+    hx = states(kind, first, 5, H, dtype=dtype)
+    if "proj_size" in options:
+        hx = (hx[0][..., : options["proj_size"]].contiguous(), hx[1])
+    return hx
+
+
+def in_one_graph(call, backend="aot_eager"):
+    """`call` with what happens in the module compiled, and a PackedSequence made outside."""
+
+    def compiled_call(module, *arguments):
+        model = torch.compile(module, backend=backend, fullgraph=True)
+        return call(model, *arguments)
+
+    return compiled_call
+
+
+def assert_one_graph(name, call, recompute=False):
+    """With the bits of the eager call."""
+    module = build(modules, name.partition(",")[0], I, H, **BUILDS[name])
+    module.recompute_gates = recompute
+    x, hx = torch.randn(6, 5, I), hx_of(name)
+    expected = results_and_gradients(CALLS[call], module, x, hx)
+    with ran(*(() if call == "lengths, none" else KERNELS)):
+        actual = results_and_gradients(in_one_graph(CALLS[call]), module, x, hx)
+    assert len(actual) == len(expected)
+    assert all(map(torch.equal, actual, expected))
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_one_graph(call):
+    assert_one_graph("LSTM, projected", call)
+
+
+@pytest.mark.parametrize("call", ["padded", "lengths and reset", "packed, sorted"])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN_relu"])
+def test_one_graph_of_other_layers(name, call):
+    assert_one_graph(name, call)
+
+
+@pytest.mark.parametrize("call", ["padded", "lengths and reset", "packed"])
+@pytest.mark.parametrize("name", BUILDS)
+def test_one_graph_that_recomputes_gates(name, call):
+    assert_one_graph(name, call, True)
+
+
+@pytest.mark.parametrize("call", ["lengths and reset", "cells and lengths", "packed, sorted"])
+def test_one_graph_by_inductor(call):
+    name = "LSTM, projected"
+    module = build(modules, "LSTM", I, H, **BUILDS[name])
+    module.recompute_gates = True
+    x, hx = torch.randn(6, 5, I), hx_of(name)
+    with ran(*KERNELS):
+        actual = results_and_gradients(in_one_graph(CALLS[call], "inductor"), module, x, hx)
+    expected = results_and_gradients(CALLS[call], module, x, hx)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps"), [("lengths", 3), ("reset", 3), ("packed", 3), ("packed, sorted", 2)]
+)
+def test_sizes_of_every_kind_compile_once(kind, steps):
+    """Anew when the length first differs, and when the batch does, of which a sorted packed
+    sequence's graph knows nothing."""
+    calls = {
+        "lengths": lambda m, x, n: m(x, lengths=n),
+        "reset": lambda m, x, n: m(x, reset_mask=torch.arange(len(x)).unsqueeze(1) == n),
+        "packed": lambda m, x, n: m(pack(x, n.clamp(min=1))),
+        "packed, sorted": lambda m, x, n: m(
+            pack(x, n.clamp(min=1).sort(descending=True)[0], sort=False)
+        ),
+    }
+    counter = CompileCounterWithBackend("aot_eager")
+    module = build(modules, "GRU", I, H, num_layers=2)
+    model = torch.compile(module, backend=counter, fullgraph=True)
+    found = []
+    for T, B in SHAPES:
+        x, n = torch.randn(T, B, I), torch.randint(0, T + 1, (B,))
+        with ran(*KERNELS):
+            actual = tensors_of(calls[kind](model, x, n))
+            actual[0].sum().backward()
+        assert all(map(torch.equal, actual, tensors_of(calls[kind](module, x, n))))
+        found.append(counter.frame_count)
+    assert found == [1, 2, steps, steps, steps]
+
+
+@pytest.mark.parametrize("call", ["lengths", "packed, sorted", "mask of numpy"])
+def test_what_breaks_the_graph_once_without_fullgraph(call):
+    """Sizes that are known at run time only, and what is no tensor."""
+    counter = CompileCounterWithBackend("aot_eager")
+    module = build(modules, "LSTM", I, H, num_layers=2)
+    x = torch.randn(6, 5, I)
+    given = pack(x, SORTED, False) if call == "packed, sorted" else x
+    keywords = {
+        "lengths": {"lengths": LENGTHS},
+        "packed, sorted": {},
+        "mask of numpy": {"reset_mask": MASK.numpy()},
+    }[call]
+
+    @torch.compile(backend=counter)
+    def model(x):
+        return module(x, **keywords)[1][1] + 1
+
+    with ran(*KERNELS):
+        actual = model(given)
+        actual.sum().backward()
+    assert torch.equal(actual, module(given, **keywords)[1][1] + 1)
+    assert counter.frame_count == 1
+
+
+def test_packed_sequence_made_in_the_graph():
+    module = build(modules, "LSTM", I, H)
+    packed = pack(torch.randn(6, 5, I), SORTED, False)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def model(data, batch_sizes):
+        return module(PackedSequence(data.sin(), batch_sizes))[0].data
+
+    with ran(*KERNELS):
+        actual = model(packed.data, packed.batch_sizes)
+        actual.sum().backward()
+    expected = module(PackedSequence(packed.data.sin(), packed.batch_sizes))[0].data
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_wrong_values_raise_where_the_graph_runs(backend):
+    module = build(modules, "GRU", I, H)
+    x = torch.randn(6, 5, I)
+    model = torch.compile(module, backend=backend, fullgraph=True)
+    model(x, lengths=LENGTHS)
+    for wrong in ([7, 1, 1, 1, 1], [6, -1, 1, 1, 1], [2**40] * 5):
+        lengths = torch.tensor(wrong)
+        expected = raised(lambda n=lengths: module(x, lengths=n))
+        actual = raised(lambda n=lengths: model(x, lengths=n))
+        assert (type(actual), str(actual)) == (type(expected), str(expected))
+
+    packed = pack(x, SORTED, False)
+    wrong = ([5, 5, 5], [5, 4, 3, 1, 3, 1], [5, 4, 4, 4, 0], [6, 6, 6, -1], [0] * 6)
+    for hx, more in ((None, ()), (torch.zeros(1, 5, H), ([6, 4, 3, 3, 1],))):
+        model(packed, hx)
+        for batch_sizes in (*wrong, *more):
+            given = PackedSequence(packed.data, torch.tensor(batch_sizes))
+            message = "h0 must be" if batch_sizes in more else "batch_sizes must be"
+            with ran(), pytest.raises(RuntimeError, match=message):
+                model(given, hx)
+
+
+def test_wrong_keywords_raise_as_without_compile():
+    module = build(modules, "LSTM", I, H)
+    x = torch.randn(6, 5, I)
+    for keywords in (
+        {"lengths": torch.ones(6, dtype=torch.int64)},
+        {"lengths": torch.ones(5)},
+        {"reset_mask": MASK.t()},
+        {"reset_mask": MASK.float()},
+    ):
+        expected = raised(lambda k=keywords: module(x, **k))
+        model = torch.compile(module, backend="eager")
+        actual = raised(lambda k=keywords, m=model: m(x, **k))
+        assert (type(actual), str(actual)) == (type(expected), str(expected))
+
+
+@pytest.mark.parametrize("initial", [True, False])
+def test_compiled_functions_with_options(initial):
+    x, given, weights = layer_inputs("lstm", 6, 5, I, H, 2, torch.float32)
+    packed = pack(x.detach(), SORTED, False)
+    mask = torch.rand(len(packed.data)) < 0.4
+
+    def function(data, batch_sizes, mask):
+        options = ops.Options(batch_sizes, mask, True, True, True)
+        return functional.layer("lstm", data, given if initial else (), weights, options)
+
+    arguments = (packed.data, packed.batch_sizes, mask)
+    with ran(*KERNELS):
+        actual = torch.compile(function, backend="aot_eager", fullgraph=True)(*arguments)
+        found = torch.autograd.grad(actual[3].sum(), weights)
+    expected = function(*arguments)
+    assert all(map(torch.equal, actual, expected))
+    assert all(map(torch.equal, found, torch.autograd.grad(expected[3].sum(), weights)))
+
+
+LOW = pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+
+
+@pytest.fixture
+def kernels_only(monkeypatch):
+    """No bfloat16 call goes to torch for being faster there."""
+    monkeypatch.setattr(modules, "_TORCH_HAS_BFLOAT16", False)
+
+
+@LOW
+@pytest.mark.parametrize("where", ["inside", "around"])
+@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize("call", ["padded", "lengths and reset", "packed"])
+@pytest.mark.usefixtures("kernels_only")
+def test_autocast_in_one_graph(name, call, where, low):
+    """With the dtypes and the bits of the eager call."""
+    module = build(modules, name.partition(",")[0], I, H, **BUILDS[name])
+    x = torch.randn(6, 5, I)
+
+    class Inside(nn.Module):
+        def forward(self, *arguments, **keywords):
+            with torch.autocast("cpu", low):
+                return module(*arguments, **keywords)
+
+    def function(model, *arguments):
+        with torch.autocast("cpu", low):
+            return CALLS[call](model, *arguments)
+
+    def graph(module, *arguments):
+        model = Inside() if where == "inside" else module
+        model = torch.compile(model, backend="aot_eager", fullgraph=True)
+        return (CALLS[call] if where == "inside" else function)(model, *arguments)
+
+    hx = hx_of(name)
+    expected = results_and_gradients(function, module, x, hx)
+    for backward_under in (None, torch.autocast("cpu", low)):
+        with ran(*KERNELS):
+            actual = results_and_gradients(graph, module, x, hx, backward_under)
+        for a, b in zip(actual, expected, strict=True):
+            assert a.dtype is b.dtype
+            assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("kernels_only")
+@pytest.mark.parametrize("name", BUILDS)
+def test_autocast_by_inductor_is_as_exact(name):
+    """Not the same bits: inductor leaves out the rounding between two layers."""
+    module = build(modules, name.partition(",")[0], I, H, **BUILDS[name])
+    x, hx = torch.randn(6, 5, I), hx_of(name)
+
+    def function(model, *arguments):
+        with torch.autocast("cpu"):
+            return model(*arguments)
+
+    expected = results_and_gradients(function, module, x, hx)
+    with ran(*KERNELS):
+        actual = results_and_gradients(in_one_graph(function, "inductor"), module, x, hx)
+    double = hx.double() if isinstance(hx, torch.Tensor) else tuple(s.double() for s in hx)
+    exact = results_and_gradients(CALLS["padded"], module.double(), x.double(), double)
+    for a, b, e in zip(actual, expected, exact, strict=True):
+        assert a.dtype is b.dtype
+        bound = 2 * (b.double() - e).norm() + torch.finfo(torch.bfloat16).eps * e.norm()
+        assert (a.double() - e).norm() <= bound
+
+
+def test_autocast_of_the_whole_of_a_model():
+    """The backward pass of its graph is none under autocast."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.rnn = nn.Linear(I, I), build(modules, "GRU", I, H, num_layers=2)
+            self.last = nn.Linear(H, 2)
+
+        def forward(self, x, hx):
+            with torch.autocast("cpu"):
+                return self.last(self.rnn(self.first(x), hx)[0]), hx
+
+    model, x, hx = Model(), torch.randn(6, 5, I), torch.randn(2, 5, H)
+    expected = results_and_gradients(lambda m, *a: m(*a), model, x, hx)
+    with ran(*KERNELS):
+        actual = results_and_gradients(in_one_graph(lambda m, *a: m(*a)), model, x, hx)
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype is b.dtype
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
+
+
+@LOW
+def test_float64_under_autocast_stays_as_it_is_in_a_graph(low):
+    module = build(modules, "LSTM", I, H, dtype=torch.float64)
+    x = torch.randn(6, 5, I, dtype=torch.float64)
+    expected = module(x)[0]
+    model = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", low), ran("kernel_forward"):
+        assert torch.equal(model(x)[0], expected)
+
+
+def test_dtypes_that_autocast_does_not_convert_raise_as_without_compile():
+    module = build(modules, "GRU", I, H)
+    x = torch.randn(6, 5, I, dtype=torch.float64)
+    with torch.autocast("cpu"):
+        expected = raised(lambda: module(x))
+        actual = raised(lambda: torch.compile(module, backend="aot_eager")(x))
+    assert (type(actual), str(actual)) == (type(expected), str(expected))
+
+
+@pytest.mark.parametrize("keywords", [{}, {"lengths": LENGTHS}, {"reset_mask": MASK}], ids=str)
+def test_per_sample_gradients_in_one_graph(keywords):
+    module = build(modules, "LSTM", I, H, proj_size=2, dtype=torch.float64)
+    weights = {name: p.detach() for name, p in module.named_parameters()}
+    x = torch.randn(3, 6, 5, I, dtype=torch.float64)
+
+    def loss(weights, x):
+        return functional_call(module, weights, (x,), keywords)[0].square().sum()
+
+    def samples(x):
+        return vmap(grad(loss), (None, 0))(weights, x)
+
+    with ran(*KERNELS):
+        actual = torch.compile(samples, backend="aot_eager", fullgraph=True)(x)
+    for i, one in enumerate(x):
+        for key, gradient in grad(loss)(weights, one).items():
+            torch.testing.assert_close(actual[key][i], gradient)
+
+
 # Export ------------------------------------------------------------------------------------------
 
 
@@ -401,6 +828,27 @@ class Layer(nn.Module):
 
     def forward(self, x):
         return functional.layer("lstm", x, (), tuple(self.lstm.parameters()))
+
+
+class Extended(Layer):
+    """As Layer, with options."""
+
+    def forward(self, x, mask):
+        options = ops.Options(reset=mask, cells=True, recompute=True)
+        return functional.layer("lstm", x, (), tuple(self.lstm.parameters()), options)
+
+
+def test_exported_function_with_options():
+    model = Extended()
+    dims = {0: torch.export.Dim("T"), 1: torch.export.Dim("B")}
+    x, mask = torch.randn(6, 5, I), MASK
+    program = torch.export.export(model, (x, mask), dynamic_shapes=(dims, dims))
+    operators = [node.target for node in program.graph.nodes]
+    assert operators.count(torch.ops.fusedrnn.lstm_forward.default) == 1
+    x, mask = torch.randn(4, 7, I), torch.rand(4, 7) < 0.4
+    with ran("kernel_forward"):
+        actual = program.module()(x, mask)
+    assert all(map(torch.equal, actual, model(x, mask)))
 
 
 def test_aot_inductor(tmp_path):
