@@ -73,9 +73,12 @@ def report() -> Report:
             f"this CPU has {best}, but the {ops.isa()} kernels run: the build holds "
             f"{ops._C.isas}. Build it on this machine: `pip install .` in fusedrnn's source folder."
         )
+    found["problems"] += _cuda_problems(found["cuda"], found["build"]["cuda"])
     for row in found["self_test"]:
         if row["error"]:
-            found["problems"].append(f"self-test, {row['cell']} {row['dtype']}: {row['error']}")
+            found["problems"].append(
+                f"self-test, {row['cell']} {row['dtype']} on {row['device']}: {row['error']}"
+            )
     return found
 
 
@@ -113,25 +116,56 @@ def _cuda_devices() -> list[Report]:
     return devices
 
 
+def _cuda_problems(devices: list[Report], built: list[str]) -> list[str]:
+    """What keeps the CUDA kernels from the GPUs that are here."""
+    rebuild = "rebuild where nvcc is: `pip install .` in fusedrnn's source folder"
+    problems = []
+    for device in devices:
+        architecture = int(device["architecture"])
+        if architecture < 80:  # then torch.nn computes, as it did
+            continue
+        if not built:
+            problems.append(f"{device['name']}: this build has no CUDA kernels; {rebuild}")
+        # Code runs on the later ones of its generation (not that of "90a"), PTX on all later ones.
+        elif not any(_runs_on(b, architecture, b == built[-1]) for b in built):
+            problems.append(
+                f"{device['name']}: CUDA kernels for {', '.join(built)} only, this GPU has "
+                f"{architecture}; {rebuild}"
+            )
+    return problems
+
+
+def _runs_on(built: str, architecture: int, has_ptx: bool) -> bool:
+    if built.endswith("a"):
+        return built == f"{architecture}a"
+    same = int(built) // 10 == architecture // 10
+    return int(built) <= architecture and (same or has_ptx)
+
+
 def _self_test() -> list[Report]:
     """Each cell in each dtype, both directions, forward and backward, against the reference."""
     import torch
 
-    from fusedrnn import ops
+    from fusedrnn import cuda, ops
 
     rows = []
-    for cell in ops.CELLS:
-        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            try:
-                error = _kernels_differ(cell, dtype)
-            except Exception as raised:
-                error = f"{type(raised).__name__}: {raised}"
-            rows.append({"cell": cell, "dtype": str(dtype)[6:], "error": error})
+    devices = ["cpu"]
+    if torch.cuda.is_available() and cuda.available(torch.device("cuda")):
+        devices.append("cuda")
+    for device in devices:
+        for cell in ops.CELLS:
+            for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+                try:
+                    error = _kernels_differ(cell, dtype, device)
+                except Exception as raised:
+                    error = f"{type(raised).__name__}: {raised}"
+                row = {"device": device, "cell": cell, "dtype": str(dtype)[6:], "error": error}
+                rows.append(row)
     return rows
 
 
-def _kernels_differ(cell: str, dtype: Any) -> str | None:
-    """What is wrong with the kernels of a cell and dtype; None if nothing."""
+def _kernels_differ(cell: str, dtype: Any, device: str) -> str | None:
+    """What is wrong with the kernels of a cell, dtype and device; None if nothing."""
     import torch
 
     from fusedrnn import functional, ops
@@ -145,7 +179,8 @@ def _kernels_differ(cell: str, dtype: Any) -> str | None:
 
     def random(shape: tuple[int, ...]) -> torch.Tensor:
         # Of `dtype`, so that the reference gets the same numbers in float64.
-        return torch.rand(shape, generator=generator, dtype=torch.float64).sub(0.5).div(2).to(dtype)
+        uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+        return uniform.sub(0.5).div(2).to(device, dtype)
 
     def results(compute: Any, dtype: Any) -> list[torch.Tensor]:
         inputs = [t.detach().to(dtype).requires_grad_() for t in given]
@@ -162,6 +197,8 @@ def _kernels_differ(cell: str, dtype: Any) -> str | None:
     expected = results(functional.reference_layer, torch.float64)
     # One rounding of a narrow result, many of a wide one; gradients are long sums.
     bound = {torch.float32: 2e-5, torch.float64: 1e-11}.get(dtype, torch.finfo(dtype).eps)
+    if device == "cuda":  # gates and their gradients are kept in `dtype`; float32 may be TF32
+        bound = {torch.float32: 8 * 2.0**-11, torch.float64: 1e-11}.get(dtype, 16 * bound)
     for a, b in zip(computed, expected, strict=True):
         difference = ((a.double() - b).abs().max() / b.abs().max()).item()
         if not difference <= bound:  # NaN is too much as well

@@ -11,6 +11,7 @@ setting of torch's matrix products.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from types import NotImplementedType
@@ -34,9 +35,14 @@ if forced not in ("", "step", "block", "torch"):
     raise RuntimeError(f"FUSEDRNN_KERNEL must be step, block or torch, got {forced!r}")
 
 
-def available() -> bool:
-    """Whether this build has CUDA kernels."""
-    return hasattr(_C, "CudaLayer")
+def available(device: torch.device) -> bool:
+    """Whether this build has CUDA kernels, and the device is of those that any build can be for."""
+    return hasattr(_C, "CudaLayer") and _capability(device) >= (8, 0)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def takes(
@@ -48,9 +54,9 @@ def takes(
 ) -> bool:
     """Whether the CUDA kernels take these tensors: ordinary dense ones on one CUDA device, of one
     dtype, float32, float64, bfloat16 or float16, of the shapes of one layer (`ops.check_layer`)."""
-    if not input.is_cuda or not available():
-        return False
-    return _fits(cell, input, initial, weights, options)
+    return (
+        input.is_cuda and available(input.device) and _fits(cell, input, initial, weights, options)
+    )
 
 
 def _fits(
@@ -77,6 +83,50 @@ def _fits(
     except RuntimeError:
         return False
     return packed or bool(input.shape[1])
+
+
+def torch_is_faster(cell: str, hidden: int, input: Tensor, module: Any) -> bool:
+    """Whether torch.nn would take a kernel of cuDNN's that is known to be faster, for [T, B, I].
+
+    That is its persistent one, for one layer and direction in float16; torch's rule for it, less
+    where a layer is small enough for the block path. On an H100 it is published to take 2.0 us a
+    step at (B, H) = (16, 768), where one launch after another alone takes 2.7.
+    """
+    if forced:
+        return forced == "torch"
+    batch, features = input.shape[1:]
+    return (
+        input.dtype is torch.float16
+        and module.num_layers == 1
+        and not module.bidirectional
+        and cell != "gru"
+        and hidden % 128 == 0
+        and 128 < hidden <= 1024
+        and features % 128 == 0
+        and batch % 8 == 0
+        and batch <= 128
+        and not (cell.startswith("rnn") and batch >= 96 and hidden >= 896)
+        and _is_data_center(input.device)
+    )
+
+
+def _is_data_center(device: torch.device) -> bool:
+    """A GPU on which torch takes that kernel: sm_x6 ones and small ones it leaves out."""
+    found = torch.cuda.get_device_properties(device)
+    return found.major >= 8 and found.minor != 6 and found.multi_processor_count >= 98
+
+
+def plan(
+    cell: str,
+    input: Tensor,
+    initial: ops.Tensors,
+    weights: ops.Weights,
+    options: ops.Options | None,
+) -> str | None:
+    """ "block" or "step": how `forward` would run; None if not `takes`. Computes nothing."""
+    if not takes(cell, input, initial, weights, options):
+        return None
+    return "block" if _Layer(cell, input, initial, weights, options).block(False) else "step"
 
 
 class _Sizes(NamedTuple):
@@ -206,6 +256,15 @@ def _padded(weights: Sequence[Tensor | None]) -> list[Any]:
     """The five of one direction, dense."""
     dense = [w if w is None else w.contiguous() for w in weights]
     return dense + [None] * (5 - len(dense))
+
+
+def arithmetic(dtype: torch.dtype) -> str:
+    """What the kernels compute in, in words."""
+    if dtype is torch.float32 and _tf32():
+        return "float32, recurrent products in TF32"
+    if dtype in (torch.float16, torch.bfloat16):
+        return f"{_name(dtype)} products summed in float32"
+    return _name(dtype)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -16,9 +16,9 @@ from torch._C import (
 )
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import modules, ops
+from fusedrnn import cuda, modules, ops
 from fusedrnn.extensions import from_jagged, is_jagged
-from fusedrnn.functional import autocast_dtype, in_float32
+from fusedrnn.functional import autocast_dtype, converted
 
 
 def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
@@ -52,22 +52,29 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
     layers = _layers(module, input, hx)
     cell, first, _, weights, options = layers[0]
     hidden: Any = module.hidden_size
-    if (
+    if first.is_cuda:
+        if not cuda.available(first.device):
+            return "torch.nn: this build has no CUDA kernels for this GPU: see python -m fusedrnn."
+        if isinstance(module, nn.RNNCellBase):
+            return "torch.nn: one step alone is no work for a kernel of its own on a GPU."
+        if isinstance(module, modules._Layers) and module._torch_is_faster(cell, first, options):
+            return "torch.nn: cuDNN has a persistent kernel for this shape, which is faster."
+    elif (
         options is None
         and ops.weights_per_direction(weights) == 4
         and modules._torch_is_faster(cell, hidden, first)
     ):
         return "torch.nn: oneDNN's bfloat16 products are faster on this CPU at this shape."
-    converted = None
+    dtype = None
     if ops.only_autocast():
-        converted = autocast_dtype(*layers[0])
-        if converted is not None:
-            layers = [(cell, *in_float32(*layer[1:4]), layer[4]) for layer in layers]
+        dtype = autocast_dtype(*layers[0])
+        if dtype is not None:
+            layers = [(cell, *converted(dtype, *layer[1:4]), layer[4]) for layer in layers]
     elif ops.watched():
         if ops.only_transformed() and first.dtype in ops.DTYPES and first.device.type == "cpu":
             return "kernels: through an operator that has rules for torch.func (library.py)."
         return "reference: its operations have the rules of torch.func and forward-mode AD."
-    plans = [ops.plan(*layer) for layer in layers]
+    plans: list[Any] = [(cuda if first.is_cuda else ops).plan(*layer) for layer in layers]
     if None in plans:
         try:
             for layer in layers:
@@ -75,15 +82,22 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
         except RuntimeError as error:
             return f"torch.nn: a shape does not fit, and the error is torch's ({error})."
         return f"torch.nn: {_why_not_ordinary(*layers[plans.index(None)][1:4])}."
-    arithmetic = _arithmetic(layers[0][1].dtype)
-    if converted is not None:
-        arithmetic += f" under autocast, results in {str(converted)[6:]}"
-    lines = [f"kernels: {ops.isa()}, {arithmetic}."]
+    on_cuda = isinstance(plans[0], str)
+    arithmetic = (cuda.arithmetic if on_cuda else _arithmetic)(layers[0][1].dtype)
+    if dtype is not None:
+        arithmetic += f" under autocast, results in {str(dtype)[6:]}"
+    lines = [f"kernels: {'CUDA' if on_cuda else ops.isa()}, {arithmetic}."]
     for i, (layer, plan) in enumerate(zip(layers, plans, strict=True)):
-        assert plan is not None
         where = f"Layer {i}: " if len(layers) > 1 else ""
-        lines.append(where + _plan_in_words(plan, *layer))
+        lines.append(where + (_PATHS[plan] if on_cuda else _plan_in_words(plan, *layer)))
     return "\n".join(lines)
+
+
+_PATHS = {
+    "block": "block path: one launch for all steps, each CTA with all recurrent weights in its "
+    "registers and shared memory and 8 sequences of its own.",
+    "step": "step path: one launch a step, the gates in the epilogue of the recurrent product.",
+}
 
 
 def _name(cls: type) -> str:
@@ -165,8 +179,8 @@ def _why_not_ordinary(input: Tensor, initial: Any, weights: Any) -> str:
     devices = {t.device.type for t in tensors}
     if len(dtypes) > 1:
         return f"input, hx and weights are of several dtypes ({', '.join(map(str, dtypes))})"
-    if devices != {"cpu"}:
-        return f"the tensors are on {', '.join(sorted(devices))}, and the kernels are for the CPU"
+    if devices not in ({"cpu"}, {"cuda"}):
+        return f"the tensors are on {', '.join(sorted(devices))}: the kernels are for CPU or CUDA"
     if not dtypes <= {torch.float32, torch.float64, torch.float16, torch.bfloat16}:
         return f"the kernels do not compute {input.dtype}"
     return "a tensor is no ordinary one (a subclass, sparse, or without memory of its own)"

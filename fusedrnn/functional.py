@@ -7,16 +7,17 @@ g, o), 3 for GRU (r, z, n), 1 for RNN. One step alone: input [B, I], states and 
 LSTM with a projection has a fifth entry, weight_hr [P, H]; then weight_hh is [G*H, P], h0 [D, B, P]
 and the output [T, B, D*P]. Definitions, and their sources, are torch.nn's: see reference.py.
 
-The four floating-point dtypes run in the kernels on the CPU, first derivatives included, under
-torch.compile and torch.func through the operators of library.py. Whatever else torch can do with
-such a function (other dtypes and devices, double backward, forward mode) is computed by
-reference.py, and counted: `ops.counts`.
+The four floating-point dtypes run in the kernels on the CPU, and on CUDA devices but for one step
+alone, first derivatives included; on the CPU under torch.compile and torch.func too, through the
+operators of library.py. Whatever else torch can do with such a function (other dtypes and devices,
+double backward, forward mode) is computed by reference.py, and counted: `ops.counts`.
 
-Under autocast on the CPU the kernels compute in float32, where it would convert to its own dtype,
-and round the results once. Their dtype is torch.nn's: autocast's own for LSTM and RNN, and for a
-step of RNN; the wider of that and of the initial state (without one, of the input) for GRU and for
-a step of LSTM. torch.nn.LSTM gives other dtypes for some float16 inputs and raises for others; here
-it is the same rule for all. float64 stays float64, as in torch.
+Under autocast on a CUDA device the kernels compute in its dtype, and give results of it. On the CPU
+they compute in float32, where it would convert to its own dtype, and round the results once. Their
+dtype is torch.nn's: autocast's own for LSTM and RNN, and for a step of RNN; the wider of that and
+of the initial state (without one, of the input) for GRU and for a step of LSTM. torch.nn.LSTM gives
+other dtypes for some float16 inputs and raises for others; here it is the same rule for all.
+float64 stays float64, as in torch.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def graph_layer(
         return None
     if dtype is None:
         return library.layer(cell, input, initial, weights, options)
-    results = library.layer(cell, *in_float32(input, initial, weights), options)
+    results = library.layer(cell, *converted(dtype, input, initial, weights), options)
     return tuple(r.to(dtype) for r in results)
 
 
@@ -180,24 +181,32 @@ def autocast_layer(
     options: ops.Options | None = None,
 ) -> tuple[Tensor, ...] | None:
     """`kernel_layer` under autocast; None also where there is none, or other things watch too."""
-    if not input.is_cpu or not ops.only_autocast():
+    if input.device.type not in _AUTOCAST_DEVICES or not ops.only_autocast():
         return None
     dtype = autocast_dtype(cell, input, initial, weights, options)
     if dtype is None:
         return kernel_layer(cell, input, initial, weights, options, even_if_watched=True)
-    input, initial, weights = in_float32(input, initial, weights)
+    input, initial, weights = converted(dtype, input, initial, weights)
     results = kernel_layer(cell, input, initial, weights, options, even_if_watched=True)
     return None if results is None else tuple(r.to(dtype) for r in results)
 
 
-def in_float32(
-    input: Tensor, initial: ops.Tensors, weights: ops.Weights
+_AUTOCAST_DEVICES = ("cpu", "cuda")
+
+
+def converted(
+    dtype: torch.dtype, input: Tensor, initial: ops.Tensors, weights: ops.Weights
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-    """What the kernels take under autocast, where it converts."""
+    """What the kernels take under autocast, where it converts and the results are to be `dtype`.
+
+    On the CPU float32, in which they compute anyway; on CUDA `dtype`, for its tensor cores.
+    """
+    if input.device.type == "cpu":
+        dtype = torch.float32
     return (
-        input.float(),
-        [s.float() for s in initial],
-        [w if w is None else w.float() for w in weights],
+        input.to(dtype),
+        [s.to(dtype) for s in initial],
+        [w if w is None else w.to(dtype) for w in weights],
     )
 
 
@@ -208,18 +217,23 @@ def autocast_dtype(
     weights: ops.Weights,
     options: ops.Options | None = None,
 ) -> torch.dtype | None:
-    """The dtype of the results where autocast converts, and the kernels are to compute in float32.
-
-    None where they are to compute with the tensors as they are.
+    """The dtype of the results where autocast converts; None where the kernels are to compute with
+    the tensors as they are.
     """
-    if not torch.is_autocast_enabled("cpu"):  # another device's
+    device = input.device.type
+    if device not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return None
-    low = torch.get_autocast_dtype("cpu")
+    low = torch.get_autocast_dtype(device)
     dtypes = {t.dtype for t in (input, *initial, *weights) if t is not None}
     if dtypes == {low} or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
         return None
     padded_lstm = cell == "lstm" and input.dim() == 3
-    if cell.startswith("rnn") or padded_lstm or ops.weights_per_direction(weights) == 5:
+    if (
+        device == "cuda"
+        or cell.startswith("rnn")
+        or padded_lstm
+        or ops.weights_per_direction(weights) == 5
+    ):
         return low
     return torch.promote_types(low, initial[-1].dtype if initial else input.dtype)
 
@@ -281,7 +295,7 @@ class _SequenceFunction(Function):
         if result is None:
             ops.check_layer(cell, *arguments, options)
             raise RuntimeError(
-                "Expected dense CPU tensors of one floating-point dtype, got "
+                "Expected dense tensors of one floating-point dtype on one device, got "
                 + ", ".join(f"{t.dtype} on {t.device}" for t in tensors if t is not None)
             )
         results, saved = result
@@ -297,9 +311,10 @@ class _SequenceFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        if torch.is_autocast_enabled("cpu"):  # it is for forward passes
-            with torch.autocast("cpu", enabled=False):
-                return _SequenceFunction.backward(ctx, *grads)
+        for device in _AUTOCAST_DEVICES:
+            if torch.is_autocast_enabled(device):  # it is for forward passes
+                with torch.autocast(device, enabled=False):
+                    return _SequenceFunction.backward(ctx, *grads)
         cell, num_states, needed = ctx.cell, ctx.num_states, ctx.needs_input_grad[3:]
         if ctx.flags is None:
             *tensors, saved = ctx.saved_tensors

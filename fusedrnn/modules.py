@@ -25,7 +25,7 @@ from torch.compiler import is_compiling, is_exporting
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
-from . import library, ops
+from . import cuda, library, ops
 from .extensions import States, extended, is_jagged, zero_states
 from .functional import autocast_layer, graph_layer, kernel_layer, other_layer
 from .functional import layer as functional_layer
@@ -306,11 +306,8 @@ class _Layers(_Fused, nn.RNNBase):
         if input.shape[-1] != self.input_size:
             return None
         cell = self.mode.lower()  # "lstm", "gru", "rnn_tanh", "rnn_relu"
-        if (
-            input.dtype is torch.bfloat16
-            and options is None
-            and not self.proj_size
-            and _torch_is_faster(cell, self.hidden_size, input)
+        if (input.is_cuda or input.dtype is torch.bfloat16) and self._torch_is_faster(
+            cell, input, options
         ):
             return None
         if not self.bias:
@@ -360,6 +357,14 @@ class _Layers(_Fused, nn.RNNBase):
             final[self._num_states :] = [c.transpose(0, 1) for c in final[self._num_states :]]
             return [input.transpose(0, 1), *final]
         return [input, *final]
+
+    def _torch_is_faster(self, cell: str, input: Tensor, options: ops.Options | None) -> bool:
+        """Whether torch's implementation of all layers is known to be faster than ours."""
+        if options is not None or self.proj_size:
+            return False
+        if input.is_cuda:
+            return cuda.torch_is_faster(cell, self.hidden_size, input, self)
+        return input.dtype is torch.bfloat16 and _torch_is_faster(cell, self.hidden_size, input)
 
     def _packed(self, kernels: Callable[..., Any], input: Any, states: States) -> list[Any] | None:
         """`_kernels` for a PackedSequence; output is one too. None for anything else."""

@@ -3,6 +3,7 @@ pulls into a process. Not the kernels."""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from email.parser import HeaderParser
@@ -124,3 +125,120 @@ def test_isa_files_offer_no_inline_function(isa):
     done = subprocess.run(["nm", "-C", *objects], capture_output=True, text=True, check=True)
     assert " T " in done.stdout
     assert not re.findall(r"^\S* W .*$", done.stdout, re.MULTILINE)
+
+
+# CUDA: what nvcc made ----------------------------------------------------------------------------
+
+with_cuda = pytest.mark.skipif(not fusedrnn._C.cuda, reason="a build without CUDA kernels")
+
+
+def cuobjdump(*arguments):
+    """What cuobjdump, of the wheel that `test` installs, prints of the extension."""
+    folders = {Path(p) / "nvidia/cu13/bin" for p in sys.path}
+    tools = [str(f) for f in folders if (f / "cuobjdump").exists()]
+    path = os.pathsep.join([*tools, os.environ["PATH"]])
+    tool = shutil.which("cuobjdump", path=path)
+    if tool is None:
+        pytest.skip("no cuobjdump (of the wheel nvidia-cuda-cuobjdump)")
+    done = subprocess.run(
+        [tool, *arguments, fusedrnn._C.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PATH": path},
+    )
+    return done.stdout
+
+
+@with_cuda
+def test_no_kernel_spills():
+    """Nor keeps an array in memory: registers only, on every architecture."""
+    text = cuobjdump("-res-usage")
+    assert re.findall(r"arch = sm_(\w+)", text)
+    kernels = re.findall(r"Function (\S+):\n\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    names = {name for name, *_ in kernels}
+    for kernel in ("forward_step", "backward_step", "forward_block", "backward_block"):
+        assert any(kernel in name for name in names)
+    assert [k for k in kernels if k[2] != "0" or k[3] != "0"] == []
+
+
+@with_cuda
+def test_tensor_cores_are_used():
+    architecture = fusedrnn._C.cuda.split(", ")[0]
+    text = cuobjdump("-sass", "-arch", f"sm_{architecture}")
+    of_kernel = dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", text, re.DOTALL))
+    seen = set()
+    for kernel, code in of_kernel.items():
+        if not re.search(r"(forward|backward)_(step|block)", kernel):
+            continue
+        if "ExactI" in kernel:
+            assert "HMMA" not in code
+            seen.add("exact")
+        elif "TensorCoreIf" in kernel:
+            assert "HMMA.1688.F32.TF32" in code
+            seen.add("tf32")
+        elif "bfloat16" in kernel:
+            assert "HMMA.16816.F32.BF16" in code
+            seen.add("bfloat16")
+        else:
+            assert "HMMA.16816.F32 " in code
+            seen.add("float16")
+    assert seen == {"exact", "tf32", "bfloat16", "float16"}
+
+
+@with_cuda
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU's driver")
+def test_no_driver_is_told():
+    shape = dict.fromkeys(("cell", "number", "device_offsets", "reset", "device", "stream"), 0)
+    shape |= dict.fromkeys(("T", "B", "H", "P", "D"), 1)
+    layer = fusedrnn._C.CudaLayer(**shape, offsets=None, reset_to_initial=False)
+    with pytest.raises(RuntimeError, match=r"update the driver|no CUDA-capable device"):
+        layer.block_ctas(False)
+
+
+def configured(tmp_path, path=None, **environment):
+    """CMake's run over csrc/ with this environment added; returns the finished process."""
+    pybind11 = pytest.importorskip("pybind11")
+    folders = [os.path.dirname(sys.executable), path or os.environ["PATH"]]
+    command = ["cmake", "-G", "Ninja", "-S", ROOT / "csrc", "-B", tmp_path / "build"]
+    command += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    command += [f"-DPython_EXECUTABLE={sys.executable}"]
+    environment = {**os.environ, "PATH": os.pathsep.join(folders), **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+
+
+@needs_nvcc
+def test_architectures_can_be_named(tmp_path):
+    done = configured(tmp_path, FUSEDRNN_CUDA_ARCHS="80, 90a")
+    assert "fusedrnn: CUDA kernels for sm_80, 90a\n" in done.stdout, done.stderr
+    commands = (tmp_path / "build" / "compile_commands.json").read_text()
+    assert "arch=compute_80,code=[sm_80]" in commands
+    assert "compute_90a,code=[compute_90a,sm_90a]" in commands  # PTX of the last
+    assert "compute_120" not in commands
+
+
+def test_cuda_can_be_left_out(tmp_path):
+    done = configured(tmp_path, FUSEDRNN_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    assert "fusedrnn: no CUDA kernels, for the CPU only\n" in done.stdout
+
+
+def test_cuda_can_be_demanded(tmp_path):
+    """Where there is no nvcc: with a PATH of nothing but the build's tools."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("c++", "cmake", "ninja", "as", "ld"):
+        found = shutil.which(name)
+        if found is not None:
+            (tools / name).symlink_to(found)
+    without = {"CUDACXX": "", "CUDA_PATH": str(tmp_path), "CUDA_HOME": str(tmp_path)}
+    done = configured(tmp_path, str(tools), FUSEDRNN_CUDA="1", **without)
+    if "CUDA kernels for" in done.stdout:
+        pytest.skip("CMake finds an nvcc that is not on PATH")
+    assert done.returncode == 1
+    text = " ".join(done.stderr.split())
+    assert "FUSEDRNN_CUDA=1 asks for CUDA kernels, and no nvcc was found." in text
+    assert "point CUDACXX at it" in text

@@ -59,7 +59,7 @@ def test_report_says_versions_build_and_cpu(found):
     assert found["torch"]["version"] == torch.__version__
     assert re.fullmatch(r"(gcc|Clang) \d+\..*", found["build"]["compiler"])
     assert found["build"]["isas"][-1] == "generic"
-    assert found["build"]["cuda"] == []
+    assert found["build"]["cuda"] == (fusedrnn._C.cuda.split(", ") if fusedrnn._C.cuda else [])
     assert len(found["cuda"]) == torch.cuda.device_count()
     assert found["kernels"]["isa"] == found["cpu"]["isa"]
     assert found["problems"] == []
@@ -99,8 +99,8 @@ def test_text_has_what_the_json_has(found, capsys):
         found["build"]["compiler"],
         f"for {', '.join(found['build']['isas'])}",
         f"kernels    {found['kernels']['isa']} (the CPU's best: {found['cpu']['isa']})",
-        "architectures built: none",
-        "16 of 16 passed",
+        f"architectures built: {', '.join(found['build']['cuda']) or 'none'}",
+        "{0} of {0} passed".format(32 if torch.cuda.is_available() else 16),
         "PROBLEM    one\nPROBLEM    two\n",
     ):
         assert part in text
@@ -305,3 +305,21 @@ def test_help_names_both_commands(arguments):
     assert done.returncode == 0
     assert "python -m fusedrnn [--json]" in done.stdout
     assert "python -m fusedrnn run -m MODULE [ARGS]" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("architecture", "built", "problem"),
+    [
+        ("75", [], None),  # torch.nn's
+        ("90", [], "no CUDA kernels"),
+        ("90", ["80", "90a", "120"], None),
+        ("87", ["80", "90a", "120"], None),  # later than 80, of its generation
+        ("90", ["80", "86"], None),  # PTX of the last
+        ("90", ["80", "120"], "for 80, 120 only, this GPU has 90"),
+        ("121", ["80", "90a"], "for 80, 90a only"),  # PTX of 90a is for it alone
+    ],
+)
+def test_gpus_that_the_build_is_not_for_are_named(architecture, built, problem):
+    devices = [{"name": "A GPU", "architecture": architecture}]
+    found = main._cuda_problems(devices, built)
+    assert (found == []) if problem is None else (len(found) == 1 and problem in found[0])
