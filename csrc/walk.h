@@ -37,6 +37,15 @@ FUSEDRNN_INLINE bool all_alike(const Sequences& s) {
 // What the state before a row's step is: that of the direction's step before, h0 and c0, or zeros.
 enum class Source { kPrevious, kInitial, kZero };
 
+// Of a row of a step: `first` if there is no step before, which ran the first `count_before`
+// sequences; `cut` if a boundary lies between.
+FUSEDRNN_INLINE Source source_of(bool first, int64_t count_before, int64_t row, bool cut,
+                                 bool reset_to_initial) {
+  if (!first && row >= count_before) return Source::kInitial;  // a shorter sequence's last time
+  if (cut) return reset_to_initial ? Source::kInitial : Source::kZero;
+  return first ? Source::kInitial : Source::kPrevious;
+}
+
 class Walk {
  public:
   FUSEDRNN_INLINE Walk(const Sequences& sequences, int64_t direction)
@@ -58,10 +67,11 @@ class Walk {
   }
 
   FUSEDRNN_INLINE Source source(int64_t i, int64_t row) const {
-    if (i > 0 && row >= count(i - 1)) return Source::kInitial;  // a shorter sequence's last time
-    const bool* const cut = boundaries(i);
-    if (cut && cut[row]) return s_.reset_to_initial ? Source::kInitial : Source::kZero;
-    return i == 0 ? Source::kInitial : Source::kPrevious;
+    const bool* const cuts     = boundaries(i);
+    const int64_t count_before = i > 0 ? count(i - 1) : 0;
+    // No boundary is known for a row that the step before has not.
+    const bool cut = cuts && (i == 0 || row < count_before) && cuts[row];
+    return source_of(i == 0, count_before, row, cut, s_.reset_to_initial);
   }
 
   // Whether all rows of [begin, end) have the same source, as they have where nothing is special.

@@ -65,7 +65,7 @@ class CudaLayer:
         H: int,
         P: int,
         D: int,
-        offsets: list[int] | None,
+        offsets: int,
         device_offsets: int,
         reset: int,
         reset_to_initial: bool,

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import NotImplementedType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.nn import Parameter
 from torch.nn.functional import linear
 
@@ -66,15 +68,8 @@ def _fits(
     weights: ops.Weights,
     options: ops.Options | None,
 ) -> bool:
-    for t in (input, *initial, *weights):
-        if t is not None and not (
-            type(t) in (Tensor, Parameter)
-            and t.layout is torch.strided
-            and t.device == input.device
-            and t.dtype == input.dtype
-            and not t.is_neg()
-        ):
-            return False
+    if not all(t is None or _is_ordinary(t, input) for t in (input, *initial, *weights)):
+        return False
     packed = options is not None and options.batch_sizes is not None
     if input.dtype not in _NUMBERS or not input.shape[0] or (input.dim() != 3 and not packed):
         return False
@@ -85,48 +80,103 @@ def _fits(
     return packed or bool(input.shape[1])
 
 
-def torch_is_faster(cell: str, hidden: int, input: Tensor, module: Any) -> bool:
-    """Whether torch.nn would take a kernel of cuDNN's that is known to be faster, for [T, B, I].
-
-    That is its persistent one, for one layer and direction in float16; torch's rule for it, less
-    where a layer is small enough for the block path. On an H100 it is published to take 2.0 us a
-    step at (B, H) = (16, 768), where one launch after another alone takes 2.7.
-    """
-    if forced:
-        return forced == "torch"
-    batch, features = input.shape[1:]
+def _is_ordinary(tensor: Tensor, input: Tensor) -> bool:
+    """Whether it is dense memory of input's dtype and device, and no more than that."""
     return (
-        input.dtype is torch.float16
-        and module.num_layers == 1
-        and not module.bidirectional
-        and cell != "gru"
-        and hidden % 128 == 0
-        and 128 < hidden <= 1024
-        and features % 128 == 0
-        and batch % 8 == 0
-        and batch <= 128
-        and not (cell.startswith("rnn") and batch >= 96 and hidden >= 896)
-        and _is_data_center(input.device)
+        type(tensor) in (Tensor, Parameter)
+        and tensor.layout is torch.strided
+        and tensor.device == input.device
+        and tensor.dtype == input.dtype
+        and not tensor.is_neg()
+        and not is_batchedtensor(tensor)
+        and not is_legacy_batchedtensor(tensor)
     )
 
 
-def _is_data_center(device: torch.device) -> bool:
-    """A GPU on which torch takes that kernel: sm_x6 ones and small ones it leaves out."""
+class _Call(NamedTuple):
+    """What the table decides by."""
+
+    cell: str
+    dtype: torch.dtype
+    device: torch.device
+    B: int
+    I: int  # noqa: E741
+    H: int
+    D: int
+    alone: bool  # torch.nn could compute it too: a module of one layer, without options
+    block_ctas: Callable[
+        [], int
+    ]  # that the device runs at once; 0 where the block path is not for it
+
+
+class Rule(NamedTuple):
+    """A line of the table: what computes a call, where it applies."""
+
+    path: str
+    why: str
+    applies: Callable[[_Call], bool]
+
+
+def _cudnn_is_persistent(call: _Call) -> bool:
+    """Where torch takes cuDNN's persistent kernel for large layers: torch's own rule for that."""
+    return (
+        call.alone
+        and call.dtype is torch.float16
+        and call.D == 1
+        and call.cell != "gru"
+        and call.H % 128 == 0
+        and 128 < call.H <= 1024  # the block path has those of 128
+        and call.I % 128 == 0
+        and call.B % 8 == 0
+        and call.B <= 128
+        and not (call.cell.startswith("rnn") and call.B >= 96 and call.H >= 896)
+        and _is_large(call.device)
+    )
+
+
+def _is_large(device: torch.device) -> bool:
     found = torch.cuda.get_device_properties(device)
     return found.major >= 8 and found.minor != 6 and found.multi_processor_count >= 98
 
 
-def plan(
+def _fits_block(call: _Call) -> bool:
+    # Each CTA takes 8 rows, and all steps. In more than two rounds of CTAs the step path's wider
+    # tiles should win: an estimate, measured on no GPU.
+    return 2 * call.block_ctas() >= -(-call.B // 8) * call.D
+
+
+# The first line that applies. Clusters and grids of CTAs that hold the weights together will stand
+# before "step".
+TABLE = (
+    # On an H100 it is published to take 2.0 us a step at (B, H) = (16, 768), where one launch after
+    # another alone takes 2.7.
+    Rule("torch", "cuDNN has a persistent kernel for it, known to be faster", _cudnn_is_persistent),
+    Rule(
+        "block",
+        "one launch for all steps, each CTA with all recurrent weights in its registers and shared "
+        "memory and 8 sequences of its own",
+        _fits_block,
+    ),
+    Rule(
+        "step",
+        "one launch a step, the gates in the epilogue of the recurrent product",
+        lambda call: True,
+    ),
+)
+
+
+def choice(
     cell: str,
     input: Tensor,
     initial: ops.Tensors,
     weights: ops.Weights,
-    options: ops.Options | None,
-) -> str | None:
-    """ "block" or "step": how `forward` would run; None if not `takes`. Computes nothing."""
+    options: ops.Options | None = None,
+    alone: bool = False,
+) -> Rule | None:
+    """The table's line for a layer; None if not `takes`. `alone`: it is a module's only one."""
     if not takes(cell, input, initial, weights, options):
         return None
-    return "block" if _Layer(cell, input, initial, weights, options).block(False) else "step"
+    return _Layer(cell, input, initial, weights, options).choice(alone and options is None)
 
 
 class _Sizes(NamedTuple):
@@ -153,7 +203,7 @@ class _Layer:
         weights: ops.Weights,
         options: ops.Options | None,
     ) -> None:
-        self.cell = ops.CELLS[cell]
+        self.name, self.cell = cell, ops.CELLS[cell]
         self.options = options or ops.Options()
         self.dtype, self.device = input.dtype, input.device
         self.acc = torch.promote_types(input.dtype, torch.float32)
@@ -162,13 +212,14 @@ class _Layer:
         self.projected = each == 5
         gates = self.cell.gates
         hidden, size = self.weights[0][1].shape[0] // gates, self.weights[0][1].shape[1]
-        offsets = None
+        # Kept here, as is all that the kernels get an address of.
+        self.offsets = self.device_offsets = None
         if self.options.batch_sizes is not None:
-            sizes = self.options.batch_sizes.tolist()
-            offsets = [0]
-            for count in sizes:
-                offsets.append(offsets[-1] + count)
-            T, B, rows = len(sizes), sizes[0], input.shape[0]
+            sizes = self.options.batch_sizes.cpu()
+            T, B, rows = len(sizes), int(sizes[0]), input.shape[0]
+            self.offsets = torch.zeros(T + 1, dtype=torch.int64)
+            torch.cumsum(sizes, 0, out=self.offsets[1:])
+            self.device_offsets = self.empty(T + 1, dtype=torch.int64)
         else:
             T, B = input.shape[:2]
             rows = T * B
@@ -176,8 +227,6 @@ class _Layer:
         self.sizes = _Sizes(T, B, rows, hidden, size, len(self.weights), gates, gradients)
         self.input = input.reshape(rows, -1)
         self.initial = [s.contiguous() for s in initial]
-        # Kept here, as all that the kernels get an address of.
-        self.offsets = None if offsets is None else torch.tensor(offsets, device=input.device)
         reset = self.options.reset
         self.reset = None if reset is None else reset.to(input.device).contiguous()
         number = _NUMBERS[input.dtype]
@@ -190,8 +239,8 @@ class _Layer:
             H=hidden,
             P=size,
             D=len(self.weights),
-            offsets=offsets,
-            device_offsets=_address(self.offsets),
+            offsets=0 if self.offsets is None else self.offsets.data_ptr(),
+            device_offsets=_address(self.device_offsets),
             reset=_address(self.reset),
             reset_to_initial=self.options.reset_to_initial,
             device=input.device.index or 0,
@@ -215,20 +264,25 @@ class _Layer:
     def state(self, i: int) -> Tensor | None:
         return self.initial[i] if i < len(self.initial) else None
 
+    def block_ctas(self, backward: bool) -> int:
+        """CTAs of the block path that the device runs at once; 0 if it is not for this layer."""
+        return 0 if self.projected else self.kernels.block_ctas(backward)
+
+    def choice(self, alone: bool = False) -> Rule:
+        s, ctas = self.sizes, partial(self.block_ctas, False)
+        if forced == "block" and not ctas():
+            raise RuntimeError(
+                f"FUSEDRNN_KERNEL=block: there is none for H = {s.H}, P = {s.P} in "
+                f"{_name(self.dtype)} on this GPU"
+            )
+        alone = alone and not self.projected
+        features = self.input.shape[1]
+        call = _Call(self.name, self.dtype, self.device, s.B, features, s.H, s.D, alone, ctas)
+        return next(r for r in TABLE if (r.path == forced if forced else r.applies(call)))
+
     def block(self, backward: bool) -> bool:
-        """Whether by the block path; else by the step path."""
-        if self.projected or forced == "step":
-            return False
-        ctas = self.kernels.block_ctas(backward)
-        if forced == "block":
-            if not ctas:
-                raise RuntimeError(
-                    f"FUSEDRNN_KERNEL=block: H = {self.sizes.H} in {_name(self.dtype)} is too large"
-                )
-            return True
-        # Each CTA takes 8 rows, and all steps. In more than two rounds of them the step path's
-        # wider tiles should win: an estimate, measured on no GPU.
-        return 2 * ctas >= -(-self.sizes.B // 8) * self.sizes.D
+        """Whether by the block path; else by the step path. A layer may fit it forward only."""
+        return self.choice().path == "block" and self.block_ctas(backward) > 0
 
     def saved_parts(self, save: bool) -> tuple[int, int, int]:
         """How many numbers of extra (in `acc`), gates and hidden there are to save."""
@@ -243,6 +297,8 @@ class _Layer:
         """[extra, gates, hidden] of the memory that saves them; None for those of no numbers."""
         counts = self.saved_parts(True)
         words = self.acc.itemsize // self.dtype.itemsize
+        if saved.storage_offset() % words:  # it may have passed a user's saved_tensors_hooks
+            saved = saved.clone()
         extra, gates, hidden = torch.split(saved, [counts[0] * words, *counts[1:]])
         parts = extra.view(self.acc), gates, hidden
         return [p if p.numel() else None for p in parts]
@@ -299,7 +355,8 @@ def forward(
     extra, gates, hidden = (None,) * 3 if saved is None else layer.split(saved)
     if lstm and extra is None:
         extra = layer.empty(s.D, s.rows if cells else s.B, s.H, dtype=layer.acc)
-    output = layer.empty(s.rows, s.D * s.P)
+    packed = layer.offsets is not None
+    output = layer.empty(*((s.rows,) if packed else (s.T, s.B)), s.D * s.P)
     h_n = layer.empty(s.D, s.B, s.P)
     c_n = layer.empty(s.D, s.B, s.H) if lstm else None
     unprojected = layer.empty(s.D, s.B, s.H) if layer.projected else None
@@ -327,13 +384,8 @@ def forward(
         results.append(c_n)
     if cells:
         assert extra is not None
-        every = extra.view(s.D, s.rows, s.H).transpose(0, 1).reshape(s.rows, s.D * s.H)
-        results.append(every.to(layer.dtype))
-    if layer.offsets is None:
-        results = [
-            r if 0 < i < 1 + layer.cell.states else r.view(s.T, s.B, -1)
-            for i, r in enumerate(results)
-        ]
+        every = extra.view(s.D, *output.shape[:-1], s.H).movedim(0, -2).flatten(-2)
+        results.append(every.to(layer.dtype, copy=True))  # no view of what is saved
     return tuple(results), saved
 
 
@@ -350,7 +402,7 @@ def backward(
 ) -> tuple[Tensor | None, ...] | NotImplementedType | None:
     """ops.backward of what `forward` computed; None if `saved` is not as it left it. NotImplemented
     for `groups`."""
-    if groups:
+    if groups or not all(g is None or _is_ordinary(g, input) for g in grads):
         return NotImplemented  # type: ignore[no-any-return]
     layer = _Layer(cell, input, initial, weights, options)
     s = layer.sizes
@@ -363,29 +415,34 @@ def backward(
     extra, gates, hidden = layer.split(saved)
     h0, c0 = layer.state(0), layer.state(1)
     lstm = layer.cell.states == 2
-    previous = layer.empty(s.D, s.rows, s.P)
-    layer.kernels.previous(
-        gates=_address(gates),
-        extra=_address(extra),
-        hidden=_address(hidden),
-        h0=_address(h0),
-        previous=_address(previous),
-    )
+    each = 5 if layer.projected else 4
+    wanted = [needed[i : i + each] for i in range(1 + len(initial), len(needed), each)]
+    previous = None
+    if gates is None or layer.name == "gru" or any(w[1] for w in wanted):
+        previous = layer.empty(s.D, s.rows, s.P)
+        layer.kernels.previous(
+            gates=_address(gates),
+            extra=_address(extra),
+            hidden=_address(hidden),
+            h0=_address(h0),
+            previous=_address(previous),
+        )
     if gates is None:
-        gates, extra = _gates_again(cell, layer, previous, extra)
+        assert previous is not None
+        gates, extra = _gates_again(layer, previous, extra)
     dense = [g if g is None else g.contiguous() for g in grads]
     dense += [None] * (4 - len(dense))
     if not lstm:
         dense = [dense[0], dense[1], None, None]
-    first_weight = 1 + len(initial)
     grad_gates = layer.empty(s.D, s.rows, s.E * s.H)
     grad_hidden = layer.empty(s.D, s.rows, s.P) if layer.projected else None
-    carry = layer.zeros(s.D, s.B, s.H)
+    block = layer.block(True)
+    carry = layer.empty(s.D, s.B, s.H, dtype=layer.acc) if layer.cell.extra and not block else None
     grad_h0 = layer.zeros(s.D, s.B, s.P) if any(needed[1:2]) and initial else None
     grad_c0 = layer.zeros(s.D, s.B, s.H) if lstm and initial and needed[2] else None
     workspace = layer.workspace()
     layer.kernels.backward(
-        block=layer.block(True),
+        block=block,
         workspace=_address(workspace),
         weight_hh=layer.addresses(1),
         weight_hr=layer.addresses(4),
@@ -406,9 +463,7 @@ def backward(
     found: list[Tensor | None] = [None]
     for grad in (grad_h0, grad_c0)[: len(initial)]:
         found.append(None if grad is None else grad.to(layer.dtype))
-    each = 5 if layer.projected else 4
-    for d, w in enumerate(layer.weights):
-        wanted = needed[first_weight + d * each : first_weight + (d + 1) * each]
+    for d, (w, of) in enumerate(zip(layer.weights, wanted, strict=True)):
         # GRU's: of n's recurrent part, r, z, n's other part; so the first three are weight_hh's,
         # rotated, and the last three weight_ih's.
         of_x = grad_gates[d][:, (s.E - s.G) * s.H :]
@@ -416,17 +471,20 @@ def backward(
         if needed[0]:
             part = of_x @ w[0]
             found[0] = part if found[0] is None else found[0] + part
-        found.append(of_x.t() @ layer.input if wanted[0] else None)
-        found.append(_in_order(of_h.t() @ previous[d], s) if wanted[1] else None)
-        found.append(of_x.sum(0) if wanted[2] else None)
-        found.append(_in_order(of_h.sum(0), s) if wanted[3] else None)
+        found.append(of_x.t() @ layer.input if of[0] else None)
+        found.append(None)
+        if of[1]:
+            assert previous is not None
+            found[-1] = _in_order(of_h.t() @ previous[d], s)
+        found.append(of_x.sum(0) if of[2] else None)
+        found.append(_in_order(of_h.sum(0), s) if of[3] else None)
         if layer.projected:
             found.append(None)
-            if wanted[4]:
+            if of[4]:
                 assert gates is not None
                 assert extra is not None
                 assert grad_hidden is not None
-                o = gates.view(s.D, s.rows, 4, s.H)[d, :, 3]
+                o = _saved_sigmoid(gates.view(s.D, s.rows, 4, s.H)[d, :, 3])
                 cell_output = o * extra.view(s.D, s.rows, s.H)[d].tanh()
                 found[-1] = grad_hidden[d].t() @ cell_output.to(layer.dtype)
     if found[0] is not None:
@@ -440,22 +498,39 @@ def _in_order(grad: Tensor, sizes: _Sizes) -> Tensor:
 
 
 def _gates_again(
-    cell: str, layer: _Layer, previous: Tensor, extra: Tensor | None
+    layer: _Layer, previous: Tensor, extra: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """(gates, extra) as `forward` would have saved them, from h before each step (and LSTM's c)."""
-    found, a_hn = [], []
+    H, found, a_hn = layer.sizes.H, [], []
+    sigmoid = partial(_sigmoid, dtype=layer.dtype)
     for d, w in enumerate(layer.weights):
         x, h = linear(layer.input, w[0], w[2]), linear(previous[d], w[1], w[3])
-        if cell == "lstm":
+        x, h = x.to(layer.acc), h.to(layer.acc)
+        if layer.name == "lstm":
             i, f, g, o = (x + h).chunk(4, 1)
-            found.append(torch.cat([i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()], 1))
-        elif cell == "gru":
-            r, z = (x + h)[:, : 2 * layer.sizes.H].sigmoid().chunk(2, 1)
-            a_hn.append(h[:, 2 * layer.sizes.H :])
-            n = (x[:, 2 * layer.sizes.H :] + r * a_hn[-1]).tanh()
-            found.append(torch.cat([r, z, n], 1))
+            gates = [sigmoid(i), sigmoid(f), g.tanh(), sigmoid(o)]
+        elif layer.name == "gru":
+            r, z = (x + h)[:, : 2 * H].chunk(2, 1)
+            a_hn.append(h[:, 2 * H :])
+            n = (x[:, 2 * H :] + r.sigmoid() * a_hn[-1]).tanh()
+            gates = [sigmoid(r), sigmoid(z), n]
         else:
-            found.append((x + h).relu() if cell == "rnn_relu" else (x + h).tanh())
-    if a_hn:
-        extra = torch.stack(a_hn).to(layer.acc)
-    return torch.stack(found), extra
+            gates = [(x + h).relu() if layer.name == "rnn_relu" else (x + h).tanh()]
+        found.append(torch.cat(gates, 1).to(layer.dtype))
+    return torch.stack(found), torch.stack(a_hn) if a_hn else extra
+
+
+# In types of 16 bits a sigmoid above 1/2 is saved less 1: csrc/cuda/layer.cuh, put_gate, says why.
+# The caller rounds.
+
+
+def _sigmoid(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype.itemsize > 2:
+        return x.sigmoid()
+    return torch.where(x > 0, -((-x).sigmoid()), x.sigmoid())
+
+
+def _saved_sigmoid(gate: Tensor) -> Tensor:
+    if gate.dtype.itemsize > 2:
+        return gate
+    return torch.where(gate.signbit(), 1 + gate.float(), gate.float())

@@ -57,8 +57,6 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
             return "torch.nn: this build has no CUDA kernels for this GPU: see python -m fusedrnn."
         if isinstance(module, nn.RNNCellBase):
             return "torch.nn: one step alone is no work for a kernel of its own on a GPU."
-        if isinstance(module, modules._Layers) and module._torch_is_faster(cell, first, options):
-            return "torch.nn: cuDNN has a persistent kernel for this shape, which is faster."
     elif (
         options is None
         and ops.weights_per_direction(weights) == 4
@@ -74,7 +72,10 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
         if ops.only_transformed() and first.dtype in ops.DTYPES and first.device.type == "cpu":
             return "kernels: through an operator that has rules for torch.func (library.py)."
         return "reference: its operations have the rules of torch.func and forward-mode AD."
-    plans: list[Any] = [(cuda if first.is_cuda else ops).plan(*layer) for layer in layers]
+    if first.is_cuda:
+        plans: list[Any] = [cuda.choice(*layer, alone=len(layers) == 1) for layer in layers]
+    else:
+        plans = [ops.plan(*layer) for layer in layers]
     if None in plans:
         try:
             for layer in layers:
@@ -82,22 +83,18 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
         except RuntimeError as error:
             return f"torch.nn: a shape does not fit, and the error is torch's ({error})."
         return f"torch.nn: {_why_not_ordinary(*layers[plans.index(None)][1:4])}."
-    on_cuda = isinstance(plans[0], str)
+    on_cuda = isinstance(plans[0], cuda.Rule)
+    if on_cuda and plans[0].path == "torch":
+        return f"torch.nn: {plans[0].why}."
     arithmetic = (cuda.arithmetic if on_cuda else _arithmetic)(layers[0][1].dtype)
     if dtype is not None:
         arithmetic += f" under autocast, results in {str(dtype)[6:]}"
     lines = [f"kernels: {'CUDA' if on_cuda else ops.isa()}, {arithmetic}."]
     for i, (layer, plan) in enumerate(zip(layers, plans, strict=True)):
         where = f"Layer {i}: " if len(layers) > 1 else ""
-        lines.append(where + (_PATHS[plan] if on_cuda else _plan_in_words(plan, *layer)))
+        words = f"{plan.path} path: {plan.why}." if on_cuda else _plan_in_words(plan, *layer)
+        lines.append(where + words)
     return "\n".join(lines)
-
-
-_PATHS = {
-    "block": "block path: one launch for all steps, each CTA with all recurrent weights in its "
-    "registers and shared memory and 8 sequences of its own.",
-    "step": "step path: one launch a step, the gates in the epilogue of the recurrent product.",
-}
 
 
 def _name(cls: type) -> str:

@@ -247,7 +247,7 @@ def other_layer(
 ) -> tuple[Tensor, ...]:
     """`layer` where `kernel_layer` is None: under torch.func alone by operators that have rules for
     it, otherwise by the reference. Checks nothing."""
-    if ops.only_transformed():
+    if ops.only_transformed() and input.device.type == "cpu":
         return library.layer(cell, input, initial, weights, options)
     return reference_layer(cell, input, initial, weights, options)
 

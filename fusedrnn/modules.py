@@ -27,7 +27,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import cuda, library, ops
 from .extensions import States, extended, is_jagged, zero_states
-from .functional import autocast_layer, graph_layer, kernel_layer, other_layer
+from .functional import (
+    autocast_dtype,
+    autocast_layer,
+    converted,
+    graph_layer,
+    kernel_layer,
+    other_layer,
+)
 from .functional import layer as functional_layer
 
 if TYPE_CHECKING:
@@ -107,7 +114,9 @@ def _torch_is_faster(cell: str, hidden: int, input: Tensor) -> bool:
     (8, 128) 0.6 / 0.8, (64, 512) 0.5 / 0.7. GRU (8, 128) 2.9 / 4.5, (8, 256) 1.4 / 2.0, (32, 256)
     0.9 / 0.9, (64, 512) 0.6 / 0.6; RNN (32, 256) 1.1 / 1.1, (64, 512) 0.7 / 0.7.
     """
-    if not (_TORCH_HAS_BFLOAT16 and torch.backends.mkldnn.enabled) or input.dim() != 3:
+    if not (_TORCH_HAS_BFLOAT16 and torch.backends.mkldnn.enabled and input.is_cpu):
+        return False
+    if input.dim() != 3:
         return False
     if is_compiling() or ops.transformed():  # neither takes torch's
         return False
@@ -122,6 +131,18 @@ def _torch_is_faster(cell: str, hidden: int, input: Tensor) -> bool:
     if cell == "lstm":
         return batch > 1 or (hidden > 256 and not torch.is_grad_enabled())
     return batch >= 32 and hidden >= 256
+
+
+def _cuda_table_says_torch(cell: str, input: Tensor, states: States, weights: ops.Weights) -> bool:
+    """Whether torch is known to be faster with a module's only layer."""
+    if ops.watched():
+        if not ops.only_autocast():
+            return False
+        dtype = autocast_dtype(cell, input, states, weights)
+        if dtype is not None:
+            input, states, weights = converted(dtype, input, states, weights)
+    rule = cuda.choice(cell, input, states, weights, alone=True)
+    return rule is not None and rule.path == "torch"
 
 
 class _Fused:
@@ -306,8 +327,11 @@ class _Layers(_Fused, nn.RNNBase):
         if input.shape[-1] != self.input_size:
             return None
         cell = self.mode.lower()  # "lstm", "gru", "rnn_tanh", "rnn_relu"
-        if (input.is_cuda or input.dtype is torch.bfloat16) and self._torch_is_faster(
-            cell, input, options
+        if (
+            input.dtype is torch.bfloat16
+            and options is None
+            and not self.proj_size
+            and _torch_is_faster(cell, self.hidden_size, input)
         ):
             return None
         if not self.bias:
@@ -315,6 +339,13 @@ class _Layers(_Fused, nn.RNNBase):
             weights = [w for ih, hh, *hr in groups for w in (ih, hh, None, None, *hr)]
         if num_layers == 1:
             arguments = (cell, input, states, weights, options)
+            if (
+                input.is_cuda
+                and options is None
+                and compute is _compute
+                and _cuda_table_says_torch(*arguments[:4])
+            ):
+                return None
             results = compute(self.input_size, self.hidden_size, *arguments)
             if results is None:
                 if not own:
@@ -357,14 +388,6 @@ class _Layers(_Fused, nn.RNNBase):
             final[self._num_states :] = [c.transpose(0, 1) for c in final[self._num_states :]]
             return [input.transpose(0, 1), *final]
         return [input, *final]
-
-    def _torch_is_faster(self, cell: str, input: Tensor, options: ops.Options | None) -> bool:
-        """Whether torch's implementation of all layers is known to be faster than ours."""
-        if options is not None or self.proj_size:
-            return False
-        if input.is_cuda:
-            return cuda.torch_is_faster(cell, self.hidden_size, input, self)
-        return input.dtype is torch.bfloat16 and _torch_is_faster(cell, self.hidden_size, input)
 
     def _packed(self, kernels: Callable[..., Any], input: Any, states: States) -> list[Any] | None:
         """`_kernels` for a PackedSequence; output is one too. None for anything else."""

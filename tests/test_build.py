@@ -189,9 +189,9 @@ def test_tensor_cores_are_used():
 @with_cuda
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU's driver")
 def test_no_driver_is_told():
-    shape = dict.fromkeys(("cell", "number", "device_offsets", "reset", "device", "stream"), 0)
-    shape |= dict.fromkeys(("T", "B", "H", "P", "D"), 1)
-    layer = fusedrnn._C.CudaLayer(**shape, offsets=None, reset_to_initial=False)
+    nothing = ("cell", "offsets", "device_offsets", "reset", "device", "stream")
+    shape = dict.fromkeys(nothing, 0) | dict.fromkeys(("number", "T", "B", "H", "P", "D"), 1)
+    layer = fusedrnn._C.CudaLayer(**shape, reset_to_initial=False)
     with pytest.raises(RuntimeError, match=r"update the driver|no CUDA-capable device"):
         layer.block_ctas(False)
 

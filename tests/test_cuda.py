@@ -162,6 +162,56 @@ def test_paths_agree_bit_for_bit_from_run_to_run():
         assert all(map(torch.equal, *runs))
 
 
+@pytest.mark.parametrize("number", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_gates_near_one_keep_their_gradients(cell, recompute, number):
+    """With 1 - z rounded to 0, all that GRU carries for long would be lost."""
+    dtype, H = dtype_of(number), 6
+    leaves, num_states, options = problem(
+        cell, T=40, B=2, I=3, H=H, D=1, packed=False, reset=None, dtype=dtype
+    )
+    options = options._replace(recompute=recompute)
+    with torch.no_grad():
+        bias = leaves[-2].view(-1, H)
+        bias[1] += 6.5  # GRU's z, LSTM's forget gate
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    exact_results, exact = gradients(by_reference, wide, num_states, options, cell)
+    for path in ("step", "block"):
+        with emulated(path):
+            results, found = gradients(by_layer, leaves, num_states, options, cell)
+        for f, e in zip([*results, *found], [*exact_results, *exact], strict=True):
+            error = (f.double() - e).norm() / e.norm()
+            assert error < 8 * torch.finfo(dtype).eps + 1e-4
+
+
+def test_gradients_from_unusual_tensors():
+    """A batch of gradients at once, and a tensor whose sign is only noted: not for the kernels."""
+    leaves, num_states, options = problem(
+        "lstm", T=2, B=2, I=2, H=3, D=1, packed=False, reset=None, dtype=torch.float64
+    )
+    generator = torch.Generator().manual_seed(0)
+    with emulated():
+        output = by_layer("lstm", leaves, num_states, options)[0]
+        batch = torch.randn(3, *output.shape, dtype=torch.float64, generator=generator)
+        (each,) = torch.autograd.grad(output, leaves[:1], batch, True, is_grads_batched=True)
+        for one, grad in zip(each, batch, strict=True):
+            (expected,) = torch.autograd.grad(output, leaves[:1], grad, True)
+            torch.testing.assert_close(one, expected)
+        (negative,) = torch.autograd.grad(output, leaves[:1], torch._neg_view(batch[0]), True)
+        torch.testing.assert_close(negative, -each[0])
+
+
+def test_results_are_no_views():
+    leaves, num_states, options = problem(
+        "lstm", T=2, B=2, I=2, H=3, D=1, packed=False, reset=None, cells=True, dtype=torch.float32
+    )
+    with emulated():
+        for result in by_layer("lstm", leaves, num_states, options):
+            assert not result._is_view()
+            torch.nn.functional.dropout(result, inplace=True)
+
+
 def test_modules():
     """A stacked bidirectional LSTM with every option, through modules.py."""
     torch.manual_seed(0)
@@ -196,41 +246,79 @@ def test_gradcheck(cell, P):
 # The choice of a path ----------------------------------------------------------------------------
 
 
-def chosen(H, B=8, dtype=torch.bfloat16, cell="lstm", path="", backward=False):
+def layer_of(H, B=8, dtype=torch.bfloat16, cell="lstm", D=1):
     leaves, num_states, options = problem(
-        cell, T=1, B=B, I=1, H=H, D=1, packed=False, reset=None, dtype=dtype
+        cell, T=1, B=B, I=1, H=H, D=D, packed=False, reset=None, dtype=dtype
     )
     n = 1 + num_states
-    with emulated(path):
-        return cuda._Layer(cell, leaves[0], leaves[1:n], leaves[n:], options).block(backward)
+    return cuda._Layer(cell, leaves[0], leaves[1:n], leaves[n:], options)
 
 
-def test_small_layers_take_the_block_path():
-    assert chosen(128)
-    assert chosen(192)
-    assert not chosen(208)
-    assert not chosen(192, backward=True)  # both ways' weights are as large, the gates' states not
-    assert chosen(128, backward=True)
-    assert chosen(112, dtype=torch.float32)
-    assert not chosen(128, dtype=torch.float32)
-    assert not chosen(16, dtype=torch.float64)
-    # Two of its CTAs fit a multiprocessor, and two rounds of them are taken.
-    assert chosen(128, B=8 * 132 * 2 * 2)
-    assert not chosen(128, B=8 * 132 * 2 * 2 + 1)
+@pytest.mark.parametrize(
+    ("H", "dtype", "forward", "backward"),
+    [
+        (128, torch.bfloat16, True, True),
+        (192, torch.bfloat16, True, False),  # the gates' gradients take more room than h
+        (208, torch.bfloat16, False, False),
+        (112, torch.float32, True, True),
+        (128, torch.float32, False, False),
+        (16, torch.float64, False, False),
+    ],
+)
+def test_small_layers_take_the_block_path(H, dtype, forward, backward):
+    with emulated():
+        layer = layer_of(H, dtype=dtype)
+        assert [layer.block(False), layer.block(True)] == [forward, backward]
+
+
+def test_large_batches_take_the_step_path():
+    with emulated():
+        ctas = layer_of(64).block_ctas(False)
+        assert ctas >= 132
+        assert layer_of(64, B=8 * 2 * ctas).choice().path == "block"
+        assert layer_of(64, B=8 * 2 * ctas + 1).choice().path == "step"
+        assert layer_of(64, B=8 * ctas + 1, D=2).choice().path == "step"
 
 
 def test_smaller_multiprocessors_take_fewer_layers():
     try:
-        module().set_device(8, 6, 82, 99 * 1024)
-        assert chosen(96)
-        assert not chosen(160)
+        with emulated():
+            module().set_device(8, 6, 82, 99 * 1024)
+            assert layer_of(96).block(False)
+            assert not layer_of(160).block(False)
     finally:
         module().set_device(9, 0, 132, 227 * 1024)
 
 
 def test_forced_path_that_cannot_be():
-    with pytest.raises(RuntimeError, match="FUSEDRNN_KERNEL=block: H = 208 in bfloat16"):
-        chosen(208, path="block")
+    with (
+        emulated("block"),
+        pytest.raises(RuntimeError, match="there is none for H = 208, P = 208 in"),
+    ):
+        layer_of(208).block(False)
+
+
+def test_cudnn_where_it_is_known_to_be_faster(monkeypatch):
+    monkeypatch.setattr(cuda, "_is_large", lambda device: True)
+    call = cuda._Call("lstm", torch.float16, torch.device("cuda"), 64, 512, 512, 1, True, lambda: 0)
+
+    def path(**changed):
+        return next(r.path for r in cuda.TABLE if r.applies(call._replace(**changed)))
+
+    assert path() == "torch"
+    for changed in (
+        {"dtype": torch.bfloat16},
+        {"D": 2},
+        {"cell": "gru"},
+        {"H": 500},
+        {"I": 100},
+        {"B": 20},
+        {"B": 136},
+        {"H": 1152},
+        {"alone": False},
+        {"cell": "rnn_tanh", "B": 96, "H": 1024},
+    ):
+        assert path(**changed) == "step"
 
 
 # The emulation notices what is missing -----------------------------------------------------------
@@ -271,7 +359,7 @@ def test_accesses_outside_are_noticed():
 
         def short(self, *shape, dtype=None):
             tensor = real(self, *shape, dtype=dtype)
-            if len(shape) == 2 and cut["left"]:  # the output, one row too short
+            if shape == (2, 2, 4) and cut["left"]:  # the output, one step too short
                 cut["left"] = 0
                 return tensor[:-1].clone()
             return tensor

@@ -17,6 +17,9 @@ struct Gru {
   static constexpr bool kHasCarry    = true;  // grad_h z
   static constexpr bool kPrevIsH     = true;  // the `prev` of forward and backward is h_prev
 
+  // Whether gate g is a sigmoid's result.
+  static FUSEDRNN_CELL constexpr bool is_sigmoid(int g) { return g < 2; }
+
   template <class V>
   struct Forward {
     V gates[kGates], extra, h;

@@ -16,6 +16,9 @@ struct Lstm {
   static constexpr bool kHasCarry    = true;   // grad_c
   static constexpr bool kPrevIsH     = false;  // the `prev` of forward and backward is c_prev
 
+  // Whether gate g is a sigmoid's result.
+  static FUSEDRNN_CELL constexpr bool is_sigmoid(int g) { return g != 2; }
+
   template <class V>
   struct Forward {
     V gates[kGates], extra, h;

@@ -17,6 +17,9 @@ struct Rnn {
   static constexpr bool kHasCarry    = false;
   static constexpr bool kPrevIsH     = false;
 
+  // Whether gate g is a sigmoid's result.
+  static FUSEDRNN_CELL constexpr bool is_sigmoid(int) { return false; }
+
   template <class V>
   struct Forward {
     V gates[kGates], extra, h;

@@ -1,12 +1,10 @@
 // The Python functions of the CUDA kernels. Not a check of anything: fusedrnn/cuda.py is their only
-// caller, allocates through torch and passes addresses. Their time is hidden behind the GPU's.
+// caller, allocates through torch and passes addresses.
 #include "bindings.h"
 
 #include <pybind11/stl.h>
 
 #include <array>
-#include <optional>
-#include <vector>
 
 #include "kernels.h"
 
@@ -28,19 +26,15 @@ struct Layer {
   CudaCall call{};
   Cell cell;
   Number number;
-  std::vector<int64_t> offsets;
-
-  Layer(int cell, int number, int64_t T, int64_t B, int H, int P, int D,
-        std::optional<std::vector<int64_t>> offsets, Address device_offsets, Address reset,
-        bool reset_to_initial, int device, Address stream)
+  Layer(int cell, int number, int64_t T, int64_t B, int H, int P, int D, Address offsets,
+        Address device_offsets, Address reset, bool reset_to_initial, int device, Address stream)
       : cell(Cell(cell)), number(Number(number)) {
     if (cell < 0 || cell >= kNumCells || number < 0 || number >= kNumNumbers || T < 1 || D < 1 ||
-        D > 2 || (offsets && int64_t(offsets->size()) != T + 1)) {
+        D > 2) {
       throw std::invalid_argument("no such layer");
     }
-    if (offsets) this->offsets = std::move(*offsets);
-    call.sequences      = {T, B, nullptr, at<const bool>(reset), reset_to_initial};
-    call.device_offsets = at<const int64_t>(device_offsets);
+    call.sequences = {T, B, at<const int64_t>(offsets), at<const bool>(reset), reset_to_initial};
+    call.device_offsets = at<int64_t>(device_offsets);
     call.H = H, call.P = P, call.D = D;
     call.device = device;
     call.stream = at(stream);
@@ -50,7 +44,6 @@ struct Layer {
   template <class Args>
   Args with(Args args) const {
     static_cast<CudaCall&>(args) = call;
-    if (!offsets.empty()) args.sequences.offsets = offsets.data();
     return args;
   }
   const CudaKernels& kernels() const { return cuda_kernels(number); }
@@ -110,8 +103,8 @@ void previous(const Layer& layer, Address gates, Address extra, Address hidden, 
 
 void add_cuda(py::module_& m) {
   py::class_<Layer>(m, "CudaLayer")
-      .def(py::init<int, int, int64_t, int64_t, int, int, int, std::optional<std::vector<int64_t>>,
-                    Address, Address, bool, int, Address>(),
+      .def(py::init<int, int, int64_t, int64_t, int, int, int, Address, Address, Address, bool, int,
+                    Address>(),
            py::kw_only(), py::arg("cell"), py::arg("number"), py::arg("T"), py::arg("B"),
            py::arg("H"), py::arg("P"), py::arg("D"), py::arg("offsets"), py::arg("device_offsets"),
            py::arg("reset"), py::arg("reset_to_initial"), py::arg("device"), py::arg("stream"))

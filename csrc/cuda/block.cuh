@@ -22,12 +22,13 @@ FUSEDRNN_INLINE constexpr int in_registers(bool backward) {
   return N::kWeightLanes < kWarp ? 0 : backward ? 4 : 6;
 }
 
-// Bytes of a row of states in shared memory: an odd number of 64 bytes, so that the 8 rows that a
-// quarter of a warp reads at once lie in different banks.
+// Bytes of a row of states in shared memory, such that what a quarter of a warp reads at once lies in
+// different banks: two neighbouring rows of 64 bytes each, or (Exact) every second row's 16 bytes.
 template <class N>
 FUSEDRNN_INLINE int state_row_bytes(int size, int segments) {
   const int bytes = segments * blocks_of<N>(size) * N::kBlock * int(sizeof(typename N::scalar_t));
-  return (bytes + 63) / 64 % 2 ? (bytes + 63) / 64 * 64 : (bytes + 63) / 64 * 64 + 64;
+  if (N::kStateVectors == 2) return (bytes + 47) / 64 * 64 + 16;
+  return (bytes + 63) / 128 * 128 + 64;
 }
 
 // The others, in shared memory.
@@ -240,7 +241,8 @@ __global__ void __launch_bounds__(kBlockWarps* kWarp, 1)
   acc_t carry[kSums]{};
   sync_threads();
 
-  for (int64_t t = a.sequences.T - 1; t >= -1; --t) {  // at -1 only the initial states receive
+  const int64_t last = a.grad_h0 || a.grad_c0 ? -1 : 0;
+  for (int64_t t = a.sequences.T - 1; t >= last; --t) {  // at -1 only the initial states receive
     const Step step = step_of(a.sequences, d, t), after = step_of(a.sequences, d, t + 1);
     // Loaded before the product, while which they arrive.
     Saved<N, C> saved[kSums]{};

@@ -1,6 +1,7 @@
 // The contract between fusedrnn/cuda.py and the CUDA kernels. Shapes in the letters of sequence.h;
 // plain data only. All arrays lie in the memory of `device`, dense and row-major, but
-// Sequences::offsets, which the host reads; they live until the work on `stream` is done.
+// Sequences::offsets, which the host reads before the call returns. They may be freed after it in the
+// order of `stream`, as torch's allocator does.
 //
 // Torch computes the products with all time steps at once, before and after: the input projection,
 // and the gradients of input, weights and biases. What is between, the recurrence, is the kernels'.
@@ -21,7 +22,7 @@ enum class Path { kStep, kBlock };
 
 struct CudaCall {
   Sequences sequences;
-  const int64_t* device_offsets;  // a copy of sequences.offsets in device memory
+  int64_t* device_offsets;  // [T+1], with sequences.offsets: working memory for a copy of them
   int H, P, D;
   int device;
   void* stream;  // cudaStream_t
@@ -59,7 +60,7 @@ struct CudaBackwardArgs : CudaCall {
   const void* grad_cells;                         // scalar [N, D*H], or null for zero
   void* grad_gates;                               // out: scalar [D, N, E*H]
   void* grad_hidden;        // out, with a projection only: scalar [D, N, P], of h
-  void* carry;              // working memory, acc [D, B, H], zero
+  void* carry;              // working memory, acc [D, B, H]: of the step path, not for RNN
   void *grad_h0, *grad_c0;  // out: acc [D, B, P], [D, B, H], zero at first; or null
 };
 

@@ -26,12 +26,13 @@ inline std::string device_name(int device) {
 // Throws std::runtime_error, saying what to do, unless `error` is none.
 inline void check(cudaError_t error) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // so that torch's next check does not find it too
+  cudaGetLastError();  // so that our next check does not find it too
   std::string message = std::string("fusedrnn on CUDA: ") + cudaGetErrorName(error) + ", " +
                         cudaGetErrorString(error);
   int device = 0, driver = 0, runtime = 0;
   switch (error) {
     case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
       cudaGetDevice(&device);
       message += ". This build has code for sm_" + std::string(kArchitectures) +
                  ", this GPU is of " + device_name(device) +
@@ -39,6 +40,7 @@ inline void check(cudaError_t error) {
                  device_name(device).substr(3) + " pip install --force-reinstall --no-deps .";
       break;
     case cudaErrorInsufficientDriver:
+    case cudaErrorUnsupportedPtxVersion:
       cudaDriverGetVersion(&driver);
       cudaRuntimeGetVersion(&runtime);
       message += ". The driver is for CUDA " + std::to_string(driver / 1000) + "." +
@@ -64,7 +66,10 @@ class CurrentDevice {
     check(cudaGetDevice(&before_));
     if (device != before_) check(cudaSetDevice(device));
   }
-  ~CurrentDevice() { cudaSetDevice(before_); }
+  ~CurrentDevice() {
+    int now = before_;
+    if (cudaGetDevice(&now) == cudaSuccess && now != before_) cudaSetDevice(before_);
+  }
   CurrentDevice(const CurrentDevice&)            = delete;
   CurrentDevice& operator=(const CurrentDevice&) = delete;
 
@@ -92,7 +97,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t share
   check(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
-// Lets a kernel have so much dynamic shared memory; false if this device has less.
+// Whether a kernel can have so much dynamic shared memory on this device; from then on it may have
+// all there is, so that no other thread's call takes back what this one was promised.
 template <class Kernel>
 bool allow_shared(Kernel* kernel, int64_t bytes) {
   if (bytes <= kSharedWithoutAsking) return true;
@@ -100,8 +106,17 @@ bool allow_shared(Kernel* kernel, int64_t bytes) {
   check(cudaGetDevice(&device));
   check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   if (bytes > most) return false;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
   return true;
+}
+
+// Whether wait_for_previous_kernel waits in the code that runs: in code for older architectures,
+// also where a newer one runs it, it does nothing, and kernels must not overlap.
+template <class Kernel>
+bool can_overlap(Kernel* kernel) {
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, kernel));
+  return attributes.ptxVersion >= 90;
 }
 
 }  // namespace fusedrnn

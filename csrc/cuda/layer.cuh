@@ -69,11 +69,8 @@ struct Step {
   bool reset_to_initial;
 
   __device__ __forceinline__ Source source(int row) const {
-    if (!first && row >= count_before) return Source::kInitial;
-    if (boundaries && load(boundaries + row)) {
-      return reset_to_initial ? Source::kInitial : Source::kZero;
-    }
-    return first ? Source::kInitial : Source::kPrevious;
+    const bool cut = boundaries && (first || row < count_before) && load(boundaries + row);
+    return source_of(first, count_before, row, cut, reset_to_initial);
   }
 };
 
@@ -109,6 +106,20 @@ __device__ __forceinline__ void put(scalar_t* x, int64_t i, acc_t value) {
 template <class acc_t>
 __device__ __forceinline__ void add(acc_t* x, int64_t i, acc_t value) {
   if (x) store(x + i, load(x + i) + value);
+}
+
+// Gates as they are saved. A sigmoid that is rounded to 1 would lose 1 - s, which its derivative and
+// GRU's h are products with; so in types of 16 bits one above 1/2 is saved as s - 1, which the sign
+// tells (of -0 too).
+template <class C, class acc_t, class scalar_t>
+__device__ __forceinline__ void put_gate(scalar_t* gates, int64_t i, int g, acc_t gate) {
+  if (sizeof(scalar_t) == 2 && C::is_sigmoid(g) && !(gate <= acc_t(0.5))) gate = -(1 - gate);
+  put(gates, i, gate);
+}
+template <class C, class acc_t, class scalar_t>
+__device__ __forceinline__ acc_t saved_gate(const scalar_t* gates, int64_t i, int g) {
+  const acc_t gate = number<acc_t>(gates, i);
+  return sizeof(scalar_t) == 2 && C::is_sigmoid(g) && to_bits(gate) < 0 ? 1 + gate : gate;
 }
 
 // The gates' arguments of one unit, from the projection of the input.
@@ -152,7 +163,7 @@ __device__ __forceinline__ void put_cell(
   if (a.gates) {
 #pragma unroll
     for (int g = 0; g < C::kGates; ++g) {
-      put(a.gates, (at * C::kGates + g) * a.H + unit, result.gates[g]);
+      put_gate<C>(a.gates, (at * C::kGates + g) * a.H + unit, g, result.gates[g]);
     }
   }
   if constexpr (C::kHasCell) {
@@ -183,7 +194,7 @@ __device__ __forceinline__ Saved<N, C> load_saved(const BackwardLayer<N>& a, int
   const int64_t at = d * a.rows + step.offset + row;
 #pragma unroll
   for (int g = 0; g < C::kGates; ++g) {
-    saved.gates[g] = number<acc_t>(a.gates, (at * C::kGates + g) * a.H + unit);
+    saved.gates[g] = saved_gate<C, acc_t>(a.gates, (at * C::kGates + g) * a.H + unit, g);
   }
   if constexpr (C::kHasExtra) saved.extra = number<acc_t>(a.extra, at * a.H + unit);
   if constexpr (C::kPrevIsH) saved.prev = number<acc_t>(a.previous, at * a.P + unit);

@@ -1,4 +1,5 @@
-// Lays weights out in fragment order (product.cuh), once a call.
+// What a call needs in device memory before its first step: weights in fragment order (product.cuh),
+// and the offsets of packed sequences.
 #pragma once
 
 #include "product.cuh"
@@ -44,6 +45,19 @@ __global__ void __launch_bounds__(kPackThreads)
     }
     store(p.packed + v, N::prepared(vector));
   }
+}
+
+// Numbers on their way to device memory as a kernel's parameters: unlike a copy from the host's
+// memory this never waits, and a CUDA graph keeps them.
+constexpr int kUploaded = 256;
+struct Upload {
+  int64_t number[kUploaded];
+};
+
+__global__ void __launch_bounds__(kUploaded)
+    upload(const __grid_constant__ Upload numbers, int64_t* to, int count) {
+  const int i = threadIdx.x;
+  if (i < count) store(to + i, numbers.number[i]);
 }
 
 }  // namespace

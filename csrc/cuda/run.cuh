@@ -18,14 +18,26 @@ inline int64_t rows_of(const CudaCall& call) {
   return rows_before(call.sequences, call.sequences.T);
 }
 
-// As the kernels read it.
+inline cudaStream_t stream_of(const CudaCall& call) {
+  return static_cast<cudaStream_t>(call.stream);
+}
+
+// The sequences as kernels read them that walk over time themselves.
 inline Sequences on_device(const CudaCall& call) {
   Sequences sequences = call.sequences;
-  if (sequences.offsets) sequences.offsets = call.device_offsets;
+  if (!sequences.offsets) return sequences;
+  for (int64_t begin = 0; begin <= sequences.T; begin += kUploaded) {
+    Upload part{};
+    const int count = int(min64(kUploaded, sequences.T + 1 - begin));
+    memcpy(part.number, sequences.offsets + begin, size_t(count) * sizeof(int64_t));
+    launch(upload, dim3(1), kUploaded, 0, stream_of(call), false, part, call.device_offsets + begin,
+           count);
+  }
+  sequences.offsets = call.device_offsets;
   return sequences;
 }
 
-// One number of CellsOf<C>: the launches for cell C and numbers N.
+// The launches for cell C and numbers N.
 template <class N, class C>
 struct Run {
   using scalar_t = typename N::scalar_t;
@@ -72,35 +84,60 @@ struct Run {
     }
   }
 
-  static cudaStream_t stream_of(const CudaCall& call) {
-    return static_cast<cudaStream_t>(call.stream);
-  }
-
   static StepPair pair_of(const CudaCall& call, int64_t t) {
     StepPair pair{};
     for (int d = 0; d < call.D; ++d) pair.of[d] = step_of(call.sequences, d, t);
     return pair;
   }
 
-  // launch() for a step of `rows` rows at most: wide tiles where there are rows for them.
+  // One step, of `rows` rows at most, of each direction.
   template <int kSegments, int kTiles, class... Parameters>
-  static void launch_tiles(void (*kernel)(Parameters...), const CudaCall& call, int units,
-                           int64_t rows, const std::decay_t<Parameters>&... arguments) {
+  static void launch_step(void (*kernel)(Parameters...), const CudaCall& call, int units,
+                          int64_t rows, bool overlaps,
+                          const std::decay_t<Parameters>&... arguments) {
     const dim3 grid(ceil_div(rows, kTiles * kRowTile), ceil_div(units, kUnitTile),
                     unsigned(call.D));
-    launch(kernel, grid, kStepThreads, kStepShared<N, kSegments, kTiles>, stream_of(call), true,
+    launch(kernel, grid, kStepThreads, kStepShared<N, kSegments, kTiles>, stream_of(call), overlaps,
            arguments...);
   }
 
-  // float64 has half as many registers for its sums.
-  static constexpr int kWide = sizeof(acc_t) == 8 ? 1 : 4;
+  template <int kTiles>
+  static void launch_forward(const CudaForwardArgs& args, const ForwardLayer<N>& layer,
+                             const StepPair& steps, int64_t rows, bool overlaps, bool is_first) {
+    // The first begins when the weights are packed; so the others can load them before they wait.
+    launch_step<C::kGates, kTiles>(forward_step<N, C, kTiles>, args, args.H, rows,
+                                   overlaps && !is_first, layer, steps);
+    if constexpr (C::kHasCell) {
+      if (!args.unprojected) return;
+      launch_step<1, kTiles>(forward_projection<N, kTiles>, args, args.P, rows, overlaps, layer,
+                             steps);
+    }
+  }
 
-  static bool wide(int64_t rows) { return kWide > 1 && rows > kRowTile; }
+  template <int kTiles>
+  static void launch_backward(const CudaBackwardArgs& args, const BackwardLayer<N>& layer,
+                              const StepPair& steps, const StepPair& afters, int64_t rows,
+                              bool overlaps, bool is_first) {
+    if constexpr (C::kHasCell) {
+      if (args.grad_hidden) {
+        launch_step<C::kGates, kTiles>(backward_step<N, C, kTiles, true>, args, args.P, rows,
+                                       overlaps && !is_first, layer, steps, afters);
+        launch_step<1, kTiles>(backward_projection<N, C, kTiles>, args, args.H, rows, overlaps,
+                               layer, steps, afters);
+        return;
+      }
+    }
+    launch_step<C::kGates, kTiles>(backward_step<N, C, kTiles, false>, args, args.P, rows,
+                                   overlaps && !is_first, layer, steps, afters);
+  }
+
+  // Tiles of rows: wide ones where there are rows for them. float64 has half as many registers.
+  static constexpr int kWide = sizeof(acc_t) == 8 ? 1 : 4;
 
   static void forward(const CudaForwardArgs& args) {
     const CurrentDevice guard(args.device);
     ForwardLayer<N> layer{};
-    layer.sequences = on_device(args);
+    layer.sequences = args.path == Path::kBlock ? on_device(args) : args.sequences;
     layer.H = args.H, layer.P = args.P, layer.D = args.D;
     layer.rows = rows_of(args);
     for (int d = 0; d < args.D; ++d) {
@@ -122,19 +159,14 @@ struct Run {
       if constexpr (sizeof(acc_t) == 4) launch_block(forward_block<N, C>, args, layer, false);
       return;
     }
+    const bool overlaps = can_overlap(forward_step<N, C, 1>);
     for (int64_t t = 0; t < args.sequences.T; ++t) {
       const StepPair steps = pair_of(args, t);
       const int64_t rows   = max64(steps.of[0].count, steps.of[1].count);
-      if (wide(rows)) {
-        launch_tiles<C::kGates, kWide>(forward_step<N, C, kWide>, args, args.H, rows, layer, steps);
-        if (args.unprojected) {
-          launch_tiles<1, kWide>(forward_projection<N, kWide>, args, args.P, rows, layer, steps);
-        }
+      if (rows > kRowTile) {
+        launch_forward<kWide>(args, layer, steps, rows, overlaps, t == 0);
       } else {
-        launch_tiles<C::kGates, 1>(forward_step<N, C, 1>, args, args.H, rows, layer, steps);
-        if (args.unprojected) {
-          launch_tiles<1, 1>(forward_projection<N, 1>, args, args.P, rows, layer, steps);
-        }
+        launch_forward<1>(args, layer, steps, rows, overlaps, t == 0);
       }
     }
   }
@@ -142,7 +174,7 @@ struct Run {
   static void backward(const CudaBackwardArgs& args) {
     const CurrentDevice guard(args.device);
     BackwardLayer<N> layer{};
-    layer.sequences = on_device(args);
+    layer.sequences = args.path == Path::kBlock ? on_device(args) : args.sequences;
     layer.H = args.H, layer.P = args.P, layer.D = args.D;
     layer.rows        = rows_of(args);
     layer.gates       = static_cast<const scalar_t*>(args.gates);
@@ -163,27 +195,19 @@ struct Run {
       if constexpr (sizeof(acc_t) == 4) launch_block(backward_block<N, C>, args, layer, true);
       return;
     }
-    // The last, t = -1, computes no step: it passes gradients on to the initial states.
+    const bool overlaps = can_overlap(backward_step<N, C, 1, false>);
     StepPair afters{};
-    for (int64_t t = args.sequences.T - 1; t >= -1; --t) {
+    // t = -1 computes no step: it passes gradients on to the initial states.
+    const int64_t last = args.grad_h0 || args.grad_c0 ? -1 : 0;
+    for (int64_t t = args.sequences.T - 1; t >= last; --t) {
       const StepPair steps = pair_of(args, t);
       const int64_t rows   = max64(max64(steps.of[0].count, steps.of[1].count),
                                    max64(afters.of[0].count, afters.of[1].count));
-      if (wide(rows)) {
-        launch_tiles<C::kGates, kWide>(backward_step<N, C, kWide>, args, args.P, rows, layer, steps,
-                                       afters);
+      const bool is_first  = t == args.sequences.T - 1;
+      if (rows > kRowTile) {
+        launch_backward<kWide>(args, layer, steps, afters, rows, overlaps, is_first);
       } else {
-        launch_tiles<C::kGates, 1>(backward_step<N, C, 1>, args, args.P, rows, layer, steps,
-                                   afters);
-      }
-      if (args.grad_hidden) {
-        if (wide(rows)) {
-          launch_tiles<1, kWide>(backward_projection<N, C, kWide>, args, args.H, rows, layer, steps,
-                                 afters);
-        } else {
-          launch_tiles<1, 1>(backward_projection<N, C, 1>, args, args.H, rows, layer, steps,
-                             afters);
-        }
+        launch_backward<1>(args, layer, steps, afters, rows, overlaps, is_first);
       }
       afters = steps;
     }
@@ -200,7 +224,13 @@ struct Run {
     layer.extra    = static_cast<const acc_t*>(args.extra);
     layer.h0       = static_cast<const scalar_t*>(args.h0);
     layer.previous = static_cast<scalar_t*>(args.previous);
-    const dim3 grid(ceil_div(args.sequences.B * args.P, kPreviousThreads), unsigned(args.D));
+    // GRU's h follow from each other. Else chunks of steps side by side, as many as a grid can have.
+    constexpr int64_t kChunk = 16, kMostChunks = 65535;
+    const int64_t T  = args.sequences.T;
+    const bool chain = C::kPrevIsH && !args.hidden;
+    layer.chunk      = chain ? T : max64(kChunk, ceil_div(T, kMostChunks));
+    const dim3 grid(ceil_div(args.sequences.B * args.P, kPreviousThreads), unsigned(args.D),
+                    ceil_div(T, layer.chunk));
     launch(previous_states<N, C>, grid, kPreviousThreads, 0, stream_of(args), false, layer);
   }
 

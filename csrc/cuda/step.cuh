@@ -15,6 +15,10 @@ constexpr int kStepWarps   = 4;
 constexpr int kStepThreads = kStepWarps * kWarp;
 constexpr int kStepCtas    = 2;  // of a multiprocessor, at least: at 4, float32 spills
 
+// Numbers from one row of sums to the next in shared memory: the lanes of a store, of 8 units in rows
+// 0, 2, 4 and 6, then lie in 32 different banks.
+constexpr int kSumStride = kUnitTile + 4;
+
 // Both directions' steps: direction 1 walks from the other end.
 struct StepPair {
   Step of[2];
@@ -41,14 +45,40 @@ __device__ __forceinline__ Vec16 load_states(const typename N::scalar_t* row, in
 
 template <class N, int kSegments, int kTiles>
 constexpr int kStepShared =
-    kStepWarps * kSegments * kTiles * kRowTile * kUnitTile * int(sizeof(typename N::acc_t));
+    kStepWarps * kSegments * kTiles * kRowTile * kSumStride * int(sizeof(typename N::acc_t));
+
+// One block of a warp's weights. What weights, input and saved values hold was there before the first
+// step's kernel began; so a step loads of them what it can before it waits for the step before.
+template <class N, int kSegments>
+struct Fragments {
+  Vec16 of[kSegments][2];
+
+  // Block `block` of a tile of units; zeros behind the last of `blocks`.
+  __device__ __forceinline__ Fragments(const Vec16* weights, int tile, int blocks, int block) {
+#pragma unroll
+    for (int s = 0; s < kSegments; ++s) {
+      of[s][0] = of[s][1] = Vec16{};
+      if (block < blocks) {
+        const int64_t at = (int64_t(tile) * blocks + block) * kSegments + s;
+        load_weights<N>(of[s], weights + at * kFragment<N>, threadIdx.x % kWarp);
+      }
+    }
+  }
+};
+
+// The warp's first.
+template <class N, int kSegments>
+__device__ __forceinline__ Fragments<N, kSegments> first_fragments(const Vec16* weights, int tile,
+                                                                   int size) {
+  return {weights, tile, blocks_of<N>(size), int(threadIdx.x / kWarp)};
+}
 
 // The product of one tile of units with the rows `row_of(i)`, i < 8 * kTiles (null for zeros), the
-// states of segment s beginning at s * kStride; left in shared memory for `sum_of`. For all threads
-// of the CTA; it ends in a barrier.
+// states of segment s beginning at s * size; left in shared memory for `sum_of`. `fragments`: the
+// first. For all threads of the CTA; it ends in a barrier.
 template <class N, int kSegments, int kTiles, bool kSameStates, class RowOf>
-__device__ __forceinline__ void multiply(const Vec16* weights, int tile, int size,
-                                         const RowOf& row_of) {
+__device__ __forceinline__ void multiply(Fragments<N, kSegments> fragments, const Vec16* weights,
+                                         int tile, int size, const RowOf& row_of) {
   using acc_t    = typename N::acc_t;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   acc_t sums[kSegments][kTiles][kSums] = {};
@@ -60,9 +90,9 @@ __device__ __forceinline__ void multiply(const Vec16* weights, int tile, int siz
       rows[t][i] = row_of(t * kRowTile + N::state_row(lane, i));
     }
   }
-  const int blocks  = blocks_of<N>(size);
-  weights          += int64_t(tile) * blocks * kSegments * kFragment<N>;
+  const int blocks = blocks_of<N>(size);
   for (int block = warp; block < blocks; block += kStepWarps) {
+    const Fragments<N, kSegments> next(weights, tile, blocks, block + kStepWarps);
     const int k = block * N::kBlock + N::state_k(lane);
     Vec16 states[kTiles][N::kStateVectors];
 #pragma unroll
@@ -77,11 +107,10 @@ __device__ __forceinline__ void multiply(const Vec16* weights, int tile, int siz
           }
         }
       }
-      Vec16 fragment[2];
-      load_weights<N>(fragment, weights + (int64_t(block) * kSegments + s) * kFragment<N>, lane);
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) N::multiply(sums[s][t], fragment, states[t]);
+      for (int t = 0; t < kTiles; ++t) N::multiply(sums[s][t], fragments.of[s], states[t]);
     }
+    fragments = next;
   }
   // [warps][segments][rows][units]
   acc_t* shared = reinterpret_cast<acc_t*>(shared_memory());
@@ -92,7 +121,7 @@ __device__ __forceinline__ void multiply(const Vec16* weights, int tile, int siz
 #pragma unroll
       for (int i = 0; i < kSums; ++i) {
         const int row = t * kRowTile + sum_row(lane, i);
-        store(shared + ((warp * kSegments + s) * kTiles * kRowTile + row) * kUnitTile +
+        store(shared + ((warp * kSegments + s) * kTiles * kRowTile + row) * kSumStride +
                   sum_unit(lane, i),
               sums[s][t][i]);
       }
@@ -109,16 +138,18 @@ __device__ __forceinline__ typename N::acc_t sum_of(int segment, int row, int un
 #pragma unroll
   for (int warp = 0; warp < kStepWarps; ++warp) {
     sum +=
-        load(shared + ((warp * kSegments + segment) * kTiles * kRowTile + row) * kUnitTile + unit);
+        load(shared + ((warp * kSegments + segment) * kTiles * kRowTile + row) * kSumStride + unit);
   }
   return sum;
 }
 
-// Calls f(row, unit) for the CTA's share of its tile, `row` from 0 to 8 * kTiles - 1.
+// Calls f(j, row, unit) for the thread's numbers of the CTA's tile, j < kTiles, row < 8 * kTiles.
 template <int kTiles, class F>
 __device__ __forceinline__ void for_each(const F& f) {
-  for (int i = threadIdx.x; i < kTiles * kRowTile * kUnitTile; i += kStepThreads) {
-    f(i / kUnitTile, i % kUnitTile);
+  static_assert(kRowTile * kUnitTile == kStepThreads);
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    f(j, int(j * kRowTile + threadIdx.x / kUnitTile), int(threadIdx.x % kUnitTile));
   }
 }
 
@@ -134,6 +165,14 @@ __global__ void __launch_bounds__(kStepThreads, kStepCtas)
   const int first = blockIdx.x * kTiles * kRowTile;
   const int64_t B = a.sequences.B;
   let_next_kernel_start();
+  const auto fragments = first_fragments<N, C::kGates>(a.weight_hh[d], blockIdx.y, a.P);
+  acc_t gates_x[kTiles][C::kGates]{}, bias[C::kGates]{};
+  for_each<kTiles>([&](int j, int i, int u) {
+    const int row = first + i, unit = blockIdx.y * kUnitTile + u;
+    if (row >= step.count || unit >= a.H) return;
+    load_gates_x<N, C>(gates_x[j], a, d, step.offset + row, unit);
+    if (j == 0) load_bias<N, C>(bias, a, d, unit);  // all of a thread's numbers have one unit
+  });
   wait_for_previous_kernel();
   if (first >= step.count) return;
   const auto h_before = [&](int row) -> const scalar_t* {
@@ -144,16 +183,16 @@ __global__ void __launch_bounds__(kStepThreads, kStepCtas)
     }
     return source == Source::kInitial && a.h0 ? a.h0 + (d * B + row) * a.P : nullptr;
   };
-  multiply<N, C::kGates, kTiles, true>(a.weight_hh[d], blockIdx.y, a.P,
+  multiply<N, C::kGates, kTiles, true>(fragments, a.weight_hh[d], blockIdx.y, a.P,
                                        [&](int i) { return h_before(first + i); });
-  for_each<kTiles>([&](int i, int j) {
-    const int row = first + i, unit = blockIdx.y * kUnitTile + j;
+  for_each<kTiles>([&](int j, int i, int u) {
+    const int row = first + i, unit = blockIdx.y * kUnitTile + u;
     if (row >= step.count || unit >= a.H) return;
-    acc_t gates_x[C::kGates], gates_h[C::kGates];
-    load_gates_x<N, C>(gates_x, a, d, step.offset + row, unit);
-    load_bias<N, C>(gates_h, a, d, unit);
+    acc_t gates_h[C::kGates];
 #pragma unroll
-    for (int g = 0; g < C::kGates; ++g) gates_h[g] += sum_of<N, C::kGates, kTiles>(g, i, j);
+    for (int g = 0; g < C::kGates; ++g) {
+      gates_h[g] = bias[g] + sum_of<N, C::kGates, kTiles>(g, i, u);
+    }
     acc_t prev = 0;
     if constexpr (C::kPrevIsH) prev = number<acc_t>(h_before(row), unit);
     if constexpr (C::kHasCell) {
@@ -166,7 +205,7 @@ __global__ void __launch_bounds__(kStepThreads, kStepCtas)
         prev = number<acc_t>(a.c0, state * a.H + unit);
       }
     }
-    put_cell<N, C>(a, d, step, row, unit, C::forward(gates_x, gates_h, prev));
+    put_cell<N, C>(a, d, step, row, unit, C::forward(gates_x[j], gates_h, prev));
   });
 }
 
@@ -179,34 +218,50 @@ __global__ void __launch_bounds__(kStepThreads, kStepCtas)
   const Step step = steps.of[d];
   const int first = blockIdx.x * kTiles * kRowTile;
   let_next_kernel_start();
+  const auto fragments = first_fragments<N, 1>(a.weight_hr[d], blockIdx.y, a.H);
   wait_for_previous_kernel();
   if (first >= step.count) return;
-  multiply<N, 1, kTiles, true>(a.weight_hr[d], blockIdx.y, a.H,
+  multiply<N, 1, kTiles, true>(fragments, a.weight_hr[d], blockIdx.y, a.H,
                                [&](int i) -> const typename N::scalar_t* {
                                  const int row = first + i;
                                  if (row >= step.count) return nullptr;
                                  return a.unprojected + (d * a.sequences.B + row) * a.H;
                                });
-  for_each<kTiles>([&](int i, int j) {
-    const int row = first + i, unit = blockIdx.y * kUnitTile + j;
+  for_each<kTiles>([&](int, int i, int u) {
+    const int row = first + i, unit = blockIdx.y * kUnitTile + u;
     if (row >= step.count || unit >= a.P) return;
-    put_h(a, d, step, row, unit, sum_of<N, 1, kTiles>(0, i, j));
+    put_h(a, d, step, row, unit, sum_of<N, 1, kTiles>(0, i, u));
   });
 }
 
-// The backward of one cell, for a thread's row and unit; grad_h: what h received, and its carry.
-template <class N, class C>
-__device__ __forceinline__ void backward_cell(const BackwardLayer<N>& a, int d, const Step& step,
-                                              int row, int unit, typename N::acc_t grad_h,
-                                              typename N::acc_t carry) {
-  if constexpr (C::kHasCell) carry += grad_of_c(a, d, step, row, unit);
-  const Saved<N, C> saved = load_saved<N, C>(a, d, step, row, unit);
-  const auto result       = C::backward(saved.gates, saved.extra, saved.prev, grad_h, carry);
-  put_grad_gates<N, C>(a, d, step, row, unit, result.grad_gates);
-  if constexpr (C::kHasCarry) {
-    put(a.carry, (d * a.sequences.B + row) * a.H + unit, result.carry);
+// What the backward of a thread's cells reads that forward left, or came from outside.
+template <class N, class C, int kTiles>
+struct Loaded {
+  using acc_t = typename N::acc_t;
+  Saved<N, C> saved[kTiles]{};
+  acc_t grad_c[kTiles]{};
+
+  __device__ __forceinline__ Loaded(const BackwardLayer<N>& a, int d, const Step& step, int first) {
+    for_each<kTiles>([&](int j, int i, int u) {
+      const int row = first + i, unit = blockIdx.y * kUnitTile + u;
+      if (row >= step.count || unit >= a.H) return;
+      saved[j] = load_saved<N, C>(a, d, step, row, unit);
+      if constexpr (C::kHasCell) grad_c[j] = grad_of_c(a, d, step, row, unit);
+    });
   }
-}
+
+  // The j-th cell; grad_h: what h received, and carry.
+  __device__ __forceinline__ void backward(int j, const BackwardLayer<N>& a, int d,
+                                           const Step& step, int row, int unit, acc_t grad_h,
+                                           acc_t carry) const {
+    const Saved<N, C>& s = saved[j];
+    const auto result    = C::backward(s.gates, s.extra, s.prev, grad_h, carry + grad_c[j]);
+    put_grad_gates<N, C>(a, d, step, row, unit, result.grad_gates);
+    if constexpr (C::kHasCarry) {
+      put(a.carry, (d * a.sequences.B + row) * a.H + unit, result.carry);
+    }
+  }
+};
 
 // The carry that the step `after` left, LSTM's for c and GRU's for h.
 template <class N, class C>
@@ -224,9 +279,9 @@ __device__ __forceinline__ typename N::acc_t receive_carry(const BackwardLayer<N
 }
 
 // The gradients of step `steps`, of what `afters`, the step after it, passes back. Either may have
-// no rows: then there is nothing to receive, or nothing but the initial states to give. With a
-// projection it ends at h, and backward_projection goes on. Grid: tiles of rows, of P, directions.
-template <class N, class C, int kTiles>
+// no rows: then there is nothing to receive, or nothing but the initial states to give. kProjected:
+// it ends at h, and backward_projection goes on. Grid: tiles of rows, of P, directions.
+template <class N, class C, int kTiles, bool kProjected>
 __global__ void __launch_bounds__(kStepThreads, kStepCtas)
     backward_step(const __grid_constant__ BackwardLayer<N> a,
                   const __grid_constant__ StepPair steps, const __grid_constant__ StepPair afters) {
@@ -236,31 +291,33 @@ __global__ void __launch_bounds__(kStepThreads, kStepCtas)
   const Step step = steps.of[d], after = afters.of[d];
   const int first = blockIdx.x * kTiles * kRowTile;
   let_next_kernel_start();
+  const auto fragments = first_fragments<N, C::kGates>(a.weight_hh[d], blockIdx.y, a.H);
+  const Loaded<N, C, kTiles> loaded(a, d, kProjected ? Step{} : step, first);
   wait_for_previous_kernel();
   if (first >= step.count && first >= after.count) return;
   multiply<N, C::kGates, kTiles, false>(
-      a.weight_hh[d], blockIdx.y, a.H, [&](int i) -> const scalar_t* {
+      fragments, a.weight_hh[d], blockIdx.y, a.H, [&](int i) -> const scalar_t* {
         const int row = first + i;
         if (row >= after.count) return nullptr;
         return a.grad_gates + (d * a.rows + after.offset + row) * C::kGradGates * a.H;
       });
-  for_each<kTiles>([&](int i, int j) {
-    const int row = first + i, unit = blockIdx.y * kUnitTile + j;
+  for_each<kTiles>([&](int j, int i, int u) {
+    const int row = first + i, unit = blockIdx.y * kUnitTile + u;
     if (unit >= a.P) return;
     acc_t grad_h = 0;
 #pragma unroll
-    for (int g = 0; g < C::kGates; ++g) grad_h += sum_of<N, C::kGates, kTiles>(g, i, j);
+    for (int g = 0; g < C::kGates; ++g) grad_h += sum_of<N, C::kGates, kTiles>(g, i, u);
     grad_h      = receive(after, row, grad_h, [&](acc_t passed) {
       add(a.grad_h0, (d * a.sequences.B + row) * a.P + unit, passed);
     });
     acc_t carry = 0;
-    if (!a.weight_hr[d]) carry = receive_carry<N, C>(a, d, after, row, unit);
+    if constexpr (!kProjected) carry = receive_carry<N, C>(a, d, after, row, unit);
     if (row >= step.count) return;
     grad_h += grad_of_h(a, d, step, row, unit);
-    if (a.weight_hr[d]) {
+    if constexpr (kProjected) {
       put(a.grad_hidden, (d * a.rows + step.offset + row) * a.P + unit, grad_h);
     } else {
-      backward_cell<N, C>(a, d, step, row, unit, grad_h, carry);
+      loaded.backward(j, a, d, step, row, unit, grad_h, carry);
     }
   });
 }
@@ -275,20 +332,22 @@ __global__ void __launch_bounds__(kStepThreads, kStepCtas)
   const Step step = steps.of[d], after = afters.of[d];
   const int first = blockIdx.x * kTiles * kRowTile;
   let_next_kernel_start();
+  const auto fragments = first_fragments<N, 1>(a.weight_hr[d], blockIdx.y, a.P);
+  const Loaded<N, C, kTiles> loaded(a, d, step, first);
   wait_for_previous_kernel();
   if (first >= step.count && first >= after.count) return;
-  multiply<N, 1, kTiles, true>(a.weight_hr[d], blockIdx.y, a.P,
+  multiply<N, 1, kTiles, true>(fragments, a.weight_hr[d], blockIdx.y, a.P,
                                [&](int i) -> const typename N::scalar_t* {
                                  const int row = first + i;
                                  if (row >= step.count) return nullptr;
                                  return a.grad_hidden + (d * a.rows + step.offset + row) * a.P;
                                });
-  for_each<kTiles>([&](int i, int j) {
-    const int row = first + i, unit = blockIdx.y * kUnitTile + j;
+  for_each<kTiles>([&](int j, int i, int u) {
+    const int row = first + i, unit = blockIdx.y * kUnitTile + u;
     if (unit >= a.H) return;
     const typename N::acc_t carry = receive_carry<N, C>(a, d, after, row, unit);
     if (row >= step.count) return;
-    backward_cell<N, C>(a, d, step, row, unit, sum_of<N, 1, kTiles>(0, i, j), carry);
+    loaded.backward(j, a, d, step, row, unit, sum_of<N, 1, kTiles>(0, i, u), carry);
   });
 }
 
