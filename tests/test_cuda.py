@@ -5,9 +5,11 @@ a barrier were missing. On a GPU: test_cuda_device.py."""
 import pytest
 import torch
 from emulated import emulated, module
-from helpers import ran
+from helpers import build, ran
 from test_options import problem
+from torch.nn.utils.rnn import pack_padded_sequence
 
+import fusedrnn
 from fusedrnn import LSTM, cuda, functional, ops, reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -228,6 +230,49 @@ def test_modules():
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN_tanh", "LSTM with projection"])
+@pytest.mark.parametrize(
+    "form", ["padded", "packed", "lengths", "reset_mask", "jagged", "unbatched"]
+)
+def test_modules_as_on_the_cpu(kind, form):
+    """Whatever the modules make of their options, both kernels get it."""
+    name, _, projection = kind.partition(" ")
+    sizes = {"proj_size": 3} if projection else {}
+    module = build(
+        fusedrnn, name, 3, 5, num_layers=2, bidirectional=True, dtype=torch.float64, **sizes
+    )
+    module.recompute_gates = form == "padded"
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn(6, 4, 3, dtype=torch.float64, generator=generator)
+    keywords = {}
+    if form == "packed":
+        input = pack_padded_sequence(input, [3, 6, 1, 6], enforce_sorted=False)
+    elif form == "jagged":
+        rows = [torch.randn(n, 3, dtype=torch.float64, generator=generator) for n in (3, 6, 1)]
+        input = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    elif form == "unbatched":
+        input = input[:, 0]
+    elif form == "lengths":
+        keywords = {"lengths": [3, 6, 0, 6]}
+    elif form == "reset_mask":
+        keywords = {"reset_mask": torch.rand(6, 4, generator=generator) < 0.3, "reset_to_hx": True}
+
+    def results():
+        module.zero_grad()
+        output, state = module(input, **keywords)
+        values = output.values() if form == "jagged" else getattr(output, "data", output)
+        state = state if isinstance(state, tuple) else (state,)
+        sum(r.square().sum() for r in (values, *state)).backward()
+        return [values, *state, *(p.grad for p in module.parameters())]
+
+    expected = results()
+    with emulated() as runs:
+        found = results()
+    assert [run[0] for run in runs].count("backward") == 2
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize(
