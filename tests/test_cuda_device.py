@@ -47,6 +47,7 @@ LARGER = {
     "wide": dict(T=30, B=64, I=64, H=512, D=1),
     "wide, packed, boundaries": dict(T=25, B=45, I=24, H=331, D=2, packed=True, reset="zero"),
 }
+WIDE_PROJECTION = dict(T=20, B=40, I=24, H=300, P=140, D=2)
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def test_forward_and_backward(number, path, cell, shape, choose):
 @pytest.mark.parametrize("number", dict(PATHS))
 def test_projection(number, shape, choose):
     check(choose, "lstm", number, "step", PROJECTIONS[shape])
-    check(choose, "lstm", number, "step", dict(T=20, B=40, I=24, H=300, P=140, D=2))
+    check(choose, "lstm", number, "step", WIDE_PROJECTION)
 
 
 @pytest.mark.parametrize("shape", [SHAPES["packed, boundaries"], LARGER["wide"]], ids=str)
@@ -138,7 +139,8 @@ def test_tf32_is_torchs_setting(path, choose):
     found = []
     for number in ("float32", "tf32"):
         choose(path, number)
-        skip_unless_it_fits("lstm", here, num_states, options) if path == "block" else None
+        if path == "block":
+            skip_unless_it_fits("lstm", here, num_states, options)
         found.append(gradients(by_layer, here, num_states, options, "lstm")[0][0])
     assert not torch.equal(*found)
 
