@@ -21,10 +21,11 @@ namespace {
 
 constexpr int kRounds     = 7;
 constexpr int kIterations = 10000;
-constexpr int kKernels    = 2000;       // of a chain
-constexpr int kFlagStride = 32;         // words: each flag has a cache line
-constexpr int kStateBytes = 8192;       // such as h of 8 rows and 512 units in bfloat16
-constexpr int kWeights    = 200 << 10;  // bytes of shared memory that a CTA holds
+constexpr int kKernels    = 2000;                  // of a chain
+constexpr int kFlagStride = 32;                    // words: each flag has a cache line
+constexpr int kStateBytes = 8192;                  // such as h of 8 rows and 512 units in bfloat16
+constexpr int kWeights    = 200 << 10;             // bytes of shared memory that a CTA holds
+constexpr int kExchange   = 2 * kStateBytes + 16;  // and two barriers
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
@@ -66,9 +67,9 @@ __global__ void cluster_barriers(int n) {
 // All-gather of a state of kStateBytes: each CTA of a cluster has an equal part of it, and sends that
 // to all others. Two buffers by turns, a barrier each. What arrives is checked at the end.
 __global__ void cluster_exchange(uint32_t* wrong, int n) {
-  __shared__ uint64_t barriers[2];
   const int rank = cluster_rank(), size = cluster_size();
   const int words    = kStateBytes / 4 / size;  // of one part
+  auto* barriers     = reinterpret_cast<uint64_t*>(shared_memory() + 2 * kStateBytes);
   const auto state   = [](int buffer) { return shared_memory() + buffer * kStateBytes; };
   const auto content = [](int step, int from, int word) {
     return uint32_t(step * 7919 + from * 1024 + word);
@@ -244,7 +245,7 @@ void groups(int multiprocessors) {
 
 void clusters() {
   allow(cluster_barriers, 0);
-  allow(cluster_exchange, 2 * kStateBytes);
+  allow(cluster_exchange, kExchange);
   allow(holds_weights, kWeights);
   uint32_t* wrong = nullptr;
   CHECK(cudaMalloc(&wrong, sizeof *wrong));
@@ -265,7 +266,7 @@ void clusters() {
     }
   }
   for (const int size : {8, 16}) {
-    Shape shape{size, 256, 2 * kStateBytes, size};
+    Shape shape{size, 256, kExchange, size};
     const int most = resident_clusters(cluster_exchange, shape);
     for (const int count : {1, 8}) {
       if (count > most) continue;

@@ -642,6 +642,8 @@ def test_compute_sanitizer(tool):
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
     }
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+    if tool == "memcheck":  # torch asks drivers for functions that they may not have
+        command += ["--report-api-errors", "no"]
     command += ["--kernel-regex", "kns=fusedrnn", sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
