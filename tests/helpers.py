@@ -60,7 +60,7 @@ def run(module, input, hx=None, seed=3):
     results = flat(module(leaves[0]) if hx is None else module(leaves[0], hx))
     generator = torch.Generator().manual_seed(seed)
     # The same for every dtype, and exact in each of them.
-    weights = [torch.randn(r.shape, generator=generator).bfloat16().to(r.dtype) for r in results]
+    weights = [torch.randn(r.shape, generator=generator).bfloat16().to(r) for r in results]
     sum((r * w).sum() for r, w in zip(results, weights, strict=True)).backward()
     named = {f"result {i}": r.detach() for i, r in enumerate(results)}
     named |= {f"grad of argument {i}": leaf.grad for i, leaf in enumerate(leaves)}
