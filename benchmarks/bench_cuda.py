@@ -555,7 +555,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("bench_cuda: no CUDA GPU was found", file=sys.stderr)
         return 1
-    if not cuda.available():
+    if not cuda.available(torch.device("cuda")):
         print("bench_cuda: this build of fusedrnn has no CUDA kernels", file=sys.stderr)
         return 1
     seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)

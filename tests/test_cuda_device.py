@@ -31,7 +31,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from fusedrnn import cuda, functional, modules, ops
 
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or not cuda.available(),
+    not torch.cuda.is_available() or not cuda.available(torch.device("cuda")),
     reason="no CUDA GPU, or a build without CUDA kernels",
 )
 
