@@ -7,7 +7,7 @@ import torch
 
 import fusedrnn
 from benchmarks import bench_grid
-from benchmarks.workloads import char_lm
+from benchmarks.workloads import char_lm, common
 
 TEXT = b"def add(a, b):\n    return a + b\n\nclass Stack(list):\n    push = list.append\n" * 20
 SIZES = {"hidden": 12, "batch": 3, "chunk": 7, "seed": 5}
@@ -15,7 +15,7 @@ SIZES = {"hidden": 12, "batch": 3, "chunk": 7, "seed": 5}
 
 def test_char_lm_trains_alike():
     """More steps than the text has chunks, so that the state is dropped once on the way."""
-    steps = 2 * char_lm.BLOCK + 55
+    steps = 2 * common.BLOCK + 55
     tokens = char_lm.encode(TEXT)
     assert steps > char_lm.Streams(tokens, SIZES["batch"], SIZES["chunk"]).chunks
     runs = char_lm.train(["torch.nn", "fusedrnn"], tokens, steps=steps, **SIZES)
