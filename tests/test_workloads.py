@@ -7,10 +7,21 @@ import torch
 
 import fusedrnn
 from benchmarks import bench_grid
-from benchmarks.workloads import char_lm, common
+from benchmarks.workloads import char_lm, common, prefix_sum
 
+BACKENDS = ["torch.nn", "fusedrnn"]
 TEXT = b"def add(a, b):\n    return a + b\n\nclass Stack(list):\n    push = list.append\n" * 20
 SIZES = {"hidden": 12, "batch": 3, "chunk": 7, "seed": 5}
+
+
+def check_alike(runs: dict[str, common.Run], calls: int) -> None:
+    """Both backends trained alike, and fusedrnn's by `calls` calls of the kernels a step."""
+    theirs, ours = runs["torch.nn"], runs["fusedrnn"]
+    torch.testing.assert_close(ours.losses, theirs.losses, rtol=0, atol=1e-4)
+    steps = len(ours.losses)
+    assert ours.counts["kernel_forward"] == ours.counts["kernel_backward"] == calls * steps > 0
+    assert ours.counts["reference"] == ours.counts["torch"] == 0
+    assert not any(theirs.counts.values())
 
 
 def test_char_lm_trains_alike():
@@ -18,18 +29,15 @@ def test_char_lm_trains_alike():
     steps = 2 * common.BLOCK + 55
     tokens = char_lm.encode(TEXT)
     assert steps > char_lm.Streams(tokens, SIZES["batch"], SIZES["chunk"]).chunks
-    runs = char_lm.train(["torch.nn", "fusedrnn"], tokens, steps=steps, **SIZES)
+    runs = char_lm.train(BACKENDS, tokens, steps=steps, **SIZES)
     theirs, ours = runs["torch.nn"], runs["fusedrnn"]
     assert type(theirs.model.lstm) is torch.nn.LSTM
     assert type(ours.model.lstm) is fusedrnn.LSTM
     assert len(theirs.losses) == len(ours.losses) == steps
-    torch.testing.assert_close(ours.losses, theirs.losses, rtol=0, atol=1e-4)
+    check_alike(runs, calls=2)
     assert ours.losses[-1] < ours.losses[0] - 0.5
     held_out = [char_lm.evaluate(run.model, tokens, batch=2, chunk=50) for run in (ours, theirs)]
     assert held_out[0] == pytest.approx(held_out[1], abs=1e-4)
-    assert ours.counts["kernel_forward"] == ours.counts["kernel_backward"] == 2 * steps
-    assert ours.counts["reference"] == ours.counts["torch"] == 0
-    assert not any(theirs.counts.values())
 
 
 def test_char_lm_notices_that_no_kernel_ran(monkeypatch):
@@ -85,6 +93,45 @@ def test_char_lm_from_the_command_line(tmp_path, capsys):
     assert (tmp_path / "char_lm.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("method", [prefix_sum.PLAIN, prefix_sum.TRUNCATED, prefix_sum.FORCED])
+def test_prefix_sum_trains_alike(method):
+    sizes = {"steps": 25, "hidden": 12, "batch": 4, "n": 3, "seed": 2}
+    runs = prefix_sum.train(BACKENDS, "LSTM", method, 40, **sizes)
+    check_alike(runs, calls=1)
+    shares = [prefix_sum.evaluate(run.model, 3, length=50, seed=2) for run in runs.values()]
+    torch.testing.assert_close(*shares, rtol=0, atol=0.05)
+
+
+def test_prefix_sum_of_a_perfect_model_is_right_and_the_table_says_so():
+    """The two layers learn sums modulo 3 in a second; what they were told they then do alone."""
+    sizes = {"steps": 300, "hidden": 32, "batch": 16, "n": 3, "seed": 0}
+    runs = prefix_sum.train(["torch.nn"], "two layers", prefix_sum.FORCED, 20, **sizes)
+    correct = prefix_sum.evaluate(runs["torch.nn"].model, 3, length=300, seed=0)
+    assert correct.tolist() == [1.0] * 300
+    lost = torch.full((300,), 1 / 3)
+    rows = [
+        prefix_sum.Trained(model, method, length, runs, {"torch.nn": right})
+        for model in prefix_sum.MODELS
+        for method, length, right in (
+            (prefix_sum.PLAIN, 20, correct if model == "LSTM" else lost),
+            (prefix_sum.PLAIN, 200, lost),
+            (prefix_sum.TRUNCATED, 200, lost),
+            (prefix_sum.FORCED, 200, correct),
+        )
+    ]
+    verdicts = [verdict.split(" (")[0] for _, verdict in prefix_sum.findings(rows)]
+    assert verdicts == ["reproduced"] * 4 + ["NOT reproduced"] + ["reproduced"] * 3
+
+
+def test_a_missing_library_is_told_before_any_work(monkeypatch, capsys):
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as raised:
+        prefix_sum.main([])
+    assert raised.value.code == 2
+    expected = "prefix_sum: needs rich and matplotlib: pip install rich matplotlib\n"
+    assert capsys.readouterr().err == expected
+
+
 @pytest.mark.parametrize(
     ("main", "arguments", "message"),
     [
@@ -95,6 +142,7 @@ def test_char_lm_from_the_command_line(tmp_path, capsys):
         (char_lm.main, ["--seed", "-1"], "expected a whole number from 0 up, got -1"),
         (char_lm.main, ["--backend", "jax"], "invalid choice: 'jax'"),
         (char_lm.main, ["--out", __file__], "cannot make the folder"),
+        (prefix_sum.main, ["--n", "0"], "expected a whole number of at least 1, got '0'"),
         (bench_grid.main, ["--rounds", "2"], "expected at least 3 to show a spread, got 2"),
         (bench_grid.main, ["--cells", "LSTM,CNN"], "expected some of LSTM,GRU,RNN, got 'LSTM,CNN'"),
         (

@@ -233,7 +233,7 @@ class Output:
 
     def row(self, title: str, values: Sequence[str | float]) -> None:
         cells = [x if isinstance(x, str) else f"{x:.4f}" for x in values]
-        self(f"{title:>36}" + "".join(f"{cell:>12}" for cell in cells))
+        self(f"{title:>42}" + "".join(f"{cell:>13}" for cell in cells))
 
     def train(
         self, title: str, backends: Sequence[str], *arguments: Any, **options: Any
