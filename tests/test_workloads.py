@@ -7,7 +7,7 @@ import torch
 
 import fusedrnn
 from benchmarks import bench_grid
-from benchmarks.workloads import char_lm, common, prefix_sum
+from benchmarks.workloads import char_lm, common, gradient_flow, prefix_sum
 
 BACKENDS = ["torch.nn", "fusedrnn"]
 TEXT = b"def add(a, b):\n    return a + b\n\nclass Stack(list):\n    push = list.append\n" * 20
@@ -121,6 +121,28 @@ def test_prefix_sum_of_a_perfect_model_is_right_and_the_table_says_so():
     ]
     verdicts = [verdict.split(" (")[0] for _, verdict in prefix_sum.findings(rows)]
     assert verdicts == ["reproduced"] * 4 + ["NOT reproduced"] + ["reproduced"] * 3
+
+
+@pytest.mark.parametrize("variant", ["RNN, radius 1", "LSTM, forget bias 5", "GRU, update bias 5"])
+def test_gradient_flow_trains_alike(variant):
+    sizes = {"steps": 12, "length": 15, "hidden": 10, "batch": 6, "seed": 1}
+    check_alike(gradient_flow.train(BACKENDS, variant, **sizes), calls=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_flow_of_rnns_is_their_radius(backend):
+    panels = gradient_flow.curves(backend, length=40, hidden=16, seed=0)
+    flow, tamed = panels.values()
+    for variant, (kind, radius) in gradient_flow.VARIANTS.items():
+        if kind == "RNN":
+            assert gradient_flow.rate(flow[variant]) == pytest.approx(radius, abs=1e-3)
+    exploding, clipped, at_every_step, truncated = tamed.values()
+    assert torch.equal(exploding, flow["RNN, radius 1.1"])
+    assert clipped[-1] < 1 < exploding[-1]
+    assert gradient_flow.rate(clipped) == pytest.approx(gradient_flow.rate(exploding))
+    assert at_every_step.max() <= 1.1 * 30.0
+    assert torch.equal(truncated[:25], exploding[:25])
+    assert not truncated[25:].any()
 
 
 def test_a_missing_library_is_told_before_any_work(monkeypatch, capsys):
