@@ -7,7 +7,7 @@ import torch
 
 import fusedrnn
 from benchmarks import bench_grid
-from benchmarks.workloads import char_lm, common, gradient_flow, prefix_sum
+from benchmarks.workloads import char_lm, classify, common, gradient_flow, prefix_sum
 
 BACKENDS = ["torch.nn", "fusedrnn"]
 TEXT = b"def add(a, b):\n    return a + b\n\nclass Stack(list):\n    push = list.append\n" * 20
@@ -143,6 +143,24 @@ def test_gradient_flow_of_rnns_is_their_radius(backend):
     assert at_every_step.max() <= 1.1 * 30.0
     assert torch.equal(truncated[:25], exploding[:25])
     assert not truncated[25:].any()
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_classify_trains_alike(bidirectional):
+    kinds = [char_lm.encode(TEXT), char_lm.encode(TEXT.upper())]
+    sizes = {"steps": 15, "hidden": 8, "batch": 6, "length": 20, "seed": 3}
+    runs = classify.train(BACKENDS, kinds, bidirectional=bidirectional, **sizes)
+    check_alike(runs, calls=1)
+    guesses = [classify.evaluate(run.model, kinds, 20, 3, count=40)[2] for run in runs.values()]
+    assert torch.equal(*guesses)
+
+
+def test_classify_keeps_files_apart():
+    texts = {kind: [bytes([65 + 20 * i + j]) * 9 for j in range(20)] for i, kind in enumerate("ab")}
+    training, held_out = classify.split(texts)
+    for ours, theirs in zip(training, held_out, strict=True):
+        assert len(theirs.unique()) == 3  # two files and what is between them
+        assert not set(ours.tolist()) & set(theirs.tolist()) - {0}
 
 
 def test_a_missing_library_is_told_before_any_work(monkeypatch, capsys):

@@ -40,18 +40,23 @@ def encode(text: bytes) -> Tensor:
     return table[torch.frombuffer(bytearray(text), dtype=torch.uint8).long()]
 
 
-def corpus() -> tuple[Tensor, Tensor]:
-    """The standard library's source as (training, held-out) tokens; every 20th file is held out."""
+def library() -> list[Path]:
+    """The files of the standard library, in the same order everywhere."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(
         path for path in root.rglob("*.py") if not LEFT_OUT & set(path.relative_to(root).parts)
     )
     if len(files) < 20:
         raise SystemExit(
-            f"char_lm: expected the source of Python's standard library in {root}, found "
-            f"{len(files)} files; install the package of your system that holds it"
+            f"expected the source of Python's standard library in {root}, found {len(files)} "
+            "files; install the package of your system that holds it"
         )
-    texts = [path.read_bytes() for path in files]
+    return files
+
+
+def corpus() -> tuple[Tensor, Tensor]:
+    """The standard library's source as (training, held-out) tokens; every 20th file is held out."""
+    texts = [path.read_bytes() for path in library()]
     held_out = texts[10::20]
     del texts[10::20]
     return encode(b"\n".join(texts)), encode(b"\n".join(held_out))
