@@ -2,12 +2,14 @@
 options are told. How fast they are is not tested.
 """
 
+import datetime
+
 import pytest
 import torch
 
 import fusedrnn
 from benchmarks import bench_grid
-from benchmarks.workloads import char_lm, classify, common, gradient_flow, prefix_sum
+from benchmarks.workloads import char_lm, classify, common, gradient_flow, prefix_sum, seq2seq
 
 BACKENDS = ["torch.nn", "fusedrnn"]
 TEXT = b"def add(a, b):\n    return a + b\n\nclass Stack(list):\n    push = list.append\n" * 20
@@ -161,6 +163,27 @@ def test_classify_keeps_files_apart():
     for ours, theirs in zip(training, held_out, strict=True):
         assert len(theirs.unique()) == 3  # two files and what is between them
         assert not set(ours.tolist()) & set(theirs.tolist()) - {0}
+
+
+@pytest.mark.parametrize("forcing", [1.0, 0.5, 0.0])
+def test_seq2seq_trains_alike(forcing):
+    runs = seq2seq.train(BACKENDS, forcing, steps=12, hidden=10, batch=5, seed=4)
+    check_alike(runs, calls=1 + seq2seq.LENGTH)
+    dates = ["3 March 1998", "Tuesday, the 2nd of May, 2000"]
+    assert seq2seq.translate(runs["fusedrnn"].model, dates) == seq2seq.translate(
+        runs["torch.nn"].model, dates
+    )
+
+
+def test_seq2seq_forms_of_a_date():
+    forms = [seq2seq.write(datetime.date(2003, 3, 22), form) for form in range(10)]
+    assert len(set(forms)) == 10
+    for text in ("Saturday, the 22nd of March, 2003", "22.03.2003", "3/22/2003", "mar 22nd '03"):
+        assert text in forms
+    endings = [seq2seq.ordinal(day) for day in (1, 2, 3, 4, 11, 12, 13, 21, 23, 30, 31)]
+    assert " ".join(endings) == "1st 2nd 3rd 4th 11th 12th 13th 21st 23rd 30th 31st"
+    with_time = seq2seq.write(datetime.date(2003, 3, 2), 7)  # the form of C's ctime()
+    assert with_time == datetime.date(2003, 3, 2).ctime()
 
 
 def test_a_missing_library_is_told_before_any_work(monkeypatch, capsys):

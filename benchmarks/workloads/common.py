@@ -232,7 +232,8 @@ class Output:
         self.lines.append(text)
 
     def row(self, title: str, values: Sequence[str | float]) -> None:
-        cells = [x if isinstance(x, str) else f"{x:.4f}" for x in values]
+        numbers = [f"{x:.4f}" if isinstance(x, float) and x >= 0.01 else x for x in values]
+        cells = [x if isinstance(x, str) else f"{x:.2e}" for x in numbers]
         self(f"{title:>42}" + "".join(f"{cell:>13}" for cell in cells))
 
     def train(
@@ -281,10 +282,11 @@ class Output:
             reached = "reached" if at_least <= value <= at_most else "NOT reached"
             self(f"{name}, {backend}: {value:.4f}, threshold {bound}: {reached}")
 
-    def close(self, picture: str) -> None:
+    def close(self, picture: str = "") -> None:
         """Writes the text beside the picture, and says what that one shows and where it is."""
         self.path.write_text("\n".join(line.rstrip() for line in self.lines) + "\n")
-        print(f"\n{picture}: {self.picture}")
+        if picture:
+            print(f"\n{picture}: {self.picture}")
 
 
 def speedup(runs: Mapping[str, Run]) -> float:
