@@ -9,7 +9,15 @@ import torch
 
 import fusedrnn
 from benchmarks import bench_grid
-from benchmarks.workloads import char_lm, classify, common, gradient_flow, prefix_sum, seq2seq
+from benchmarks.workloads import (
+    char_lm,
+    classify,
+    common,
+    forecast,
+    gradient_flow,
+    prefix_sum,
+    seq2seq,
+)
 
 BACKENDS = ["torch.nn", "fusedrnn"]
 TEXT = b"def add(a, b):\n    return a + b\n\nclass Stack(list):\n    push = list.append\n" * 20
@@ -186,6 +194,27 @@ def test_seq2seq_forms_of_a_date():
     assert with_time == datetime.date(2003, 3, 2).ctime()
 
 
+@pytest.mark.parametrize("ahead", forecast.AHEAD.values())
+def test_forecast_trains_alike(ahead):
+    series = torch.linspace(0, 40, 300).sin()
+    sizes = {"steps": 12, "hidden": 10, "batch": 4, "length": 45, "seed": 6}
+    runs = forecast.train(BACKENDS, series, ahead, **sizes)
+    check_alike(runs, calls=1 + ahead)
+
+
+def test_forecast_series_solves_the_equation():
+    """Its derivative by central differences is what the equation says, but for their own error."""
+    x = forecast.mackey_glass(2000)
+    assert x.min() > 0.2
+    assert x.max() < 1.5
+    at = torch.arange(10, 1990)
+    slope = (8 * (x[at + 1] - x[at - 1]) - (x[at + 2] - x[at - 2])) / (12 * forecast.INTERVAL)
+    # The delay is 8.5 samples: the value between two, by the four around it.
+    delayed = (9 * (x[at - 9] + x[at - 8]) - x[at - 10] - x[at - 7]) / 16
+    expected = 0.2 * delayed / (1 + delayed**10) - 0.1 * x[at]
+    assert (slope - expected).abs().max() < 0.02 * slope.abs().max()
+
+
 def test_a_missing_library_is_told_before_any_work(monkeypatch, capsys):
     monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as raised:
@@ -206,6 +235,7 @@ def test_a_missing_library_is_told_before_any_work(monkeypatch, capsys):
         (char_lm.main, ["--backend", "jax"], "invalid choice: 'jax'"),
         (char_lm.main, ["--out", __file__], "cannot make the folder"),
         (prefix_sum.main, ["--n", "0"], "expected a whole number of at least 1, got '0'"),
+        (forecast.main, ["--length", "40"], "argument --length: expected more than 40"),
         (bench_grid.main, ["--rounds", "2"], "expected at least 3 to show a spread, got 2"),
         (bench_grid.main, ["--cells", "LSTM,CNN"], "expected some of LSTM,GRU,RNN, got 'LSTM,CNN'"),
         (
