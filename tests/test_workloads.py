@@ -10,12 +10,14 @@ import torch
 import fusedrnn
 from benchmarks import bench_grid
 from benchmarks.workloads import (
+    captioning,
     char_lm,
     classify,
     common,
     forecast,
     gradient_flow,
     prefix_sum,
+    scenes,
     seq2seq,
 )
 
@@ -213,6 +215,39 @@ def test_forecast_series_solves_the_equation():
     delayed = (9 * (x[at - 9] + x[at - 8]) - x[at - 10] - x[at - 7]) / 16
     expected = 0.2 * delayed / (1 + delayed**10) - 0.1 * x[at]
     assert (slope - expected).abs().max() < 0.02 * slope.abs().max()
+
+
+@pytest.mark.parametrize("injection", captioning.INJECTIONS)
+def test_captioning_trains_alike(injection):
+    runs = captioning.train(BACKENDS, injection, steps=8, hidden=10, batch=6, seed=7)
+    check_alike(runs, calls=1)
+    pictures = scenes.render(scenes.make_scenes(5, held_out=True))
+    captions = [captioning.describe(run.model, pictures) for run in runs.values()]
+    assert captions[0] == captions[1]
+
+
+def test_scenes_are_drawn_as_they_are_described():
+    first, second = scenes.Thing("square", "red", "large"), scenes.Thing("circle", "blue", "small")
+    beside = scenes.Scene([first, second], above=False)
+    assert str(beside) == "a large red square left of a small blue circle"
+    assert str(scenes.Scene([second], False)) == "a small blue circle"
+    beside, above = scenes.render([beside, scenes.Scene([first, second], above=True)])
+    for red, blue in ((beside[0], beside[2]), (above[0].t(), above[2].t())):  # [y, x], [x, y]
+        columns = torch.arange(float(scenes.SIDE))
+        centres = [((x > 0.5) * columns).sum() / (x > 0.5).sum() for x in (red, blue)]
+        assert centres[0] == pytest.approx(scenes.SIDE / 4, abs=1.6)
+        assert centres[1] == pytest.approx(3 * scenes.SIDE / 4, abs=1.6)
+        assert (red > 0.5).sum() > (blue > 0.5).sum()
+
+
+def test_scenes_keep_pairs_apart():
+    torch.manual_seed(0)
+    seen = [{str(s) for s in scenes.make_scenes(300, held_out)} for held_out in (False, True)]
+    assert not {s for s in seen[0] & seen[1] if " of " in s or "above" in s}
+    caption = "a small red circle left of a large blue square"
+    tokens = captioning.WORDS.encode([caption, "a small red circle"])
+    assert captioning.WORDS.decode(tokens) == [caption, "a small red circle"]
+    assert len(tokens) == 11
 
 
 def test_a_missing_library_is_told_before_any_work(monkeypatch, capsys):
