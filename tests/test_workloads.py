@@ -2,34 +2,54 @@
 options are told. How fast they are is not tested.
 """
 
+import datetime
+
 import pytest
 import torch
 
 import fusedrnn
 from benchmarks import bench_grid
-from benchmarks.workloads import char_lm
+from benchmarks.workloads import (
+    captioning,
+    char_lm,
+    classify,
+    common,
+    forecast,
+    gradient_flow,
+    prefix_sum,
+    scenes,
+    seq2seq,
+)
 
+BACKENDS = ["torch.nn", "fusedrnn"]
 TEXT = b"def add(a, b):\n    return a + b\n\nclass Stack(list):\n    push = list.append\n" * 20
 SIZES = {"hidden": 12, "batch": 3, "chunk": 7, "seed": 5}
 
 
+def check_alike(runs: dict[str, common.Run], calls: int) -> None:
+    """Both backends trained alike, and fusedrnn's by `calls` calls of the kernels a step."""
+    theirs, ours = runs["torch.nn"], runs["fusedrnn"]
+    torch.testing.assert_close(ours.losses, theirs.losses, rtol=0, atol=1e-4)
+    steps = len(ours.losses)
+    assert ours.counts["kernel_forward"] == ours.counts["kernel_backward"] == calls * steps > 0
+    assert ours.counts["reference"] == ours.counts["torch"] == 0
+    assert not any(theirs.counts.values())
+
+
 def test_char_lm_trains_alike():
     """More steps than the text has chunks, so that the state is dropped once on the way."""
-    steps = 2 * char_lm.BLOCK + 55
+    steps = 2 * common.BLOCK + 55
     tokens = char_lm.encode(TEXT)
     assert steps > char_lm.Streams(tokens, SIZES["batch"], SIZES["chunk"]).chunks
-    runs = char_lm.train(["torch.nn", "fusedrnn"], tokens, steps=steps, **SIZES)
+    runs = char_lm.train(BACKENDS, tokens, steps=steps, **SIZES)
     theirs, ours = runs["torch.nn"], runs["fusedrnn"]
     assert type(theirs.model.lstm) is torch.nn.LSTM
     assert type(ours.model.lstm) is fusedrnn.LSTM
     assert len(theirs.losses) == len(ours.losses) == steps
-    torch.testing.assert_close(ours.losses, theirs.losses, rtol=0, atol=1e-4)
+    check_alike(runs, calls=2)
     assert ours.losses[-1] < ours.losses[0] - 0.5
     held_out = [char_lm.evaluate(run.model, tokens, batch=2, chunk=50) for run in (ours, theirs)]
     assert held_out[0] == pytest.approx(held_out[1], abs=1e-4)
-    assert ours.counts["kernel_forward"] == ours.counts["kernel_backward"] == 2 * steps
-    assert ours.counts["reference"] == ours.counts["torch"] == 0
-    assert not any(theirs.counts.values())
 
 
 def test_char_lm_notices_that_no_kernel_ran(monkeypatch):
@@ -85,6 +105,160 @@ def test_char_lm_from_the_command_line(tmp_path, capsys):
     assert (tmp_path / "char_lm.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("method", [prefix_sum.PLAIN, prefix_sum.TRUNCATED, prefix_sum.FORCED])
+def test_prefix_sum_trains_alike(method):
+    sizes = {"steps": 25, "hidden": 12, "batch": 4, "n": 3, "seed": 2}
+    runs = prefix_sum.train(BACKENDS, "LSTM", method, 40, **sizes)
+    check_alike(runs, calls=1)
+    shares = [prefix_sum.evaluate(run.model, 3, length=50, seed=2) for run in runs.values()]
+    torch.testing.assert_close(*shares, rtol=0, atol=0.05)
+
+
+def test_prefix_sum_of_a_perfect_model_is_right_and_the_table_says_so():
+    """The two layers learn sums modulo 3 in a second; what they were told they then do alone."""
+    sizes = {"steps": 300, "hidden": 32, "batch": 16, "n": 3, "seed": 0}
+    runs = prefix_sum.train(["torch.nn"], "two layers", prefix_sum.FORCED, 20, **sizes)
+    correct = prefix_sum.evaluate(runs["torch.nn"].model, 3, length=300, seed=0)
+    assert correct.tolist() == [1.0] * 300
+    lost = torch.full((300,), 1 / 3)
+    rows = [
+        prefix_sum.Trained(model, method, length, runs, {"torch.nn": right})
+        for model in prefix_sum.MODELS
+        for method, length, right in (
+            (prefix_sum.PLAIN, 20, correct if model == "LSTM" else lost),
+            (prefix_sum.PLAIN, 200, lost),
+            (prefix_sum.TRUNCATED, 200, lost),
+            (prefix_sum.FORCED, 200, correct),
+        )
+    ]
+    verdicts = [verdict.split(" (")[0] for _, verdict in prefix_sum.findings(rows)]
+    assert verdicts == ["reproduced"] * 4 + ["NOT reproduced"] + ["reproduced"] * 3
+
+
+@pytest.mark.parametrize("variant", ["RNN, radius 1", "LSTM, forget bias 5", "GRU, update bias 5"])
+def test_gradient_flow_trains_alike(variant):
+    sizes = {"steps": 12, "length": 15, "hidden": 10, "batch": 6, "seed": 1}
+    check_alike(gradient_flow.train(BACKENDS, variant, **sizes), calls=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_flow_of_rnns_is_their_radius(backend):
+    panels = gradient_flow.curves(backend, length=40, hidden=16, seed=0)
+    flow, tamed = panels.values()
+    for variant, (kind, radius) in gradient_flow.VARIANTS.items():
+        if kind == "RNN":
+            assert gradient_flow.rate(flow[variant]) == pytest.approx(radius, abs=1e-3)
+    exploding, clipped, at_every_step, truncated = tamed.values()
+    assert torch.equal(exploding, flow["RNN, radius 1.1"])
+    assert clipped[-1] < 1 < exploding[-1]
+    assert gradient_flow.rate(clipped) == pytest.approx(gradient_flow.rate(exploding))
+    assert at_every_step.max() <= 1.1 * 30.0
+    assert torch.equal(truncated[:25], exploding[:25])
+    assert not truncated[25:].any()
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_classify_trains_alike(bidirectional):
+    kinds = [char_lm.encode(TEXT), char_lm.encode(TEXT.upper())]
+    sizes = {"steps": 15, "hidden": 8, "batch": 6, "length": 20, "seed": 3}
+    runs = classify.train(BACKENDS, kinds, bidirectional=bidirectional, **sizes)
+    check_alike(runs, calls=1)
+    guesses = [classify.evaluate(run.model, kinds, 20, 3, count=40)[2] for run in runs.values()]
+    assert torch.equal(*guesses)
+
+
+def test_classify_keeps_files_apart():
+    texts = {kind: [bytes([65 + 20 * i + j]) * 9 for j in range(20)] for i, kind in enumerate("ab")}
+    training, held_out = classify.split(texts)
+    for ours, theirs in zip(training, held_out, strict=True):
+        assert len(theirs.unique()) == 3  # two files and what is between them
+        assert not set(ours.tolist()) & set(theirs.tolist()) - {0}
+
+
+@pytest.mark.parametrize("forcing", [1.0, 0.5, 0.0])
+def test_seq2seq_trains_alike(forcing):
+    runs = seq2seq.train(BACKENDS, forcing, steps=12, hidden=10, batch=5, seed=4)
+    check_alike(runs, calls=1 + seq2seq.LENGTH)
+    dates = ["3 March 1998", "Tuesday, the 2nd of May, 2000"]
+    assert seq2seq.translate(runs["fusedrnn"].model, dates) == seq2seq.translate(
+        runs["torch.nn"].model, dates
+    )
+
+
+def test_seq2seq_forms_of_a_date():
+    forms = [seq2seq.write(datetime.date(2003, 3, 22), form) for form in range(10)]
+    assert len(set(forms)) == 10
+    for text in ("Saturday, the 22nd of March, 2003", "22.03.2003", "3/22/2003", "mar 22nd '03"):
+        assert text in forms
+    endings = [seq2seq.ordinal(day) for day in (1, 2, 3, 4, 11, 12, 13, 21, 23, 30, 31)]
+    assert " ".join(endings) == "1st 2nd 3rd 4th 11th 12th 13th 21st 23rd 30th 31st"
+    with_time = seq2seq.write(datetime.date(2003, 3, 2), 7)  # the form of C's ctime()
+    assert with_time == datetime.date(2003, 3, 2).ctime()
+
+
+@pytest.mark.parametrize("ahead", forecast.AHEAD.values())
+def test_forecast_trains_alike(ahead):
+    series = torch.linspace(0, 40, 300).sin()
+    sizes = {"steps": 12, "hidden": 10, "batch": 4, "length": 45, "seed": 6}
+    runs = forecast.train(BACKENDS, series, ahead, **sizes)
+    check_alike(runs, calls=1 + ahead)
+
+
+def test_forecast_series_solves_the_equation():
+    """Its derivative by central differences is what the equation says, but for their own error."""
+    x = forecast.mackey_glass(2000)
+    assert x.min() > 0.2
+    assert x.max() < 1.5
+    at = torch.arange(10, 1990)
+    slope = (8 * (x[at + 1] - x[at - 1]) - (x[at + 2] - x[at - 2])) / (12 * forecast.INTERVAL)
+    # The delay is 8.5 samples: the value between two, by the four around it.
+    delayed = (9 * (x[at - 9] + x[at - 8]) - x[at - 10] - x[at - 7]) / 16
+    expected = 0.2 * delayed / (1 + delayed**10) - 0.1 * x[at]
+    assert (slope - expected).abs().max() < 0.02 * slope.abs().max()
+
+
+@pytest.mark.parametrize("injection", captioning.INJECTIONS)
+def test_captioning_trains_alike(injection):
+    runs = captioning.train(BACKENDS, injection, steps=8, hidden=10, batch=6, seed=7)
+    check_alike(runs, calls=1)
+    pictures = scenes.render(scenes.make_scenes(5, held_out=True))
+    captions = [captioning.describe(run.model, pictures) for run in runs.values()]
+    assert captions[0] == captions[1]
+
+
+def test_scenes_are_drawn_as_they_are_described():
+    first, second = scenes.Thing("square", "red", "large"), scenes.Thing("circle", "blue", "small")
+    beside = scenes.Scene([first, second], above=False)
+    assert str(beside) == "a large red square left of a small blue circle"
+    assert str(scenes.Scene([second], False)) == "a small blue circle"
+    beside, above = scenes.render([beside, scenes.Scene([first, second], above=True)])
+    for red, blue in ((beside[0], beside[2]), (above[0].t(), above[2].t())):  # [y, x], [x, y]
+        columns = torch.arange(float(scenes.SIDE))
+        centres = [((x > 0.5) * columns).sum() / (x > 0.5).sum() for x in (red, blue)]
+        assert centres[0] == pytest.approx(scenes.SIDE / 4, abs=1.6)
+        assert centres[1] == pytest.approx(3 * scenes.SIDE / 4, abs=1.6)
+        assert (red > 0.5).sum() > (blue > 0.5).sum()
+
+
+def test_scenes_keep_pairs_apart():
+    torch.manual_seed(0)
+    seen = [{str(s) for s in scenes.make_scenes(300, held_out)} for held_out in (False, True)]
+    assert not {s for s in seen[0] & seen[1] if " of " in s or "above" in s}
+    caption = "a small red circle left of a large blue square"
+    tokens = captioning.WORDS.encode([caption, "a small red circle"])
+    assert captioning.WORDS.decode(tokens) == [caption, "a small red circle"]
+    assert len(tokens) == 11
+
+
+def test_a_missing_library_is_told_before_any_work(monkeypatch, capsys):
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as raised:
+        prefix_sum.main([])
+    assert raised.value.code == 2
+    expected = "prefix_sum: needs rich and matplotlib: pip install rich matplotlib\n"
+    assert capsys.readouterr().err == expected
+
+
 @pytest.mark.parametrize(
     ("main", "arguments", "message"),
     [
@@ -95,6 +269,8 @@ def test_char_lm_from_the_command_line(tmp_path, capsys):
         (char_lm.main, ["--seed", "-1"], "expected a whole number from 0 up, got -1"),
         (char_lm.main, ["--backend", "jax"], "invalid choice: 'jax'"),
         (char_lm.main, ["--out", __file__], "cannot make the folder"),
+        (prefix_sum.main, ["--n", "0"], "expected a whole number of at least 1, got '0'"),
+        (forecast.main, ["--length", "40"], "argument --length: expected more than 40"),
         (bench_grid.main, ["--rounds", "2"], "expected at least 3 to show a spread, got 2"),
         (bench_grid.main, ["--cells", "LSTM,CNN"], "expected some of LSTM,GRU,RNN, got 'LSTM,CNN'"),
         (
