@@ -17,7 +17,8 @@ INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
 # Build requirements, from the one place that names them.
 REQUIRES = $$(sed -n 's/^requires = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-CPP     := $(filter %.h %.cpp,$(SOURCES))
+CPP     := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(wildcard tests/cuda_on_cpu/*.[hc]*) \
+           $(wildcard benchmarks/*.cu)
 
 .PHONY: demo test bench lint sanitize clean
 
@@ -37,7 +38,8 @@ lint: .venv/lint.stamp
 	.venv/bin/clang-format --dry-run --Werror $(CPP)
 	.venv/bin/cmake -S csrc -B build/lint -DCMAKE_BUILD_TYPE=Release \
 	  -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir) -DPython_EXECUTABLE=$(CURDIR)/$(PY) >/dev/null
-	printf '%s\n' $(filter %.cpp,$(CPP)) | xargs -P 2 -n 1 .venv/bin/clang-tidy --quiet -p build/lint
+	sed -n 's/.*"file": "\(.*\.cpp\)".*/\1/p' build/lint/compile_commands.json | \
+	  xargs -P 2 -n 1 .venv/bin/clang-tidy --quiet -p build/lint
 
 # The whole suite but the build's own tests, under AddressSanitizer and UBSan. The extension is
 # rebuilt in place, so the stamps go first: the next target builds the ordinary one again.

@@ -113,6 +113,13 @@ def test_forward_and_backward(number, path, cell, shape):
     check(cell, number, path, SHAPES[shape])
 
 
+@pytest.mark.parametrize("path", ["step", "block"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_long_sequences(cell, path):
+    """More steps than one upload of offsets has, and several chunks of previous_states."""
+    check(cell, "float32", path, dict(T=300, B=2, I=1, H=2, D=2, packed=True))
+
+
 @pytest.mark.parametrize("shape", PROJECTIONS)
 @pytest.mark.parametrize("number", NUMBERS)
 def test_projection(number, shape):

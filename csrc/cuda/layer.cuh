@@ -221,28 +221,32 @@ __device__ __forceinline__ acc_t receive(const Step& after, int row, acc_t passe
   return 0;
 }
 
-// The gradient that reaches h of a row's step from outside: from output and h_n.
+// What reaches a state of a row's step from outside: from its place in `every`, [N, D*width], and, at
+// the row's last step, from `last`, [D, B, width]. Either may be null, for zero.
 template <class N>
-__device__ __forceinline__ typename N::acc_t grad_of_h(const BackwardLayer<N>& a, int d,
-                                                       const Step& step, int row, int unit) {
+__device__ __forceinline__ typename N::acc_t grad_from_outside(const BackwardLayer<N>& a, int d,
+                                                               const Step& step, int row, int unit,
+                                                               int width,
+                                                               const typename N::scalar_t* every,
+                                                               const typename N::scalar_t* last) {
   using acc_t = typename N::acc_t;
-  acc_t grad  = number<acc_t>(a.grad_output, (step.offset + row) * a.D * a.P + d * a.P + unit);
+  acc_t grad  = number<acc_t>(every, ((step.offset + row) * a.D + d) * width + unit);
   if (row >= step.count_after) {
-    grad += number<acc_t>(a.grad_h_n, (d * a.sequences.B + row) * a.P + unit);
+    grad += number<acc_t>(last, (d * a.sequences.B + row) * width + unit);
   }
   return grad;
 }
 
-// Likewise of c.
+template <class N>
+__device__ __forceinline__ typename N::acc_t grad_of_h(const BackwardLayer<N>& a, int d,
+                                                       const Step& step, int row, int unit) {
+  return grad_from_outside(a, d, step, row, unit, a.P, a.grad_output, a.grad_h_n);
+}
+
 template <class N>
 __device__ __forceinline__ typename N::acc_t grad_of_c(const BackwardLayer<N>& a, int d,
                                                        const Step& step, int row, int unit) {
-  using acc_t = typename N::acc_t;
-  acc_t grad  = number<acc_t>(a.grad_cells, (step.offset + row) * a.D * a.H + d * a.H + unit);
-  if (row >= step.count_after) {
-    grad += number<acc_t>(a.grad_c_n, (d * a.sequences.B + row) * a.H + unit);
-  }
-  return grad;
+  return grad_from_outside(a, d, step, row, unit, a.H, a.grad_cells, a.grad_c_n);
 }
 
 template <class N, class C>
