@@ -68,6 +68,8 @@ def _fits(
     weights: ops.Weights,
     options: ops.Options | None,
 ) -> bool:
+    if forced == "torch":
+        return False
     if not all(t is None or _is_ordinary(t, input) for t in (input, *initial, *weights)):
         return False
     packed = options is not None and options.batch_sizes is not None

@@ -55,6 +55,8 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
     if first.is_cuda:
         if not cuda.available(first.device):
             return "torch.nn: this build has no CUDA kernels for this GPU: see python -m fusedrnn."
+        if cuda.forced == "torch":
+            return "torch.nn: FUSEDRNN_KERNEL=torch asks for it."
         if isinstance(module, nn.RNNCellBase):
             return "torch.nn: one step alone is no work for a kernel of its own on a GPU."
     elif (

@@ -434,7 +434,8 @@ class LSTM(_Layers):
         return_cell_states  True: returns (output, (h_n, c_n), cells), cells being c of the last
                             layer at every step, [T, B, D * hidden_size] or as the input
 
-    The kernels take floating-point numbers on the CPU, and torch's own implementation the rest.
+    The kernels take floating-point numbers on the CPU and on CUDA devices, and torch's own
+    implementation the rest: see fusedrnn.explain.
     Raises what torch.nn.LSTM raises: ValueError for an input that is neither 2-D nor 3-D or not of
     the weights' dtype, RuntimeError for a wrong size or dtype of hx; and ValueError for lengths or
     a reset_mask that do not fit. It is no torch.nn.LSTM for isinstance, but a torch.nn.RNNBase.

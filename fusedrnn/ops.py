@@ -1,7 +1,8 @@
-"""The only caller of the compiled kernels, and the counters that say what ran.
+"""The only caller of the compiled CPU kernels, and the counters that say what ran.
 
 csrc/bindings.cpp checks what it is given, and refuses what the kernels cannot take; here is what
-must be known before that, and the errors. Not an autograd layer: functional.py is.
+must be known before that, and the errors. CUDA tensors go on to cuda.py. Not an autograd layer:
+functional.py is.
 """
 
 from __future__ import annotations

@@ -360,6 +360,12 @@ def test_forced_path_that_cannot_be():
         layer_of(208).block(False)
 
 
+def test_torch_can_be_asked_for():
+    module = LSTM(2, 3)
+    with emulated("torch"), ran("torch"):
+        module(torch.randn(2, 2, 2))
+
+
 def test_cudnn_where_it_is_known_to_be_faster(monkeypatch):
     monkeypatch.setattr(cuda, "_is_large", lambda device: True)
     call = cuda._Call("lstm", torch.float16, torch.device("cuda"), 64, 512, 512, 1, True, lambda: 0)
