@@ -38,7 +38,8 @@ struct CudaForwardArgs : CudaCall {
   const void* bias_hh[2];    // scalar [G*H], or null
   const void* weight_hr[2];  // scalar [P, H], LSTM only, or null: then P = H
   const void *h0, *c0;       // scalar [D, B, P], [D, B, H], or null for zeros
-  void* gates;               // out: scalar [D, N, G*H] as ForwardArgs's, or null if not wanted
+  void* gates;               // out: scalar [D, N, G*H] as ForwardArgs's, but in 16 bits sigmoids
+                             // above 1/2 less 1 (layer.cuh, put_gate); or null if not wanted
   void* extra;               // out: acc [D, N, H], ForwardArgs's; null where it is not wanted, but
                              // LSTM's is working memory then, acc [D, B, H]
   bool every_cell;           // LSTM: extra is [D, N, H]
