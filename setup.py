@@ -62,7 +62,12 @@ class CMakeBuild(build_ext):
 
         # One folder for every build of this Python: pip's temporary ones would lose the objects.
         build = Path("build", str(sys.implementation.cache_tag)).resolve()
-        configure = ["cmake", "--fresh", "-G", "Ninja", "-S", "csrc", "-B", str(build)]
+        # Configured anew, as another compiler or environment may have come; unlike with --fresh the
+        # objects stay, and ninja makes those again whose commands or sources changed.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        for known in build.glob("CMakeFiles/[0-9]*"):
+            shutil.rmtree(known)
+        configure = ["cmake", "-G", "Ninja", "-S", "csrc", "-B", str(build)]
         configure += ["-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}"]
         configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
         for command in (configure, ["cmake", "--build", str(build)]):
