@@ -19,6 +19,7 @@ from benchmarks.workloads import (
     prefix_sum,
     scenes,
     seq2seq,
+    video,
 )
 
 BACKENDS = ["torch.nn", "fusedrnn"]
@@ -248,6 +249,26 @@ def test_scenes_keep_pairs_apart():
     tokens = captioning.WORDS.encode([caption, "a small red circle"])
     assert captioning.WORDS.decode(tokens) == [caption, "a small red circle"]
     assert len(tokens) == 11
+
+
+def test_video_trains_alike():
+    runs = video.train(BACKENDS, steps=8, hidden=10, batch=4, length=6, seed=8)
+    check_alike(runs, calls=2)
+
+
+def test_video_labels_are_what_moves():
+    torch.manual_seed(1)
+    frames, ways, turns = video.make_clips(30, 40)
+    assert frames.shape == (30, 40, 1, video.SIDE, video.SIDE)
+    light = frames.clamp(min=0.4).sub(0.4)[:, :, 0]  # without the noise
+    columns = torch.arange(float(video.SIDE))
+    centres = torch.stack([light.sum(dim) @ columns for dim in (2, 3)], -1)
+    centres /= light.sum((2, 3))[..., None]
+    moves = centres.diff(dim=0)
+    assert (moves - video.STEPS[ways[1:]]).abs().max() < 0.6
+    assert (ways[0] == -1).all()
+    seen = (ways[1:].diff(dim=0) != 0).sum(0)
+    assert turns.tolist() == seen.clamp(max=2).tolist()
 
 
 def test_a_missing_library_is_told_before_any_work(monkeypatch, capsys):
