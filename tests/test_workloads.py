@@ -14,6 +14,7 @@ from benchmarks.workloads import (
     char_lm,
     classify,
     common,
+    dialogue,
     forecast,
     gradient_flow,
     prefix_sum,
@@ -269,6 +270,35 @@ def test_video_labels_are_what_moves():
     assert (ways[0] == -1).all()
     seen = (ways[1:].diff(dim=0) != 0).sum(0)
     assert turns.tolist() == seen.clamp(max=2).tolist()
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_dialogue_trains_alike(sees):
+    runs = dialogue.train(BACKENDS, sees, steps=8, hidden=10, batch=6, seed=9)
+    check_alike(runs, calls=2)
+    pictures, asked = dialogue.make_batch(5, held_out=True)
+    questions = [question for _, question, _ in asked]
+    answers = [dialogue.answer(run.model, pictures, questions) for run in runs.values()]
+    assert answers[0] == answers[1]
+
+
+def test_dialogue_asks_what_the_scene_answers():
+    things = [scenes.Thing("square", "red", "large"), scenes.Thing("circle", "blue", "small")]
+    torch.manual_seed(0)
+    told = {dialogue.ask(scenes.Scene(things, above=True))[1:] for _ in range(1000)}
+    assert len(dict(told)) == len(told)  # no question has two answers
+    for question, answer in {
+        "how many things are there ?": "two",
+        "is there a blue circle ?": "yes",
+        "is there a red circle ?": "no",
+        "what size is the circle ?": "small",
+        "what shape is the red thing ?": "square",
+        "what is above the blue circle ?": "a large red square",
+        "what is below the red square ?": "a small blue circle",
+        "what is above the red square ?": "nothing",
+        "what is left of the blue circle ?": "nothing",
+    }.items():
+        assert (question, answer) in told
 
 
 def test_a_missing_library_is_told_before_any_work(monkeypatch, capsys):
