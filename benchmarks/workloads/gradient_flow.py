@@ -215,7 +215,7 @@ def draw(
             panel.set_xlabel("distance from the loss (steps)")
             panel.set_title(title)
         axes[0].set_ylabel("norm of the gradient of the state")
-        axes[1].legend(loc="upper left")
+        axes[1].legend(loc="lower right")
         for variant, values in accuracies.items():
             axes[2].plot(common.moving_mean(values), color=colours[variant], linewidth=2)
         axes[2].set_title("Learning which symbol came first")

@@ -95,7 +95,7 @@ def train(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, length: int, seed: int, count: int = 500) -> dict[str, float]:
-    """Accuracy over frames, the first aside, and over clips, and the share of the commonest count."""
+    """Accuracy over frames, the first aside, and over clips; the share of the commonest count."""
     torch.manual_seed(seed + 2**31)
     frames, ways, turns = make_clips(length, count)
     way, counted = model(frames)
