@@ -14,11 +14,13 @@ from benchmarks.workloads import (
     char_lm,
     classify,
     common,
+    dialogue,
     forecast,
     gradient_flow,
     prefix_sum,
     scenes,
     seq2seq,
+    video,
 )
 
 BACKENDS = ["torch.nn", "fusedrnn"]
@@ -248,6 +250,55 @@ def test_scenes_keep_pairs_apart():
     tokens = captioning.WORDS.encode([caption, "a small red circle"])
     assert captioning.WORDS.decode(tokens) == [caption, "a small red circle"]
     assert len(tokens) == 11
+
+
+def test_video_trains_alike():
+    runs = video.train(BACKENDS, steps=8, hidden=10, batch=4, length=6, seed=8)
+    check_alike(runs, calls=2)
+
+
+def test_video_labels_are_what_moves():
+    torch.manual_seed(1)
+    frames, ways, turns = video.make_clips(30, 40)
+    assert frames.shape == (30, 40, 1, video.SIDE, video.SIDE)
+    light = frames.clamp(min=0.4).sub(0.4)[:, :, 0]  # without the noise
+    columns = torch.arange(float(video.SIDE))
+    centres = torch.stack([light.sum(dim) @ columns for dim in (2, 3)], -1)
+    centres /= light.sum((2, 3))[..., None]
+    moves = centres.diff(dim=0)
+    assert (moves - video.STEPS[ways[1:]]).abs().max() < 0.6
+    assert (ways[0] == -1).all()
+    seen = (ways[1:].diff(dim=0) != 0).sum(0)
+    assert turns.tolist() == (seen.clamp(1, 3) - 1).tolist()
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_dialogue_trains_alike(sees):
+    runs = dialogue.train(BACKENDS, sees, steps=8, hidden=10, batch=6, seed=9)
+    check_alike(runs, calls=2)
+    pictures, asked = dialogue.make_batch(5, held_out=True)
+    questions = [question for _, question, _ in asked]
+    answers = [dialogue.answer(run.model, pictures, questions) for run in runs.values()]
+    assert answers[0] == answers[1]
+
+
+def test_dialogue_asks_what_the_scene_answers():
+    things = [scenes.Thing("square", "red", "large"), scenes.Thing("circle", "blue", "small")]
+    torch.manual_seed(0)
+    told = {dialogue.ask(scenes.Scene(things, above=True))[1:] for _ in range(1000)}
+    assert len(dict(told)) == len(told)  # no question has two answers
+    for question, answer in {
+        "how many things are there ?": "two",
+        "is there a blue circle ?": "yes",
+        "is there a red circle ?": "no",
+        "what size is the circle ?": "small",
+        "what shape is the red thing ?": "square",
+        "what is above the blue circle ?": "a large red square",
+        "what is below the red square ?": "a small blue circle",
+        "what is above the red square ?": "nothing",
+        "what is left of the blue circle ?": "nothing",
+    }.items():
+        assert (question, answer) in told
 
 
 def test_a_missing_library_is_told_before_any_work(monkeypatch, capsys):

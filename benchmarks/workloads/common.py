@@ -304,7 +304,7 @@ def figure(path: Path, *shape: int, size: tuple[float, float]) -> Iterator[tuple
 
     figure, axes = plt.subplots(*shape, figsize=size, layout="constrained")
     yield figure, axes
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 

@@ -203,7 +203,7 @@ def draw(
         members = [variant for variant in VARIANTS if VARIANTS[variant][0] == kind]
         for i, variant in enumerate(members):
             colours[variant] = matplotlib.colormaps[name](0.4 + 0.55 * i / (len(members) - 1))
-    with common.figure(path, 1, 3, size=(15, 4.6)) as (figure, axes):
+    with common.figure(path, 1, 3, size=(13.5, 4.4)) as (figure, axes):
         for panel, (title, lines) in zip(axes, panels.items(), strict=False):
             for label, norms in lines.items():
                 seen = norms.clamp(min=1e-30).where(norms > 0, torch.nan)
@@ -215,7 +215,7 @@ def draw(
             panel.set_xlabel("distance from the loss (steps)")
             panel.set_title(title)
         axes[0].set_ylabel("norm of the gradient of the state")
-        axes[1].legend(loc="upper left")
+        axes[1].legend(loc="lower right")
         for variant, values in accuracies.items():
             axes[2].plot(common.moving_mean(values), color=colours[variant], linewidth=2)
         axes[2].set_title("Learning which symbol came first")
