@@ -28,7 +28,7 @@ WORDS = Vocabulary(" ".join(["a left of above", *scenes.SIZES, *scenes.COLOURS, 
 LONGEST = 10  # words and END
 INJECTIONS = {"h0": (True, False), "every step": (False, True), "both": (True, True)}
 FULL = {"steps": 600, "hidden": 96, "batch": 64}
-QUICK = {"steps": 200, "hidden": 64, "batch": 32}
+QUICK = {"steps": 400, "hidden": 96, "batch": 48}
 LEARNED = 0.9
 
 

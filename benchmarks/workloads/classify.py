@@ -31,7 +31,7 @@ MODELS = {"last state": False, "bidirectional": True}
 SHORTEST = 10
 FILES = 300  # of a kind, at most
 FULL = {"steps": 1200, "hidden": 64, "batch": 32, "length": 100}
-QUICK = {"steps": 400, "hidden": 48, "batch": 32, "length": 100}
+QUICK = {"steps": 600, "hidden": 64, "batch": 32, "length": 100}
 LEARNED = 0.8
 
 

@@ -36,7 +36,7 @@ KINDS = ("how many", "is there", "colour", "shape", "size", "where")
 LONGEST = 5  # words of an answer and END
 PICTURES = {"with picture": True, "without it": False}
 FULL = {"steps": 2000, "hidden": 128, "batch": 64}
-QUICK = {"steps": 300, "hidden": 64, "batch": 32}
+QUICK = {"steps": 800, "hidden": 96, "batch": 48}
 LEARNED = 0.8
 
 

@@ -29,7 +29,7 @@ SETTLE = 20  # samples of a window whose forecasts do not count: the delay is no
 WARM_UP, HORIZON = 100, 200  # samples, in the test
 AT = 42  # the horizon of the threshold: 84 units of time, the customary one
 FULL = {"steps": 1000, "hidden": 64, "batch": 16, "length": 100}
-QUICK = {"steps": 300, "hidden": 48, "batch": 16, "length": 100}
+QUICK = {"steps": 600, "hidden": 64, "batch": 16, "length": 100}
 LEARNED = 0.2
 
 

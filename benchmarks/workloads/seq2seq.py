@@ -32,7 +32,7 @@ START, END = len(TARGETS), len(TARGETS) + 1
 LENGTH = 11  # of the output, END included
 PROBABILITIES = (1.0, 0.5, 0.0)  # of teacher forcing
 FULL = {"steps": 600, "hidden": 128, "batch": 64}
-QUICK = {"steps": 250, "hidden": 96, "batch": 32}
+QUICK = {"steps": 300, "hidden": 128, "batch": 48}
 LEARNED = 0.95
 
 

@@ -26,7 +26,7 @@ SIDE, RADIUS = 16, 2.5
 TURNING = 0.06  # the chance of a turn at a frame
 COUNTS = ("1 turn or none", "2 turns", "3 or more")  # about as frequent, in 16 frames
 FULL = {"steps": 1500, "hidden": 64, "batch": 16, "length": 16}
-QUICK = {"steps": 400, "hidden": 48, "batch": 16, "length": 16}
+QUICK = {"steps": 800, "hidden": 64, "batch": 16, "length": 16}
 LEARNED = {"frames": 0.95, "clips": 0.9}
 
 
