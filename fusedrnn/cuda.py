@@ -24,9 +24,8 @@ from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.nn import Parameter
 from torch.nn.functional import linear
 
-import fusedrnn._C as _C
-
-from . import ops
+from . import ops  # isort: skip, it has the words for a missing extension
+import fusedrnn._C as _C  # isort: skip
 
 _NUMBERS = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 3, torch.float16: 4}
 _TF32 = 2  # the one of csrc/cuda/kernels.h that is no dtype

@@ -16,10 +16,10 @@ constexpr int kBlockWarps = 12;  // at most, so that each thread can have 168 re
 constexpr int kBlockUnits = kBlockWarps * kUnitTile;
 
 // How many fragments of its weights a warp keeps in registers, 8 each. With one more each way,
-// nvcc 13.0 spills (LSTM: forward for sm_90a, backward for sm_80).
+// nvcc 13.0 spills (LSTM, bfloat16, for sm_90a).
 template <class N>
 FUSEDRNN_INLINE constexpr int in_registers(bool backward) {
-  return N::kWeightLanes < kWarp ? 0 : backward ? 4 : 6;
+  return N::kWeightLanes < kWarp ? 0 : backward ? 3 : 6;
 }
 
 // Bytes of a row of states in shared memory, such that what a quarter of a warp reads at once lies in
