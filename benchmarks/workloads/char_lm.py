@@ -40,7 +40,7 @@ def encode(text: bytes) -> Tensor:
     return table[torch.frombuffer(bytearray(text), dtype=torch.uint8).long()]
 
 
-def library() -> list[Path]:
+def standard_files() -> list[Path]:
     """The files of the standard library, in the same order everywhere."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(
@@ -56,7 +56,7 @@ def library() -> list[Path]:
 
 def corpus() -> tuple[Tensor, Tensor]:
     """The standard library's source as (training, held-out) tokens; every 20th file is held out."""
-    texts = [path.read_bytes() for path in library()]
+    texts = [path.read_bytes() for path in standard_files()]
     held_out = texts[10::20]
     del texts[10::20]
     return encode(b"\n".join(texts)), encode(b"\n".join(held_out))

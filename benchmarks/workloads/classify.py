@@ -44,7 +44,7 @@ def corpus() -> dict[str, list[bytes]]:
     packages = sorted(importlib.metadata.distributions(), key=lambda item: item.name)
     described = [item.read_text("METADATA") or "" for item in packages]
     texts = {
-        "Python": [path.read_bytes() for path in char_lm.library()],
+        "Python": [path.read_bytes() for path in char_lm.standard_files()],
         "C": headers(Path(sysconfig.get_paths()["include"])),
         "C++": headers(Path(torch.__file__).parent / "include" / "ATen"),
         "prose": [text.encode() for text in (*topics.topics.values(), *described)],
