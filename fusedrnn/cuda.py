@@ -11,10 +11,9 @@ setting of torch's matrix products.
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from types import NotImplementedType
 from typing import Any, NamedTuple
 
@@ -41,7 +40,7 @@ def available(device: torch.device) -> bool:
     return hasattr(_C, "CudaLayer") and _capability(device) >= (8, 0)
 
 
-@functools.cache
+@cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
@@ -105,9 +104,8 @@ class _Call(NamedTuple):
     H: int
     D: int
     alone: bool  # torch.nn could compute it too: a module of one layer, without options
-    block_ctas: Callable[
-        [], int
-    ]  # that the device runs at once; 0 where the block path is not for it
+    # CTAs that the device runs at once; 0 where the block path is not for it.
+    block_ctas: Callable[[], int]
 
 
 class Rule(NamedTuple):
@@ -180,6 +178,19 @@ def choice(
     return _Layer(cell, input, initial, weights, options).choice(alone and options is None)
 
 
+def torch_is_faster(cell: str, dtype: torch.dtype, input: Tensor, weights: ops.Weights) -> bool:
+    """Whether the table says torch for a module's only layer, of input [T, B, I], in `dtype`."""
+    weight_hh = weights[1]
+    if forced or weight_hh is None or ops.weights_per_direction(weights) == 5:
+        return False
+    batch, features = input.shape[1:]
+    hidden, directions = weight_hh.shape[0] // ops.CELLS[cell].gates, len(weights) // 4
+    call = _Call(
+        cell, dtype, input.device, batch, features, hidden, directions, True, block_ctas=lambda: 0
+    )
+    return any(r.path == "torch" and r.applies(call) for r in TABLE)
+
+
 class _Sizes(NamedTuple):
     """A layer's, in the letters of csrc/sequence.h."""
 
@@ -250,8 +261,7 @@ class _Layer:
 
     def addresses(self, which: int) -> list[int]:
         """Of weights[which] of both directions."""
-        found = [_address(w[which]) for w in self.weights]
-        return (found * 2)[:2] if len(found) == 2 else [*found, 0]
+        return _addresses([w[which] for w in self.weights])
 
     def workspace(self) -> Tensor:
         return self.empty(self.kernels.workspace_bytes(self.projected), dtype=torch.uint8)
@@ -285,28 +295,24 @@ class _Layer:
         """Whether by the block path; else by the step path. A layer may fit it forward only."""
         return self.choice().path == "block" and self.block_ctas(backward) > 0
 
-    def saved_parts(self, save: bool) -> tuple[int, int, int]:
-        """How many numbers of extra (in `acc`), gates and hidden there are to save."""
-        s = self.sizes
+    def saved_parts(self) -> tuple[int, int, int]:
+        """How many numbers of the layer's dtype hold extra (itself in `acc`), gates and hidden."""
+        s, recompute = self.sizes, self.options.recompute
         each = s.D * s.rows
-        lstm, recompute = self.cell.states == 2, self.options.recompute and save
-        extra = each * s.H if save and self.cell.extra and (lstm or not recompute) else 0
-        gates = each * s.H * s.G if save and not recompute else 0
-        return extra, gates, each * s.P if save and (self.projected or recompute) else 0
+        words = self.acc.itemsize // self.dtype.itemsize
+        lstm = self.cell.states == 2
+        extra = each * s.H * words if self.cell.extra and (lstm or not recompute) else 0
+        gates = 0 if recompute else each * s.H * s.G
+        return extra, gates, each * s.P if self.projected or recompute else 0
 
     def split(self, saved: Tensor) -> list[Tensor | None]:
         """[extra, gates, hidden] of the memory that saves them; None for those of no numbers."""
-        counts = self.saved_parts(True)
         words = self.acc.itemsize // self.dtype.itemsize
         if saved.storage_offset() % words:  # it may have passed a user's saved_tensors_hooks
             saved = saved.clone()
-        extra, gates, hidden = torch.split(saved, [counts[0] * words, *counts[1:]])
+        extra, gates, hidden = torch.split(saved, [*self.saved_parts()])
         parts = extra.view(self.acc), gates, hidden
         return [p if p.numel() else None for p in parts]
-
-    def new_saved(self) -> Tensor:
-        extra, gates, hidden = self.saved_parts(True)
-        return self.empty(extra * (self.acc.itemsize // self.dtype.itemsize) + gates + hidden)
 
 
 def _padded(weights: Sequence[Tensor | None]) -> list[Any]:
@@ -332,6 +338,11 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _addresses(of_directions: Sequence[Tensor | None]) -> list[int]:
+    """Two, also of one direction."""
+    return [*map(_address, of_directions), 0][:2]
+
+
 def _tf32() -> bool:
     """Whether torch allows TF32 to recurrent layers."""
     rnn = getattr(torch.backends.cudnn, "rnn", None)
@@ -352,7 +363,7 @@ def forward(
     layer = _Layer(cell, input, initial, weights, options)
     s, cells, lstm = layer.sizes, layer.options.cells, layer.cell.states == 2
     gates_x = [linear(layer.input, w[0], w[2]) for w in layer.weights]
-    saved = layer.new_saved() if save else None
+    saved = layer.empty(sum(layer.saved_parts())) if save else None
     extra, gates, hidden = (None,) * 3 if saved is None else layer.split(saved)
     if lstm and extra is None:
         extra = layer.empty(s.D, s.rows if cells else s.B, s.H, dtype=layer.acc)
@@ -365,7 +376,7 @@ def forward(
     layer.kernels.forward(
         block=layer.block(False),
         workspace=_address(workspace),
-        gates_x=[_address(g) for g in gates_x] + [0] * (2 - s.D),
+        gates_x=_addresses(gates_x),
         weight_hh=layer.addresses(1),
         bias_hh=layer.addresses(3),
         weight_hr=layer.addresses(4),
@@ -409,8 +420,7 @@ def backward(
     s = layer.sizes
     if saved.dtype != layer.dtype or saved.device != layer.device or saved.dim() != 1:
         return None
-    counts = layer.saved_parts(True)
-    if len(saved) != counts[0] * (layer.acc.itemsize // layer.dtype.itemsize) + sum(counts[1:]):
+    if len(saved) != sum(layer.saved_parts()):
         return None
     saved = saved.contiguous()
     extra, gates, hidden = layer.split(saved)
@@ -433,13 +443,11 @@ def backward(
         gates, extra = _gates_again(layer, previous, extra)
     dense = [g if g is None else g.contiguous() for g in grads]
     dense += [None] * (4 - len(dense))
-    if not lstm:
-        dense = [dense[0], dense[1], None, None]
     grad_gates = layer.empty(s.D, s.rows, s.E * s.H)
     grad_hidden = layer.empty(s.D, s.rows, s.P) if layer.projected else None
     block = layer.block(True)
     carry = layer.empty(s.D, s.B, s.H, dtype=layer.acc) if layer.cell.extra and not block else None
-    grad_h0 = layer.zeros(s.D, s.B, s.P) if any(needed[1:2]) and initial else None
+    grad_h0 = layer.zeros(s.D, s.B, s.P) if initial and needed[1] else None
     grad_c0 = layer.zeros(s.D, s.B, s.H) if lstm and initial and needed[2] else None
     workspace = layer.workspace()
     layer.kernels.backward(

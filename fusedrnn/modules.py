@@ -30,7 +30,6 @@ from .extensions import States, extended, is_jagged, zero_states
 from .functional import (
     autocast_dtype,
     autocast_layer,
-    converted,
     graph_layer,
     kernel_layer,
     other_layer,
@@ -131,18 +130,6 @@ def _torch_is_faster(cell: str, hidden: int, input: Tensor) -> bool:
     if cell == "lstm":
         return batch > 1 or (hidden > 256 and not torch.is_grad_enabled())
     return batch >= 32 and hidden >= 256
-
-
-def _cuda_table_says_torch(cell: str, input: Tensor, states: States, weights: ops.Weights) -> bool:
-    """Whether torch is known to be faster with a module's only layer."""
-    if ops.watched():
-        if not ops.only_autocast():
-            return False
-        dtype = autocast_dtype(cell, input, states, weights)
-        if dtype is not None:
-            input, states, weights = converted(dtype, input, states, weights)
-    rule = cuda.choice(cell, input, states, weights, alone=True)
-    return rule is not None and rule.path == "torch"
 
 
 class _Fused:
@@ -339,13 +326,11 @@ class _Layers(_Fused, nn.RNNBase):
             weights = [w for ih, hh, *hr in groups for w in (ih, hh, None, None, *hr)]
         if num_layers == 1:
             arguments = (cell, input, states, weights, options)
-            if (
-                input.is_cuda
-                and options is None
-                and compute is _compute
-                and _cuda_table_says_torch(*arguments[:4])
-            ):
-                return None
+            unwatched = input.is_cuda and (not ops.watched() or ops.only_autocast())
+            if unwatched and options is None and compute is _compute:
+                dtype = autocast_dtype(cell, input, states, weights) or input.dtype
+                if cuda.torch_is_faster(cell, dtype, input, weights):
+                    return None
             results = compute(self.input_size, self.hidden_size, *arguments)
             if results is None:
                 if not own:

@@ -388,6 +388,13 @@ def test_cudnn_where_it_is_known_to_be_faster(monkeypatch):
     ):
         assert path(**changed) == "step"
 
+    input, weights = torch.empty(2, 64, 512), [torch.empty(2048, 512)] * 2 + [None] * 2
+    assert cuda.torch_is_faster("lstm", torch.float16, input, weights)
+    assert not cuda.torch_is_faster("lstm", torch.bfloat16, input, weights)
+    assert not cuda.torch_is_faster("lstm", torch.float16, input, weights * 2)
+    monkeypatch.setattr(cuda, "forced", "step")
+    assert not cuda.torch_is_faster("lstm", torch.float16, input, weights)
+
 
 # The emulation notices what is missing -----------------------------------------------------------
 
