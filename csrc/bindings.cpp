@@ -10,6 +10,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -36,17 +37,6 @@ void release_threads() {
 const Kernels& kernels() {
   static const Kernels& selected = select_kernels(std::getenv("FUSEDRNN_ISA"));
   return selected;
-}
-
-template <class T>
-const KernelsOf<T>& kernels_of();
-template <>
-const KernelsOf<float>& kernels_of<float>() {
-  return kernels().f32;
-}
-template <>
-const KernelsOf<double>& kernels_of<double>() {
-  return kernels().f64;
 }
 
 class GilRelease {
@@ -138,6 +128,7 @@ struct Layer {
   bool cells      = false;  // c of every step is a result too
   bool to_initial = false;
   bool again      = false;  // backward computes the gates again
+  bool bf16       = false;  // float32's products may be bfloat16's
   TensorView input, states[2], reset;
   static constexpr int kWeights = 5;  // of each direction: weight_ih, weight_hh, biases, weight_hr
   TensorView weights[2][kWeights];
@@ -151,6 +142,10 @@ struct Layer {
   // Of what the kernels compute, and of what forward saves for backward.
   Dtype wide_dtype() const { return is_narrow(dtype()) ? Dtype::kFloat32 : dtype(); }
   int64_t weights_of_direction() const { return projects ? 5 : 4; }
+  bool bf16_products() const {
+    return kernels().bf16_products && !projects &&
+           (dtype() == Dtype::kBfloat16 || (bf16 && dtype() == Dtype::kFloat32));
+  }
 
   // Reads a tensor, dense; false if it is not of this shape and dtype, or not ordinary.
   bool read_dense(PyObject* object, std::initializer_list<int64_t> shape, Dtype type,
@@ -381,6 +376,15 @@ struct Layer {
   }
 };
 
+template <class T>
+const KernelsOf<T>& kernels_for(const Layer& layer, int64_t groups = 0) {
+  if constexpr (std::is_same_v<T, double>) {
+    return kernels().f64;
+  } else {
+    return layer.bf16_products() && groups == 0 ? *kernels().bf16_products : kernels().f32;
+  }
+}
+
 // What forward and plan are asked with: the layer, and nothing to write to.
 template <class T>
 ForwardArgs<T> forward_args(const Layer& layer, int num_threads) {
@@ -410,7 +414,7 @@ void run_forward(Layer& layer, int num_threads, const Results& results) {
     args.extra = static_cast<T*>(layer.memory.back().get());
   }
   const GilRelease no_gil;
-  if (!kernels_of<T>().forward[layer.cell_index](args)) throw std::bad_alloc();
+  if (!kernels_for<T>(layer).forward[layer.cell_index](args)) throw std::bad_alloc();
   if (results.cells) {  // [N, D*H] of extra [D, N, H]
     for (int64_t row = 0; row < N; ++row) {
       for (int64_t d = 0; d < D; ++d) {
@@ -421,15 +425,16 @@ void run_forward(Layer& layer, int num_threads, const Results& results) {
   }
 }
 
-// forward(cell, save, num_threads, input, initial, weights, options) -> (results, saved), or None, or
-// NotImplemented if torch made no ordinary tensor.
+// forward(cell, save, num_threads, bf16, input, initial, weights, options) -> (results, saved), or
+// None, or NotImplemented if torch made no ordinary tensor.
 py::object forward(PyObject* const* arguments) {
   Layer layer;
   const bool save       = arguments[1] == Py_True;
   const int num_threads = int(PyLong_AsLong(arguments[2]));
-  PyObject* const like  = arguments[3];
-  const Items initial(arguments[4]), weights(arguments[5]);
-  if (!layer.read(int(PyLong_AsLong(arguments[0])), like, initial, weights, arguments[6], false)) {
+  layer.bf16            = arguments[3] == Py_True;
+  PyObject* const like  = arguments[4];
+  const Items initial(arguments[5]), weights(arguments[6]);
+  if (!layer.read(int(PyLong_AsLong(arguments[0])), like, initial, weights, arguments[7], false)) {
     return py::none();
   }
   layer.widen_all(num_threads);
@@ -482,25 +487,26 @@ void run_backward(const Layer& layer, int num_threads, int64_t groups, const voi
     args.grad_weight_hr[d] = static_cast<T*>(grads.weights[d][4]);
   }
   const GilRelease no_gil;
-  if (!kernels_of<T>().backward[layer.cell_index](args)) throw std::bad_alloc();
+  if (!kernels_for<T>(layer, groups).backward[layer.cell_index](args)) throw std::bad_alloc();
   if (args.grad_input[1]) {
     const int64_t n = layer.N * layer.I;
     for (int64_t i = 0; i < n; ++i) args.grad_input[0][i] += args.grad_input[1][i];
   }
 }
 
-// backward(cell, num_threads, input, initial, weights, options, saved, grads, needed, groups) ->
+// backward(cell, num_threads, bf16, input, initial, weights, options, saved, grads, needed, groups) ->
 // gradients, or None, or NotImplemented if it is one of grads that is not ordinary.
 py::object backward(PyObject* const* arguments) {
   Layer layer;
   const int num_threads = int(PyLong_AsLong(arguments[1]));
-  PyObject* const like  = arguments[2];
-  const Items initial(arguments[3]), weights(arguments[4]), grads(arguments[7]),
-      needed(arguments[8]);
-  const int64_t groups = PyLong_AsLong(arguments[9]);
+  layer.bf16            = arguments[2] == Py_True;
+  PyObject* const like  = arguments[3];
+  const Items initial(arguments[4]), weights(arguments[5]), grads(arguments[8]),
+      needed(arguments[9]);
+  const int64_t groups = PyLong_AsLong(arguments[10]);
   TensorView saved;
-  if (!layer.read(int(PyLong_AsLong(arguments[0])), like, initial, weights, arguments[5], true) ||
-      !layer.read_dense(arguments[6], {layer.saved_size()}, layer.wide_dtype(), &saved)) {
+  if (!layer.read(int(PyLong_AsLong(arguments[0])), like, initial, weights, arguments[6], true) ||
+      !layer.read_dense(arguments[7], {layer.saved_size()}, layer.wide_dtype(), &saved)) {
     return py::none();
   }
   const int64_t D = layer.D, H = layer.H, N = layer.N;
@@ -569,21 +575,24 @@ py::object takes(PyObject* const* arguments) {
                               Items(arguments[3]), arguments[4], false));
 }
 
-// plan(cell, num_threads, input, initial, weights, options) -> (threads, row_shards, unit_shards, packed,
-// chunk) or None.
+// plan(cell, num_threads, bf16, input, initial, weights, options) -> (threads, row_shards, unit_shards,
+// packed, chunk, whether products are bfloat16's) or None.
 py::object plan(PyObject* const* arguments) {
   Layer layer;
   layer.check_only = true;
-  if (!layer.read(int(PyLong_AsLong(arguments[0])), arguments[2], Items(arguments[3]),
-                  Items(arguments[4]), arguments[5], false)) {
+  layer.bf16       = arguments[2] == Py_True;
+  if (!layer.read(int(PyLong_AsLong(arguments[0])), arguments[3], Items(arguments[4]),
+                  Items(arguments[5]), arguments[6], false)) {
     return py::none();
   }
   const int num_threads = int(PyLong_AsLong(arguments[1]));
-  const Plan made =
-      layer.wide_dtype() == Dtype::kFloat32
-          ? kernels_of<float>().plan[layer.cell_index](forward_args<float>(layer, num_threads))
-          : kernels_of<double>().plan[layer.cell_index](forward_args<double>(layer, num_threads));
-  return py::make_tuple(made.threads, made.row_shards, made.unit_shards, made.packed, made.chunk);
+  const auto planned    = [&](auto zero) {
+    using T = decltype(zero);
+    return kernels_for<T>(layer).plan[layer.cell_index](forward_args<T>(layer, num_threads));
+  };
+  const Plan made = layer.wide_dtype() == Dtype::kFloat32 ? planned(0.0f) : planned(0.0);
+  return py::make_tuple(made.threads, made.row_shards, made.unit_shards, made.packed, made.chunk,
+                        made.packed && layer.bf16_products());
 }
 
 // As a Python function of n positional arguments. pybind11's own would convert each argument with a
@@ -632,6 +641,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = "gcc " __VERSION__;
 #endif
   m.attr("isas") = isa_names();
+  m.def(
+      "has_bf16_products", [] { return kernels().bf16_products != nullptr; },
+      "Whether the kernels that run can multiply bfloat16 numbers themselves.");
 #if defined(FUSEDRNN_CUDA_ARCHS)
   m.attr("cuda") = FUSEDRNN_CUDA_ARCHS;
   add_cuda(m);
@@ -639,10 +651,10 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda") = "";
 #endif
   m.def("release_threads", release_threads, "Ends this thread's idle OpenMP threads.");
-  static PyMethodDef methods[] = {definition<forward, 7>("forward"),
-                                  definition<backward, 10>("backward"),
+  static PyMethodDef methods[] = {definition<forward, 8>("forward"),
+                                  definition<backward, 11>("backward"),
                                   definition<takes, 5>("takes"),
-                                  definition<plan, 6>("plan"),
+                                  definition<plan, 7>("plan"),
                                   {nullptr, nullptr, 0, nullptr}};
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }

@@ -141,6 +141,9 @@ struct Kernels {
   const char* isa;
   KernelsOf<float> f32;
   KernelsOf<double> f64;
+  // Of numbers rounded to bfloat16, summed in float32: every product whose terms are as many as steps
+  // or units (not for a projection, nor for groups). Null where the CPU has no instruction for it.
+  const KernelsOf<float>* bf16_products;
   // Conversion of n numbers; num_threads as above.
   void (*widen)(Narrow, const uint16_t* from, float* to, int64_t n, int num_threads);
   void (*narrow)(Narrow, const float* from, uint16_t* to, int64_t n, int num_threads);

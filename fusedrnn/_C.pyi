@@ -7,10 +7,11 @@ from torch import Tensor
 from fusedrnn.ops import Options, Tensors, Weights
 
 compiler: str  # that built this file
-isas: str  # that it has kernels for, best first: "avx512, avx2, generic"
+isas: str  # that it has kernels for, best first: "avx512_bf16, avx512, avx2, generic"
 cuda: str  # CUDA architectures, likewise
 
 def isa() -> str: ...
+def has_bf16_products() -> bool: ...
 def release_threads() -> None: ...
 def takes(
     cell: int, input: Tensor, initial: Tensors, weights: Weights, options: Options | None, /
@@ -18,16 +19,18 @@ def takes(
 def plan(
     cell: int,
     num_threads: int,
+    bf16: bool,
     input: Tensor,
     initial: Tensors,
     weights: Weights,
     options: Options | None,
     /,
-) -> tuple[int, int, int, bool, int] | None: ...
+) -> tuple[int, int, int, bool, int, bool] | None: ...
 def forward(
     cell: int,
     save: bool,
     num_threads: int,
+    bf16: bool,
     input: Tensor,
     initial: Tensors,
     weights: Weights,
@@ -37,6 +40,7 @@ def forward(
 def backward(
     cell: int,
     num_threads: int,
+    bf16: bool,
     input: Tensor,
     initial: Tensors,
     weights: Weights,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._C import (
     _are_functorch_transforms_active,
+    _get_float32_matmul_precision,
     _get_tracing_state,
     _is_any_autocast_enabled,
     _len_torch_dispatch_stack,
@@ -43,7 +44,7 @@ def count(what: str) -> None:
 
 
 def isa() -> str:
-    """The instruction set whose kernels run: "avx512", "avx2" or "generic".
+    """The instruction set whose kernels run: "avx512_bf16", "avx512", "avx2" or "generic".
 
     The environment variable FUSEDRNN_ISA, read at import, overrides the choice.
     """
@@ -157,6 +158,11 @@ def _cuda() -> Any:
     return cuda
 
 
+def bf16_allowed() -> bool:
+    """Whether torch.set_float32_matmul_precision lets float32 be multiplied as bfloat16."""
+    return _get_float32_matmul_precision() == "medium"
+
+
 class Plan(NamedTuple):
     """How `forward` would run a call."""
 
@@ -165,13 +171,15 @@ class Plan(NamedTuple):
     unit_shards: int  # and of the hidden units
     packed: bool  # whether the weights are laid out anew for the call
     chunk: int  # steps whose input is projected at once
+    bf16: bool  # whether numbers are rounded to bfloat16 where they are multiplied
 
 
 def plan(
     cell: str, input: Tensor, initial: Tensors, weights: Weights, options: Options | None = None
 ) -> Plan | None:
     """How `forward` would run, or None if not `takes`. Computes nothing."""
-    made = _C.plan(CELLS[cell].number, torch.get_num_threads(), input, initial, weights, options)
+    first = (CELLS[cell].number, torch.get_num_threads(), bf16_allowed())
+    made = _C.plan(*first, input, initial, weights, options)
     return None if made is None else Plan(*made)
 
 
@@ -203,7 +211,9 @@ def forward(
     if profiler._is_profiler_enabled:
         call = _recorded(cell, "forward", call)
     threads = torch.get_num_threads()
-    result = call(CELLS[cell].number, save, threads, input, initial, weights, options)
+    result = call(
+        CELLS[cell].number, save, threads, bf16_allowed(), input, initial, weights, options
+    )
     if result is None or result is NotImplemented:
         if not (input.is_cuda and takes(cell, input, initial, weights, options)):
             return None
@@ -233,7 +243,7 @@ def backward(
     if one of `grads` is no ordinary tensor.
     RuntimeError if another argument is not as `forward` took or gave it.
     """
-    first: tuple[Any, ...] = (CELLS[cell].number, torch.get_num_threads())
+    first: tuple[Any, ...] = (CELLS[cell].number, torch.get_num_threads(), bf16_allowed())
     call: Callable[..., Any] = _C.backward
     if input.is_cuda:
         first, call = (cell,), _cuda().backward

@@ -14,8 +14,10 @@ template <class Cell>
 constexpr bool kShareGates = Cell::kGates == Cell::kGradGates;
 
 // How a backward call lays out a direction's scratch.
-template <class Cell, class T>
+template <class Cell, class T, class Terms>
 struct BackwardLayout {
+  static constexpr bool kConverts = Terms::kInLane > 1;
+
   // For gates that are computed again, elements: packed weight_ih and weight_hh,
   int64_t forward_input     = 0;
   int64_t forward_recurrent = 0;
@@ -35,12 +37,21 @@ struct BackwardLayout {
   int64_t grad_gates;
   int64_t grad_h      = 0;  // [N, P], of the projection's result
   int64_t unprojected = 0;  // [N, H]: what weight_hr was multiplied with
+  // Where products take other than numbers, the terms of:
+  int64_t step_terms   = 0;  // [2, B, lanes]: grad_gates of a step,
+  int64_t rows_terms   = 0;  // of each thread: of kBlockRows rows,
+  int64_t input_weight = 0;  // [lanes, I]: weight_ih,
+  int64_t gates_terms  = 0;  // [lanes, E*H], [lanes, I], [lanes, P]: of all rows, with one row's
+  int64_t input_terms  = 0;  // number above the next one's, grad_gates, input and h_prev
+  int64_t h_terms      = 0;
+  int64_t threads;  // at most
 
-  explicit BackwardLayout(const BackwardArgs<T>& a) {
-    const Sequences& s      = a.sequences;
-    const int64_t rows      = rows_before(s, s.T);
-    const int64_t gate_size = Cell::kGradGates * a.H;
-    if (s.T > 1) recurrent = blocks_of<T>(a.P) * kLanes<T> * Cell::kGates * a.H;
+  explicit BackwardLayout(const BackwardArgs<T>& a) : threads(a.num_threads) {
+    const Sequences& s       = a.sequences;
+    const int64_t rows       = rows_before(s, s.T);
+    const int64_t gate_size  = Cell::kGradGates * a.H;
+    const int64_t gate_lanes = Cell::kGates * lanes<Terms>(a.H);
+    if (s.T > 1) recurrent = blocks_of<T>(a.P) * kLanes<T> * gate_lanes;
     if (a.weight_hr[0]) {
       projection  = blocks_of<T>(a.H) * kLanes<T> * a.P;
       grad_h      = rows * a.P;
@@ -61,14 +72,37 @@ struct BackwardLayout {
     if (Cell::kHasCarry) carry = initial_carry = s.B * a.H;
     if (a.grad_h0) initial_gates = s.B * gate_size;
     grad_gates = rows * gate_size;
+    if (kConverts) {
+      const int64_t row_lanes = lanes<Terms>(rows);
+      step_terms              = 2 * s.B * gate_lanes;
+      if (a.grad_input[0] || a.grad_input[1]) {
+        rows_terms   = kBlockRows * gate_lanes;
+        input_weight = gate_lanes * a.I;
+      }
+      gates_terms = row_lanes * gate_size;
+      input_terms = row_lanes * a.I;
+      if (h_prev) h_terms = row_lanes * a.P;
+    }
   }
   int64_t elements() const {
     return forward_input + forward_recurrent + gates + extra + recurrent + projection + h_prev +
-           c_prev + carry + initial_carry + initial_gates + grad_gates + grad_h + unprojected;
+           c_prev + carry + initial_carry + initial_gates + grad_gates + grad_h + unprojected +
+           step_terms + threads * rows_terms + input_weight + gates_terms + input_terms + h_terms;
   }
 };
 
-template <class Cell, class T>
+// A thread's part of the terms of gates [count, G*H], rows `stride` apart, to [count, G*lanes(H)].
+template <class Terms, class T>
+void gates_to_terms(const Part& part, int64_t H, const T* gates, int64_t stride, T* to, int G) {
+  const int64_t gate_lanes = lanes<Terms>(H);
+  for (int g = 0; g < G; ++g) {
+    to_terms<Terms>(gates + part.row_begin * stride + g * H + part.column, stride,
+                    to + (part.row_begin * G + g) * gate_lanes + part.column / Terms::kInLane,
+                    G * gate_lanes, part.row_end - part.row_begin, part.columns);
+  }
+}
+
+template <class Cell, class T, class Terms>
 void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
                         const Scratch<T>& scratch) {
   constexpr int G     = Cell::kGates;
@@ -82,7 +116,7 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   const bool again    = a.gates == nullptr;
   const bool projects = a.weight_hr[d] != nullptr;
   const Walk walk(s, d);
-  const BackwardLayout<Cell, T> layout(a);
+  const BackwardLayout<Cell, T, Terms> layout(a);
 
   T* const forward_input     = scratch.numbers(d);
   T* const forward_recurrent = forward_input + layout.forward_input;
@@ -98,6 +132,12 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   T* const all_grad_h        = initial_gates + layout.initial_gates;
   T* const unprojected       = all_grad_h + layout.grad_h;
   T* const grad_gates        = unprojected + layout.unprojected;
+  T* const step_terms        = grad_gates + layout.grad_gates;
+  T* const input_weight      = step_terms + layout.step_terms;
+  T* const gates_terms       = input_weight + layout.input_weight;
+  T* const input_terms       = gates_terms + layout.gates_terms;
+  T* const h_terms           = input_terms + layout.input_terms;
+  T* const rows_terms        = h_terms + layout.h_terms + shard.direction_rank * layout.rows_terms;
 
   T* const gates_again = kShareGates<Cell> ? grad_gates : own_gates;
   const T* const gates = again ? gates_again : a.gates + d * rows * G * H;
@@ -155,7 +195,7 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     ProjectStep<T> project{a.I, H, a.input, a.I, gates_again, G * H, forward_input};
     ForwardStep<T> step{};
     step.H             = H;
-    step.P             = P;
+    step.K             = P;
     step.save          = true;
     step.gates         = gates_again;
     step.extra         = layout.extra ? own_extra : nullptr;
@@ -181,7 +221,7 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
 
   if (s.T > 1) {
     pack_shared(shard, blocks_of<T>(P), direction_barrier, [&](int64_t begin, int64_t end) {
-      pack_backward<Cell, T>(recurrent, a.weight_hh[d], H, P, begin, end);
+      pack_backward<Cell, T, Terms>(recurrent, a.weight_hh[d], H, P, begin, end);
     });
   }
   if (projects) {
@@ -196,8 +236,8 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   step.grad_cells_stride = a.D * H;
   GradHStep<T> grad_h_step{};
   GradH<T>& grad_h     = projects ? grad_h_step.grad_h : step.grad_h;
-  grad_h.K             = G * H;
-  grad_h.stride        = E * H;
+  grad_h.K             = G * lanes<Terms>(H);
+  grad_h.stride        = layout.kConverts ? grad_h.K : E * H;
   grad_h.panels        = recurrent;
   grad_h.output_stride = a.D * P;
   grad_h.P             = P;
@@ -234,12 +274,13 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
         grad_h_step.out = grad_of_h;
         run_tiles<GradHTiles<T>>(grad_h_step, begin, end, h_blocks.begin, h_blocks.end, descending);
       } else {
-        run_tiles<BackwardTiles<Cell, T>>(step, begin, end, shard.block_begin, shard.block_end,
-                                          descending);
+        run_tiles<BackwardTiles<Cell, T, Terms>>(step, begin, end, shard.block_begin,
+                                                 shard.block_end, descending);
       }
     };
     if (row_begin < ending) {
-      grad_h.terms = grad_gates + walk.offset(i + 1) * E * H;
+      grad_h.terms = layout.kConverts ? step_terms + (i + 1) % 2 * s.B * grad_h.K
+                                      : grad_gates + walk.offset(i + 1) * E * H;
       grad_h.cut   = walk.boundaries(i + 1);
       grad_h.h_n   = nullptr;
       step.h       = layout.h_prev && !hidden ? h_prev(i + 1) : nullptr;
@@ -272,15 +313,46 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
         }
       }
     }
+    if (layout.kConverts) {
+      const Part part = part_of_c(count);
+      gates_to_terms<Terms>(part, H, step.grad_gates, E * H, step_terms + i % 2 * s.B * grad_h.K,
+                            G);
+    }
     barrier.wait();
   }
 
   // Once grad_gates and h_prev are whole, each thread takes some rows of every gradient.
   direction_barrier.wait();
+  if (layout.kConverts) {
+    const auto convert = [&](const T* from, T* to, int64_t all, int64_t columns) {
+      const int64_t begin = mine(lanes<Terms>(all)) * Terms::kInLane;
+      const int64_t end   = min64(all, next(lanes<Terms>(all)) * Terms::kInLane);
+      to_columns_of_terms<Terms>(from + begin * columns, columns,
+                                 to + begin / Terms::kInLane * columns, end - begin, columns);
+    };
+    convert(grad_gates, gates_terms, rows, E * H);
+    convert(a.input, input_terms, rows, a.I);
+    if (layout.h_terms) convert(all_h_prev, h_terms, rows, P);
+    for (int g = 0; a.grad_input[d] && g < G; ++g) {
+      convert(a.weight_ih[d] + g * H * a.I, input_weight + g * lanes<Terms>(H) * a.I, H, a.I);
+    }
+    direction_barrier.wait();
+  }
   if (T* const out = a.grad_input[d]) {  // = grad_gates_x weight_ih
-    matrix_product<T>(
-        {G * H, grad_gates + (E - G) * H, E * H, 1, a.weight_ih[d], a.I, out, a.I, false},
-        mine(rows), next(rows));
+    const T* const grad_gates_x = grad_gates + (E - G) * H;
+    if (layout.kConverts) {
+      for (int64_t row = mine(rows); row < next(rows); row += kBlockRows) {
+        const int64_t count = min64(kBlockRows, next(rows) - row);
+        gates_to_terms<Terms>({0, count, 0, H}, H, grad_gates_x + row * E * H, E * H, rows_terms,
+                              G);
+        matrix_product<T, Terms>(
+            {grad_h.K, rows_terms, grad_h.K, 1, input_weight, a.I, out + row * a.I, a.I, false}, 0,
+            count);
+      }
+    } else {
+      matrix_product<T>({G * H, grad_gates_x, E * H, 1, a.weight_ih[d], a.I, out, a.I, false},
+                        mine(rows), next(rows));
+    }
   }
   const int64_t B_begin = mine(s.B), B_end = next(s.B);
   if (a.grad_h0) {  // = initial_gates_h weight_hh + initial_carry
@@ -312,11 +384,16 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     std::memcpy(a.grad_c0 + (d * s.B + B_begin) * H, initial_carry + B_begin * H,
                 sizeof(T) * size_t((B_end - B_begin) * H));
   }
-  // The terms of a weight's gradient: all rows, or of a group all t, one b after the other.
+  // grad_weight_ih = grad_gates_x^T input, grad_weight_hh = grad_gates_h^T h_prev, the biases' are the
+  // sums of grad_gates_x and _h. The terms of a weight's gradient: all rows, or of a group all t, one b after the other.
   const int64_t groups = max64(a.groups, 1);
   const int64_t series = a.groups ? s.B / groups : 1;
   const int64_t stride = a.groups ? s.B : 1;
   const int64_t terms  = a.groups ? (series ? s.T : 0) : rows;
+  // What is multiplied: terms of all rows, without groups, or the numbers themselves.
+  const T* const left    = layout.kConverts ? gates_terms : grad_gates;
+  const T* const input_b = layout.kConverts ? input_terms : a.input;
+  const T* const h_b     = layout.kConverts ? h_terms : all_h_prev;
   for (int64_t i = 0; i < groups * max64(series, 1); ++i) {
     const int64_t n        = series ? i / series : i;
     const bool more        = series && i % series != 0;
@@ -324,28 +401,26 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     const int64_t distance = stride * E * H;
     for (int g = 0; g < G; ++g) {
       // The columns of grad_gates that belong to row block g of weight_ih, and of weight_hh.
-      const T* const of_ih = grads + (E - G + g) * H;
-      const T* const of_hh = grads + (g - Cell::kRecurrentRow + G) % G * H;
-      const int64_t row    = (n * G + g) * H;
-      if (T* const out = a.grad_weight_ih[d]) {  // = grad_gates_x^T input
-        matrix_product<T>({terms, of_ih, 1, distance, a.input + i * a.I, stride * a.I,
-                           out + row * a.I, a.I, more},
-                          mine(H), next(H));
-      }
-      if (T* const out = a.grad_weight_hh[d]) {  // = grad_gates_h^T h_prev
-        matrix_product<T>(
-            {terms, of_hh, 1, distance, all_h_prev + i * P, stride * P, out + row * P, P, more},
+      const int64_t of_ih = (E - G + g) * H;
+      const int64_t of_hh = (g - Cell::kRecurrentRow + G) % G * H;
+      const int64_t row   = (n * G + g) * H;
+      const auto product  = [&](int64_t column, const T* b, int64_t columns, T* out) {
+        matrix_product<T, Terms>(
+            {lanes<Terms>(terms), left + i * E * H + column, 1, distance, b + i * columns,
+             stride * columns, out + row * columns, columns, more},
             mine(H), next(H));
-      }
+      };
+      if (T* const out = a.grad_weight_ih[d]) product(of_ih, input_b, a.I, out);
+      if (T* const out = a.grad_weight_hh[d]) product(of_hh, h_b, P, out);
       if (T* const out = a.grad_bias_ih[d]) {
-        column_sums(out + row, of_ih, distance, terms, mine(H), next(H), more);
+        column_sums(out + row, grads + of_ih, distance, terms, mine(H), next(H), more);
       }
       if (T* const out = a.grad_bias_hh[d]) {
         if (E == G && a.grad_bias_ih[d]) {  // the same columns
           std::memcpy(out + row + mine(H), a.grad_bias_ih[d] + row + mine(H),
                       sizeof(T) * size_t(next(H) - mine(H)));
         } else {
-          column_sums(out + row, of_hh, distance, terms, mine(H), next(H), more);
+          column_sums(out + row, grads + of_hh, distance, terms, mine(H), next(H), more);
         }
       }
     }
@@ -357,13 +432,14 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   }
 }
 
-template <class Cell, class T>
+// With Pairs not for a projection, nor for groups.
+template <class Cell, class T, class Terms>
 bool backward(const BackwardArgs<T>& a) {
-  const BackwardLayout<Cell, T> layout(a);
+  const BackwardLayout<Cell, T, Terms> layout(a);
   const Shape shape = shape_of<Cell, T>(a, layout.recurrent + layout.projection, kMaxRows<1>);
   return run_call<T>(shape, layout.elements(), a.num_threads,
                      [&](int64_t d, const Shard& shard, const Scratch<T>& scratch) {
-                       backward_direction<Cell, T>(a, d, shard, scratch);
+                       backward_direction<Cell, T, Terms>(a, d, shard, scratch);
                      });
 }
 

@@ -15,15 +15,30 @@ struct Isa {
   const Kernels& (*kernels)();
 };
 
+#if defined(FUSEDRNN_X86)
+// avx512's, and products of bfloat16 numbers.
+const Kernels& with_bf16_products() {
+  static const Kernels kernels = [] {
+    Kernels all       = kernels_avx512();
+    all.isa           = "avx512_bf16";
+    all.bf16_products = &kernels_avx512_bf16();
+    return all;
+  }();
+  return kernels;
+}
+#endif
+
 // What this build holds, best first.
 const std::vector<Isa>& isas() {
+#if defined(FUSEDRNN_X86)
+  // __builtin_cpu_supports asks the operating system too whether it saves the wide registers.
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
   static const std::vector<Isa> all = {
 #if defined(FUSEDRNN_X86)
-      // __builtin_cpu_supports asks the operating system too whether it saves the wide registers.
-      {"avx512",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
-       kernels_avx512},
+      {"avx512_bf16", avx512 && __builtin_cpu_supports("avx512bf16"), with_bf16_products},
+      {"avx512", avx512, kernels_avx512},
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), kernels_avx2},
 #endif
       {"generic", true, kernels_generic},

@@ -9,6 +9,7 @@ const Kernels& kernels_generic();
 #if defined(FUSEDRNN_X86)
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
+const KernelsOf<float>& kernels_avx512_bf16();
 #endif
 
 // The kernels of the best ISA that this CPU has, or of the one that `name` asks for; throws

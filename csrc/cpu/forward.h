@@ -10,19 +10,24 @@ namespace {
 
 // How a forward call lays out a direction's scratch, and how it walks time: the input of a chunk of
 // steps is projected just before they run, so that gates_x is still in the cache when they read it.
-template <class Cell, class T>
+template <class Cell, class T, class Terms>
 struct ForwardLayout {
+  static constexpr bool kConverts = Terms::kInLane > 1;
+
   int64_t recurrent   = 0;  // elements: packed weight_hh,
   int64_t input       = 0;  // packed weight_ih,
   int64_t projection  = 0;  // packed weight_hr,
   int64_t unprojected = 0;  // [B, H] what weight_hr is multiplied with,
   int64_t started     = 0;  // [2, B, P] states before steps that some rows begin with,
-  int64_t gates       = 0;  // gates_x of a chunk, unless it goes to the saved gates
-  int64_t chunk_rows  = 0;  // at most
+  int64_t input_terms = 0;  // of each thread: a chunk's input, and
+  int64_t h_terms    = 0;  // [2, B, lanes]: h before a step, where products take other than numbers
+  int64_t gates      = 0;  // gates_x of a chunk, unless it goes to the saved gates
+  int64_t chunk_rows = 0;  // at most
+  int64_t threads;         // at most
 
   bool packed() const { return recurrent > 0; }
 
-  explicit ForwardLayout(const ForwardArgs<T>& a) {
+  explicit ForwardLayout(const ForwardArgs<T>& a) : threads(a.num_threads) {
     const Sequences& s  = a.sequences;
     const int64_t rows  = rows_before(s, s.T);
     const auto round_up = [](int64_t elements) { return (elements + 15) / 16 * 16; };
@@ -33,8 +38,11 @@ struct ForwardLayout {
         passes <= (weights <= l2_bytes() ? kMaxUnpackedPasses : 2 * kMaxUnpackedPasses)) {
       return;
     }
-    recurrent = round_up(blocks_of<T>(a.H) * forward_panel_size<Cell, T>(a.P));
-    input     = round_up(blocks_of<T>(a.H) * forward_panel_size<Cell, T>(a.I));
+    const auto panels = [&](int64_t K) {
+      return round_up(blocks_of<T>(a.H) * forward_panel_size<Cell, T>(lanes<Terms>(K)));
+    };
+    recurrent = panels(a.P);
+    input     = panels(a.I);
     if (a.weight_hr[0]) {
       projection  = round_up(blocks_of<T>(a.P) * forward_panel_size<Projection, T>(a.H));
       unprojected = round_up(s.B * a.H);
@@ -43,9 +51,14 @@ struct ForwardLayout {
     const bool one_matrix = s.offsets || s.B == 1 || a.input_stride_t == s.B * a.input_stride_b;
     chunk_rows            = one_matrix ? max64(s.B, min64(rows, kChunkRows)) : s.B;
     if (!a.gates) gates = chunk_rows * Cell::kGates * a.H;
+    if (kConverts) {
+      input_terms = round_up(chunk_rows * lanes<Terms>(a.I));
+      h_terms     = round_up(2 * s.B * lanes<Terms>(a.P));
+    }
   }
   int64_t elements() const {
-    return recurrent + input + projection + unprojected + started + gates;
+    return recurrent + input + projection + unprojected + started + h_terms +
+           threads * input_terms + gates;
   }
 
   // Steps of the chunk that begins with the i-th.
@@ -58,7 +71,7 @@ struct ForwardLayout {
   }
 };
 
-template <class Cell, class T>
+template <class Cell, class T, class Terms>
 void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
                        const Scratch<T>& scratch) {
   constexpr int G     = Cell::kGates;
@@ -71,24 +84,27 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   const T* const c0   = Cell::kHasCell ? a.c0 + d * s.B * H : nullptr;
   T* const c_n        = Cell::kHasCell ? a.c_n + d * s.B * H : nullptr;
   const Walk walk(s, d);
-  const ForwardLayout<Cell, T> layout(a);
+  const ForwardLayout<Cell, T, Terms> layout(a);
 
   T* const recurrent   = scratch.numbers(d);
   T* const input       = recurrent + layout.recurrent;
   T* const projection  = input + layout.input;
   T* const unprojected = projection + layout.projection;
   T* const started     = unprojected + layout.unprojected;
-  T* const chunk_gates = started + layout.started;
+  T* const h_terms     = started + layout.started;
+  T* const input_terms = h_terms + layout.h_terms + shard.direction_rank * layout.input_terms;
+  T* const chunk_gates = h_terms + layout.h_terms + layout.threads * layout.input_terms;
 
   UnpackedStep<T> unpacked{};
-  ForwardStep<T>& step = unpacked.step;
-  step.H               = H;
-  step.P               = P;
-  step.save            = a.gates != nullptr;
+  ForwardStep<T>& step       = unpacked.step;
+  step.H                     = H;
+  step.K                     = layout.packed() ? lanes<Terms>(P) : P;
+  step.save                  = a.gates != nullptr;
+  const int64_t input_stride = s.B == 1 && !s.offsets ? a.input_stride_t : a.input_stride_b;
   ProjectStep<T> project{};
-  project.K            = a.I;
+  project.K            = lanes<Terms>(a.I);
   project.H            = H;
-  project.input_stride = s.B == 1 && !s.offsets ? a.input_stride_t : a.input_stride_b;
+  project.input_stride = layout.kConverts ? project.K : input_stride;
   project.gates_stride = G * H;
   project.panels       = input;
   ProjectStep<T> project_h{H, P, unprojected, H, nullptr, DP, projection};
@@ -97,8 +113,8 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   if (layout.packed()) {
     Barrier direction_barrier = scratch.direction_barrier(d, shard);
     pack_shared(shard, blocks_of<T>(H), direction_barrier, [&](int64_t begin, int64_t end) {
-      pack_forward<Cell, T>(recurrent, a.weight_hh[d], a.bias_hh[d], H, P, begin, end);
-      pack_forward<Cell, T>(input, a.weight_ih[d], a.bias_ih[d], H, a.I, begin, end);
+      pack_forward<Cell, T, Terms>(recurrent, a.weight_hh[d], a.bias_hh[d], H, P, begin, end);
+      pack_forward<Cell, T, Terms>(input, a.weight_ih[d], a.bias_ih[d], H, a.I, begin, end);
     });
     if (projects) {
       pack_shared(shard, blocks_of<T>(P), direction_barrier, [&](int64_t begin, int64_t end) {
@@ -144,7 +160,23 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
     step.h_prev_stride = uniform && i > 0 ? DP : P;
     step.prev          = Cell::kPrevIsH ? step.h_prev : uniform ? c_from : c_n;
     step.prev_stride   = Cell::kPrevIsH ? step.h_prev_stride : H;
-    return uniform;
+    if (!layout.kConverts || !layout.packed()) return uniform;
+    T* const terms  = h_terms + i % 2 * s.B * step.K;
+    const Part part = part_of_h(count);
+    to_terms<Terms>(step.h_prev + part.row_begin * step.h_prev_stride + part.column,
+                    step.h_prev_stride,
+                    terms + part.row_begin * step.K + part.column / Terms::kInLane, step.K,
+                    part.row_end - part.row_begin, part.columns);
+    step.h_prev        = terms;
+    step.h_prev_stride = step.K;
+    return false;
+  };
+  // The input of rows [begin, end), row 0 at `from`, for project.
+  const auto project_input = [&](const T* from, int64_t begin, int64_t end) {
+    if (!layout.kConverts) return from;
+    to_terms<Terms>(from + begin * input_stride, input_stride, input_terms + begin * project.K,
+                    project.K, end - begin, a.I);
+    return static_cast<const T*>(input_terms);
   };
 
   Barrier barrier = scratch.step_barrier(d, shard);
@@ -171,18 +203,19 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
       chunk_first                    = walk.offset(in_memory_first);
       if (all_rows) {
         const int64_t in_memory_last = d == 0 ? chunk_end - 1 : begin;
-        project.input                = input_of(in_memory_first);
-        project.gates                = gates_of(chunk_first);
-        run_tiles<ProjectTiles<Cell, T>>(
-            project, 0, walk.offset(in_memory_last) + walk.count(in_memory_last) - chunk_first,
-            shard.block_begin, shard.block_end, false);
+        const int64_t end = walk.offset(in_memory_last) + walk.count(in_memory_last) - chunk_first;
+        project.input     = project_input(input_of(in_memory_first), 0, end);
+        project.gates     = gates_of(chunk_first);
+        run_tiles<ProjectTiles<Cell, T, Terms>>(project, 0, end, shard.block_begin, shard.block_end,
+                                                false);
       } else {
         for (int64_t j = begin; j < chunk_end; ++j) {
-          project.input = input_of(j);
-          project.gates = gates_of(walk.offset(j));
-          run_tiles<ProjectTiles<Cell, T>>(project, min64(shard.row_begin, walk.count(j)),
-                                           min64(shard.row_end, walk.count(j)), shard.block_begin,
-                                           shard.block_end, false);
+          const int64_t row = min64(shard.row_begin, walk.count(j));
+          const int64_t end = min64(shard.row_end, walk.count(j));
+          project.input     = project_input(input_of(j), row, end);
+          project.gates     = gates_of(walk.offset(j));
+          run_tiles<ProjectTiles<Cell, T, Terms>>(project, row, end, shard.block_begin,
+                                                  shard.block_end, false);
         }
       }
     }
@@ -198,8 +231,8 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
     }
 
     if (layout.packed()) {
-      run_tiles<ForwardTiles<Cell, T>>(step, row_begin, row_end, shard.block_begin, shard.block_end,
-                                       i % 2 == 1);
+      run_tiles<ForwardTiles<Cell, T, Terms>>(step, row_begin, row_end, shard.block_begin,
+                                              shard.block_end, i % 2 == 1);
     } else {
       unpacked.input = input_of(i);
       run_unpacked<Cell, T>(unpacked, row_begin, row_end, shard.block_begin, shard.block_end);
@@ -235,25 +268,26 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   }
 }
 
-template <class Cell, class T>
-Shape forward_shape(const ForwardArgs<T>& a, const ForwardLayout<Cell, T>& layout) {
+template <class Cell, class T, class Terms>
+Shape forward_shape(const ForwardArgs<T>& a, const ForwardLayout<Cell, T, Terms>& layout) {
   return shape_of<Cell, T>(a, layout.recurrent + layout.input + layout.projection,
                            kMaxRows<Cell::kGates>);
 }
 
-template <class Cell, class T>
+// With Pairs not for a projection.
+template <class Cell, class T, class Terms>
 bool forward(const ForwardArgs<T>& a) {
-  const ForwardLayout<Cell, T> layout(a);
-  return run_call<T>(forward_shape<Cell, T>(a, layout), layout.elements(), a.num_threads,
+  const ForwardLayout<Cell, T, Terms> layout(a);
+  return run_call<T>(forward_shape(a, layout), layout.elements(), a.num_threads,
                      [&](int64_t d, const Shard& shard, const Scratch<T>& scratch) {
-                       forward_direction<Cell, T>(a, d, shard, scratch);
+                       forward_direction<Cell, T, Terms>(a, d, shard, scratch);
                      });
 }
 
-template <class Cell, class T>
+template <class Cell, class T, class Terms>
 Plan plan(const ForwardArgs<T>& a) {
-  const ForwardLayout<Cell, T> layout(a);
-  const Shape shape = forward_shape<Cell, T>(a, layout);
+  const ForwardLayout<Cell, T, Terms> layout(a);
+  const Shape shape = forward_shape(a, layout);
   const int threads = useful_threads(shape, a.num_threads);
   const Shard shard = shard_of(shape, 0, threads);
   return {threads, shard.direction_threads / shard.unit_shards, shard.unit_shards, layout.packed(),

@@ -1,5 +1,6 @@
 // The body of every isa_*.cpp: the whole of the CPU kernels under that file's compiler flags, and
-// one function that hands them out. Define FUSEDRNN_ISA_NAME (avx2, ...) before including it.
+// one function that hands them out; where the flags have AVX512-BF16, those of its products alone.
+// Define FUSEDRNN_ISA_NAME (avx2, ...) before including it.
 //
 // Rules for what this includes: only our headers, <c*> headers and intrinsics; everything in an
 // unnamed namespace; no STL containers, no torch, no exceptions. An inline function of anybody
@@ -25,19 +26,33 @@
 namespace fusedrnn {
 namespace {
 
-template <class T>
+template <class T, class Terms = Numbers<T>>
 constexpr KernelsOf<T> kernels_of() {
-  return {{forward<Lstm, T>, forward<Gru, T>, forward<Rnn<false>, T>, forward<Rnn<true>, T>},
-          {backward<Lstm, T>, backward<Gru, T>, backward<Rnn<false>, T>, backward<Rnn<true>, T>},
-          {plan<Lstm, T>, plan<Gru, T>, plan<Rnn<false>, T>, plan<Rnn<true>, T>}};
+  return {{forward<Lstm, T, Terms>, forward<Gru, T, Terms>, forward<Rnn<false>, T, Terms>,
+           forward<Rnn<true>, T, Terms>},
+          {backward<Lstm, T, Terms>, backward<Gru, T, Terms>, backward<Rnn<false>, T, Terms>,
+           backward<Rnn<true>, T, Terms>},
+          {plan<Lstm, T, Terms>, plan<Gru, T, Terms>, plan<Rnn<false>, T, Terms>,
+           plan<Rnn<true>, T, Terms>}};
 }
 
 }  // namespace
 
-const Kernels& FUSEDRNN_KERNELS(FUSEDRNN_ISA_NAME)() {
-  static constexpr Kernels kernels = {FUSEDRNN_NAME_STRING(FUSEDRNN_ISA_NAME), kernels_of<float>(),
-                                      kernels_of<double>(), widen, narrow};
+#if defined(__AVX512BF16__)
+const KernelsOf<float>& FUSEDRNN_KERNELS(FUSEDRNN_ISA_NAME)() {
+  static constexpr KernelsOf<float> kernels = kernels_of<float, Pairs>();
   return kernels;
 }
+#else
+const Kernels& FUSEDRNN_KERNELS(FUSEDRNN_ISA_NAME)() {
+  static constexpr Kernels kernels = {FUSEDRNN_NAME_STRING(FUSEDRNN_ISA_NAME),
+                                      kernels_of<float>(),
+                                      kernels_of<double>(),
+                                      nullptr,
+                                      widen,
+                                      narrow};
+  return kernels;
+}
+#endif
 
 }  // namespace fusedrnn

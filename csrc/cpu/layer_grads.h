@@ -12,7 +12,8 @@ namespace {
 // tiles of a column pass over them.
 constexpr int64_t kPartialRows = 128;
 
-// out[m][n] (+)= sum_k a(m, k) b[k][n] over K terms. A tile's row is m, its panels V columns n each.
+// out[m][n] (+)= sum_k a(m, k) b[k][n] over K lanes of terms. A tile's row is m, its panels V columns n
+// each.
 template <class T>
 struct ProductStep {
   int64_t K;
@@ -25,7 +26,7 @@ struct ProductStep {
   bool accumulate;
 };
 
-template <class T, int M, int P, bool kWhole>
+template <class T, class Terms, int M, int P, bool kWhole>
 FUSEDRNN_INLINE void product_columns(const ProductStep<T>& s, const T* a, const T* b, T* out,
                                      int last_lanes) {
   constexpr int V  = kLanes<T>;
@@ -36,7 +37,8 @@ FUSEDRNN_INLINE void product_columns(const ProductStep<T>& s, const T* a, const 
     unroll<P>([&](auto p) FUSEDRNN_LAMBDA { b_k[p] = load(b + p * V, lanes(p)); });
     unroll<M>([&](auto m) FUSEDRNN_LAMBDA {
       const Vec<T> a_k = splat<Vec<T>>(a[m * s.a_stride_m]);
-      unroll<P>([&](auto p) FUSEDRNN_LAMBDA { acc[m][p] = fma(a_k, b_k[p], acc[m][p]); });
+      unroll<P>([&](auto p)
+                    FUSEDRNN_LAMBDA { acc[m][p] = Terms::multiply_add(a_k, b_k[p], acc[m][p]); });
     });
   }
   unroll<M>([&](auto m) FUSEDRNN_LAMBDA {
@@ -48,7 +50,7 @@ FUSEDRNN_INLINE void product_columns(const ProductStep<T>& s, const T* a, const 
   });
 }
 
-template <class T, int M, int P>
+template <class T, class Terms, int M, int P>
 void product_tile(const ProductStep<T>& s, int64_t m, int64_t block) {
   constexpr int64_t V = kLanes<T>;
   const int64_t n     = block * V;
@@ -56,26 +58,26 @@ void product_tile(const ProductStep<T>& s, int64_t m, int64_t block) {
   const T* const a    = s.a + m * s.a_stride_m;
   T* const out        = s.out + m * s.columns + n;
   if (left >= V) {
-    product_columns<T, M, P, true>(s, a, s.b + n, out, int(V));
+    product_columns<T, Terms, M, P, true>(s, a, s.b + n, out, int(V));
   } else {
-    product_columns<T, M, P, false>(s, a, s.b + n, out, int(left));
+    product_columns<T, Terms, M, P, false>(s, a, s.b + n, out, int(left));
   }
 }
 
-template <class T>
+template <class T, class Terms>
 struct ProductTiles {
   using Step             = ProductStep<T>;
   static constexpr int Q = 1;
   template <int M, int P>
-  static constexpr Tile<Step> tile = product_tile<T, M, P>;
+  static constexpr Tile<Step> tile = product_tile<T, Terms, M, P>;
 };
 
 // Rows that take all their terms before the next ones do, so that the partial sums stay in L2
 // (96 and 384: within 2 percent, mostly slower).
 constexpr int64_t kBlockRows = 192;
 
-// s, with all its K terms, for m in [begin, end) and all columns; without terms, zero is added.
-template <class T>
+// s, with all its terms, for m in [begin, end) and all columns; without terms, zero is added.
+template <class T, class Terms = Numbers<T>>
 void matrix_product(const ProductStep<T>& s, int64_t begin, int64_t end) {
   if (s.K == 0 && !s.accumulate) {
     std::memset(s.out + begin * s.columns, 0, sizeof(T) * size_t((end - begin) * s.columns));
@@ -86,7 +88,7 @@ void matrix_product(const ProductStep<T>& s, int64_t begin, int64_t end) {
     for (int64_t k = 0; k < s.K; k += kPartialRows) {
       part.K          = s.K - k < kPartialRows ? s.K - k : kPartialRows;
       part.accumulate = s.accumulate || k > 0;
-      run_tiles<ProductTiles<T>>(part, m, m_end, 0, blocks_of<T>(s.columns), false);
+      run_tiles<ProductTiles<T, Terms>>(part, m, m_end, 0, blocks_of<T>(s.columns), false);
       part.a += part.K * s.a_stride_k;
       part.b += part.K * s.b_stride;
     }

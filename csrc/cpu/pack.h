@@ -5,6 +5,7 @@
 //   backward  [P/V] x {                       [K] rows of    [V] }
 //
 // for weights [G*H, K], K = I or P, and [K, P], K = G*H; of weight_hr, [P, H] and [P, H], with G = 1.
+// Pairs of terms (vec.h) share a lane: then there are half as many rows.
 //
 // Units beyond H are zero. Not a cache: a packed copy lives as long as the call (weights change in
 // ways that no version counter shows).
@@ -41,27 +42,59 @@ constexpr int64_t blocks_of(int64_t H) {
   return (H + kLanes<T> - 1) / kLanes<T>;
 }
 
+// In numbers, with K lanes of terms.
 template <class Cell, class T>
 constexpr int64_t forward_panel_size(int64_t K) {
   return (K + 1) * Cell::kGates * kLanes<T>;
 }
 
+// Rows of `columns` numbers to rows of terms, lanes of them; `to` begins where `from` does.
+template <class Terms, class T>
+void to_terms(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows,
+              int64_t columns) {
+  constexpr int V = kLanes<T>;
+  for (int64_t row = 0; row < rows; ++row, from += from_stride, to += to_stride) {
+    const int64_t row_lanes = lanes<Terms>(columns);
+    for (int64_t k = 0; k < row_lanes; k += V) {
+      const int64_t at = k * Terms::kInLane;
+      store(to + k, Terms::load(from + at, columns - at),
+            int(row_lanes - k < V ? row_lanes - k : V));
+    }
+  }
+}
+
+// Columns of terms: a row of `to` [lanes, columns] has those of as many rows of `from` as a lane holds,
+// of `rows` in all.
+template <class Terms, class T>
+void to_columns_of_terms(const T* from, int64_t from_stride, T* to, int64_t rows, int64_t columns) {
+  constexpr int V = kLanes<T>;
+  for (int64_t row = 0; row < rows; row += Terms::kInLane, to += columns) {
+    const T* const a = from + row * from_stride;
+    const T* const b = row + 1 < rows ? a + from_stride : nullptr;
+    for (int64_t j = 0; j < columns; j += V) {
+      const int n = int(columns - j < V ? columns - j : V);
+      store(to + j, Terms::above_each_other(a + j, b ? b + j : nullptr, n), n);
+    }
+  }
+}
+
 // The panels of blocks [begin, end), from weight [G*H, K] and bias [G*H] (or null).
-template <class Cell, class T>
+template <class Cell, class T, class Terms = Numbers<T>>
 void pack_forward(T* panels, const T* weight, const T* bias, int64_t H, int64_t K, int64_t begin,
                   int64_t end) {
   constexpr int G = Cell::kGates, V = kLanes<T>;
   for (int64_t block = begin; block < end; ++block) {
-    T* panel        = panels + block * forward_panel_size<Cell, T>(K);
+    T* panel        = panels + block * forward_panel_size<Cell, T>(lanes<Terms>(K));
     const int units = int(H - block * V < V ? H - block * V : V);
     for (int g = 0; g < G; ++g) {
       const int64_t row = g * H + block * V;
       store(panel + g * V, bias ? load(bias + row, units) : Vec<T>{});
-      for (int64_t k = 0; k < K; k += V) {
-        const int columns = int(K - k < V ? K - k : V);
+      for (int64_t k = 0; k < lanes<Terms>(K); k += V) {
+        const int64_t first = k * Terms::kInLane;
+        const int columns   = int(lanes<Terms>(K) - k < V ? lanes<Terms>(K) - k : V);
         Vec<T> tile[V];
         unroll<V>([&](auto u) FUSEDRNN_LAMBDA {
-          tile[u] = u < units ? load(weight + (row + u) * K + k, columns) : Vec<T>{};
+          tile[u] = u < units ? Terms::load(weight + (row + u) * K + first, K - first) : Vec<T>{};
         });
         transpose<T>(tile);
         T* out = panel + ((k + 1) * G + g) * V;
@@ -74,17 +107,19 @@ void pack_forward(T* panels, const T* weight, const T* bias, int64_t H, int64_t 
 }
 
 // The same for the backward product, from weight [G*H, columns]. Its row blocks begin with
-// Cell::kRecurrentRow, in the order of grad_gates (sequence.h).
-template <class Cell, class T>
+// Cell::kRecurrentRow, in the order of grad_gates (sequence.h); a lane's terms are of one block.
+template <class Cell, class T, class Terms = Numbers<T>>
 void pack_backward(T* panels, const T* weight, int64_t H, int64_t columns, int64_t begin,
                    int64_t end) {
   constexpr int G = Cell::kGates, V = kLanes<T>;
   for (int64_t block = begin; block < end; ++block) {
-    T* out         = panels + block * G * H * V;
+    T* out         = panels + block * G * lanes<Terms>(H) * V;
     const int left = int(columns - block * V < V ? columns - block * V : V);
     for (int g = 0; g < G; ++g) {
       const T* in = weight + (g + Cell::kRecurrentRow) % G * H * columns + block * V;
-      for (int64_t k = 0; k < H; ++k, in += columns, out += V) store(out, load(in, left));
+      for (int64_t k = 0; k < H; k += Terms::kInLane, in += Terms::kInLane * columns, out += V) {
+        store(out, Terms::above_each_other(in, k + 1 < H ? in + columns : nullptr, left));
+      }
     }
   }
 }

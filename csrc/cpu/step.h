@@ -35,8 +35,9 @@ constexpr int max_panels(int M) {
 // terms would cost 2.
 constexpr int64_t kPartialTerms = 256;
 
-// acc[m][p*Q + q] += sum_k a[m*lda + k] panel_p[k][q] for k in [begin, end), ascending.
-template <int M, int P, int Q, class T>
+// acc[m][p*Q + q] += sum_k a[m*lda + k] panel_p[k][q] for k in [begin, end), ascending; k counts lanes
+// of terms.
+template <class Terms, int M, int P, int Q, class T>
 FUSEDRNN_INLINE void partial_product(Vec<T> (&acc)[M][P * Q], const T* a, int64_t lda,
                                      int64_t begin, int64_t end, const T* panels,
                                      int64_t panel_size) {
@@ -48,7 +49,8 @@ FUSEDRNN_INLINE void partial_product(Vec<T> (&acc)[M][P * Q], const T* a, int64_
       unroll<M>([&](auto m) FUSEDRNN_LAMBDA { a_k[m] = splat<Vec<T>>(a[m * lda + k]); });
       unroll<P * Q>([&](auto pq) FUSEDRNN_LAMBDA {
         const Vec<T> w = load(row + pq / Q * panel_size + pq % Q * V);
-        unroll<M>([&](auto m) FUSEDRNN_LAMBDA { acc[m][pq] = fma(a_k[m], w, acc[m][pq]); });
+        unroll<M>([&](auto m)
+                      FUSEDRNN_LAMBDA { acc[m][pq] = Terms::multiply_add(a_k[m], w, acc[m][pq]); });
       });
     } else {
       Vec<T> w[P * Q];
@@ -56,7 +58,9 @@ FUSEDRNN_INLINE void partial_product(Vec<T> (&acc)[M][P * Q], const T* a, int64_
                         FUSEDRNN_LAMBDA { w[pq] = load(row + pq / Q * panel_size + pq % Q * V); });
       unroll<M>([&](auto m) FUSEDRNN_LAMBDA {
         const Vec<T> a_k = splat<Vec<T>>(a[m * lda + k]);
-        unroll<P * Q>([&](auto pq) FUSEDRNN_LAMBDA { acc[m][pq] = fma(a_k, w[pq], acc[m][pq]); });
+        unroll<P * Q>([&](auto pq) FUSEDRNN_LAMBDA {
+          acc[m][pq] = Terms::multiply_add(a_k, w[pq], acc[m][pq]);
+        });
       });
     }
   }
@@ -64,16 +68,16 @@ FUSEDRNN_INLINE void partial_product(Vec<T> (&acc)[M][P * Q], const T* a, int64_
 
 // acc[m][p*Q + q] += sum_k a[m*lda + k] panel_p[k][q], in one order whatever M and P are: a row's
 // bits do not depend on the tile that it falls into.
-template <int M, int P, int Q, class T>
+template <class Terms, int M, int P, int Q, class T>
 FUSEDRNN_INLINE void product(Vec<T> (&acc)[M][P * Q], const T* a, int64_t lda, int64_t K,
                              const T* panels, int64_t panel_size) {
   int64_t end = K < kPartialTerms ? K : kPartialTerms;
-  partial_product<M, P, Q>(acc, a, lda, 0, end, panels, panel_size);
+  partial_product<Terms, M, P, Q>(acc, a, lda, 0, end, panels, panel_size);
   while (end < K) {
     const int64_t begin   = end;
     end                   = K - begin < kPartialTerms ? K : begin + kPartialTerms;
     Vec<T> part[M][P * Q] = {};
-    partial_product<M, P, Q>(part, a, lda, begin, end, panels, panel_size);
+    partial_product<Terms, M, P, Q>(part, a, lda, begin, end, panels, panel_size);
     unroll<M * P * Q>([&](auto i) FUSEDRNN_LAMBDA {
       constexpr int m = i / (P * Q), pq = i % (P * Q);
       acc[m][pq] = acc[m][pq] + part[m][pq];
@@ -81,8 +85,8 @@ FUSEDRNN_INLINE void product(Vec<T> (&acc)[M][P * Q], const T* a, int64_t lda, i
   }
 }
 
-// acc = bias + a W^T of M rows and P panels, from pack_forward's panels.
-template <class Cell, int M, int P, class T>
+// acc = bias + a W^T of M rows of K lanes and P panels, from pack_forward's panels.
+template <class Cell, class Terms, int M, int P, class T>
 FUSEDRNN_INLINE void affine(Vec<T> (&acc)[M][P * Cell::kGates], const T* a, int64_t lda, int64_t K,
                             const T* all_panels, int64_t block) {
   constexpr int G          = Cell::kGates;
@@ -93,7 +97,7 @@ FUSEDRNN_INLINE void affine(Vec<T> (&acc)[M][P * Cell::kGates], const T* a, int6
     const Vec<T> bias = load(panels + pg / G * panel_size + pg % G * V);
     unroll<M>([&](auto m) FUSEDRNN_LAMBDA { acc[m][pg] = bias; });
   });
-  product<M, P, G>(acc, a, lda, K, panels + G * V, panel_size);
+  product<Terms, M, P, G>(acc, a, lda, K, panels + G * V, panel_size);
 }
 
 // A product by rows: the input projection, where a row is one batch element at one time step, and
@@ -101,18 +105,19 @@ FUSEDRNN_INLINE void affine(Vec<T> (&acc)[M][P * Cell::kGates], const T* a, int6
 template <class T>
 struct ProjectStep {
   int64_t K, H;
-  const T* input;  // rows of K
+  const T* input;  // rows of K lanes of terms
   int64_t input_stride;
   T* gates;  // rows of G*H
   int64_t gates_stride;
   const T* panels;  // pack_forward's
 };
 
-template <class Cell, class T, int M, int P>
+template <class Cell, class T, class Terms, int M, int P>
 void project_tile(const ProjectStep<T>& s, int64_t row, int64_t block) {
   constexpr int G = Cell::kGates;
   Vec<T> acc[M][P * G];
-  affine<Cell, M, P>(acc, s.input + row * s.input_stride, s.input_stride, s.K, s.panels, block);
+  affine<Cell, Terms, M, P>(acc, s.input + row * s.input_stride, s.input_stride, s.K, s.panels,
+                            block);
   unroll<M * P>([&](auto mp) FUSEDRNN_LAMBDA {
     constexpr int m = mp / P, p = mp % P;
     const int64_t unit = (block + p) * kLanes<T>;
@@ -127,12 +132,12 @@ void project_tile(const ProjectStep<T>& s, int64_t row, int64_t block) {
 // gates and extra are dense.
 template <class T>
 struct ForwardStep {
-  int64_t H, P;
+  int64_t H;
   bool save;
   T* gates;         // [B, G*H]: for the activated gates, if save; forward_tile finds gates_x there
   T* extra;         // [B, H]: LSTM c, GRU a_hn; or null
-  const T* h_prev;  // [B, P]
-  int64_t h_prev_stride;
+  const T* h_prev;  // rows of K lanes of terms
+  int64_t K, h_prev_stride;
   const T* prev;  // [B, H]: LSTM c_prev, GRU h_prev
   int64_t prev_stride;
   T* h;  // [B, H]: before the projection, if there is one; or null
@@ -163,11 +168,12 @@ FUSEDRNN_INLINE void forward_units(const ForwardStep<T>& s, int64_t row, int64_t
   }
 }
 
-template <class Cell, class T, int M, int P>
+template <class Cell, class T, class Terms, int M, int P>
 void forward_tile(const ForwardStep<T>& s, int64_t row, int64_t block) {
   constexpr int G = Cell::kGates;
   Vec<T> acc[M][P * G];
-  affine<Cell, M, P>(acc, s.h_prev + row * s.h_prev_stride, s.h_prev_stride, s.P, s.panels, block);
+  affine<Cell, Terms, M, P>(acc, s.h_prev + row * s.h_prev_stride, s.h_prev_stride, s.K, s.panels,
+                            block);
   unroll<M * P>([&](auto mp) FUSEDRNN_LAMBDA {
     constexpr int m = mp / P, p = mp % P;
     const int64_t unit = (block + p) * kLanes<T>;
@@ -186,7 +192,7 @@ template <class T>
 struct GradH {
   // The product: of the step after's grad_gates and weight_hh, or of the projection's gradient and
   // weight_hr.
-  const T* terms;  // K of each row, or null for zero
+  const T* terms;  // K lanes of each row, or null for zero
   int64_t K, stride;
   const T* panels;  // pack_backward's
   const bool* cut;  // [B] or null: the rows between which and the step after lies a boundary
@@ -196,13 +202,13 @@ struct GradH {
   int64_t P;
 };
 
-template <class T, int M, int P>
+template <class Terms, class T, int M, int P>
 FUSEDRNN_INLINE void grad_h_product(Vec<T> (&acc)[M][P], const GradH<T>& s, int64_t row,
                                     int64_t block) {
   if (!s.terms) return;
   const int64_t panel_size = s.K * kLanes<T>;
-  product<M, P, 1>(acc, s.terms + row * s.stride, s.stride, s.K, s.panels + block * panel_size,
-                   panel_size);
+  product<Terms, M, P, 1>(acc, s.terms + row * s.stride, s.stride, s.K,
+                          s.panels + block * panel_size, panel_size);
 }
 template <class T>
 FUSEDRNN_INLINE Vec<T> grad_h_sum(const GradH<T>& s, int64_t row, int64_t unit, int lanes,
@@ -223,7 +229,7 @@ struct GradHStep {
 template <class T, int M, int P>
 void grad_h_tile(const GradHStep<T>& s, int64_t row, int64_t block) {
   Vec<T> acc[M][P] = {};
-  grad_h_product<T, M, P>(acc, s.grad_h, row, block);
+  grad_h_product<Numbers<T>>(acc, s.grad_h, row, block);
   unroll<M * P>([&](auto mp) FUSEDRNN_LAMBDA {
     constexpr int m = mp / P, p = mp % P;
     const int64_t unit = (block + p) * kLanes<T>;
@@ -280,10 +286,10 @@ FUSEDRNN_INLINE void backward_units(const BackwardStep<T>& s, int64_t row, int64
   }
 }
 
-template <class Cell, class T, int M, int P>
+template <class Cell, class T, class Terms, int M, int P>
 void backward_tile(const BackwardStep<T>& s, int64_t row, int64_t block) {
   Vec<T> acc[M][P] = {};
-  grad_h_product<T, M, P>(acc, s.grad_h, row, block);
+  grad_h_product<Terms>(acc, s.grad_h, row, block);
   // Not unrolled: through memory, the cell's code stands once per tile and not M*P times.
   Vec<T> products[M * P];
   unroll<M * P>([&](auto mp) FUSEDRNN_LAMBDA { products[mp] = acc[mp / P][mp % P]; });
@@ -312,26 +318,26 @@ using Tile = void (*)(const Step&, int64_t row, int64_t block);
 
 constexpr int kMaxPanelsLog2 = 3;
 
-template <class Cell, class T>
+template <class Cell, class T, class Terms = Numbers<T>>
 struct ProjectTiles {
   using Step             = ProjectStep<T>;
   static constexpr int Q = Cell::kGates;
   template <int M, int P>
-  static constexpr Tile<Step> tile = project_tile<Cell, T, M, P>;
+  static constexpr Tile<Step> tile = project_tile<Cell, T, Terms, M, P>;
 };
-template <class Cell, class T>
+template <class Cell, class T, class Terms = Numbers<T>>
 struct ForwardTiles {
   using Step             = ForwardStep<T>;
   static constexpr int Q = Cell::kGates;
   template <int M, int P>
-  static constexpr Tile<Step> tile = forward_tile<Cell, T, M, P>;
+  static constexpr Tile<Step> tile = forward_tile<Cell, T, Terms, M, P>;
 };
-template <class Cell, class T>
+template <class Cell, class T, class Terms = Numbers<T>>
 struct BackwardTiles {
   using Step             = BackwardStep<T>;
   static constexpr int Q = 1;
   template <int M, int P>
-  static constexpr Tile<Step> tile = backward_tile<Cell, T, M, P>;
+  static constexpr Tile<Step> tile = backward_tile<Cell, T, Terms, M, P>;
 };
 
 template <class T>

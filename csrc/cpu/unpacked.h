@@ -72,7 +72,7 @@ template <class Cell, class T, int M>
 void unpacked_tile(const UnpackedStep<T>& s, int64_t row, int64_t block) {
   constexpr int G    = Cell::kGates;
   const int64_t H    = s.step.H;
-  const int64_t P    = s.step.P;
+  const int64_t P    = s.step.K;
   const int64_t unit = block * kLanes<T>;
   const int units    = lanes_of<T>(H, unit);
   Vec<T> gates_x[G][M], gates_h[G][M];

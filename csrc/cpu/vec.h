@@ -193,6 +193,57 @@ FUSEDRNN_INLINE Bits64 to_bits(Vec<double> v) { return (Bits64)v; }
 FUSEDRNN_INLINE Vec<float> from_bits(Bits32 v) { return (Vec<float>)v; }
 FUSEDRNN_INLINE Vec<double> from_bits(Bits64 v) { return (Vec<double>)v; }
 
+// What a lane of a product's operands holds: a number, or two numbers rounded to bfloat16, next to
+// each other in their sum. The same tiles multiply either; only how operands are laid out differs.
+// A row of n numbers has lanes(n) lanes; load(row, n) are the first V of them, zeros behind the n-th
+// number; above_each_other(a, b, n) are the terms of n columns in the row a and the one below it.
+template <class T>
+struct Numbers {
+  static constexpr int kInLane = 1;
+  static FUSEDRNN_INLINE Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) { return fma(a, b, c); }
+  static FUSEDRNN_INLINE Vec<T> load(const T* row, int64_t n) {
+    return fusedrnn::load(row, int(n < kLanes<T> ? n : kLanes<T>));
+  }
+  static FUSEDRNN_INLINE Vec<T> above_each_other(const T* a, const T*, int n) {
+    return fusedrnn::load(a, n);
+  }
+};
+
+#if defined(__AVX512BF16__)
+struct Pairs {
+  static constexpr int kInLane = 2;
+  static FUSEDRNN_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+  }
+  static FUSEDRNN_INLINE Vec<float> load(const float* row, int64_t n) {
+    return halves(load_up_to(row, n), load_up_to(row + kLanes<float>, n - kLanes<float>));
+  }
+  static FUSEDRNN_INLINE Vec<float> above_each_other(const float* a, const float* b, int n) {
+    const Vec<float> high = b ? fusedrnn::load(b, n) : Vec<float>{};
+    return alternate(halves(fusedrnn::load(a, n), high), std::make_integer_sequence<int, 32>{});
+  }
+
+ private:
+  static FUSEDRNN_INLINE Vec<float> halves(Vec<float> low, Vec<float> high) {
+    return (Vec<float>)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  }
+  // The 16 numbers of the first half in turns with those of the second.
+  template <int... Is>
+  static FUSEDRNN_INLINE Vec<float> alternate(Vec<float> v, std::integer_sequence<int, Is...>) {
+    const Vec<int16_t> words = (Vec<int16_t>)v;
+    return (Vec<float>)__builtin_shufflevector(words, words, (Is % 2 * 16 + Is / 2)...);
+  }
+  static FUSEDRNN_INLINE Vec<float> load_up_to(const float* p, int64_t n) {
+    return n <= 0 ? Vec<float>{} : fusedrnn::load(p, int(n < kLanes<float> ? n : kLanes<float>));
+  }
+};
+#endif
+
+template <class Terms>
+FUSEDRNN_INLINE int64_t lanes(int64_t n) {
+  return (n + Terms::kInLane - 1) / Terms::kInLane;
+}
+
 // Denormal operands and results count as zero while this lives, in this thread: a state that decays
 // would otherwise run the recurrence many times slower. Only for float: double is for checking.
 template <class T>
