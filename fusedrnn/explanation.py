@@ -64,7 +64,7 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
         and ops.weights_per_direction(weights) == 4
         and modules._torch_is_faster(cell, hidden, first)
     ):
-        return "torch.nn: oneDNN's bfloat16 products are faster on this CPU at this shape."
+        return "torch.nn: its bfloat16 products are faster on this CPU at this shape."
     dtype = None
     if ops.only_autocast():
         dtype = autocast_dtype(*layers[0])
@@ -88,7 +88,10 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
     on_cuda = isinstance(plans[0], cuda.Rule)
     if on_cuda and plans[0].path == "torch":
         return f"torch.nn: {plans[0].why}."
-    arithmetic = (cuda.arithmetic if on_cuda else _arithmetic)(layers[0][1].dtype)
+    dtype_of_call = layers[0][1].dtype
+    arithmetic = (
+        cuda.arithmetic(dtype_of_call) if on_cuda else _arithmetic(dtype_of_call, plans[0], weights)
+    )
     if dtype is not None:
         arithmetic += f" under autocast, results in {str(dtype)[6:]}"
     lines = [f"kernels: {'CUDA' if on_cuda else ops.isa()}, {arithmetic}."]
@@ -185,16 +188,23 @@ def _why_not_ordinary(input: Tensor, initial: Any, weights: Any) -> str:
     return "a tensor is no ordinary one (a subclass, sparse, or without memory of its own)"
 
 
-def _arithmetic(dtype: torch.dtype) -> str:
+def _arithmetic(dtype: torch.dtype, plan: ops.Plan, weights: Any) -> str:
+    if plan.bf16:
+        return "numbers multiplied as bfloat16, sums and states in float32, results rounded once"
     if dtype in (torch.float16, torch.bfloat16):
         return f"{str(dtype)[6:]} widened to float32 once, results rounded once"
-    if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return (
-            f"float32 (torch's float32_matmul_precision is "
-            f"{torch.get_float32_matmul_precision()!r}, but there is no kernel of less precision "
-            "for this CPU)"
-        )
-    return str(dtype)[6:]
+    precision = torch.get_float32_matmul_precision()
+    if dtype is not torch.float32 or precision == "highest":
+        return str(dtype)[6:]
+    if precision == "high":
+        why = "nothing less precise is faster on this CPU"
+    elif not ops.BF16_PRODUCTS:
+        why = "this CPU has no instruction for bfloat16 products that the kernels use"
+    elif ops.weights_per_direction(weights) == 5:
+        why = "a layer with a projection has no kernel of less precision"
+    else:
+        why = "so few steps do not pay for another layout of the weights"
+    return f"float32 (torch's float32_matmul_precision is {precision!r}, but {why})"
 
 
 def _plan_in_words(

@@ -13,8 +13,9 @@ operators of library.py. Whatever else torch can do with such a function (other 
 double backward, forward mode) is computed by reference.py, and counted: `ops.counts`.
 
 Under autocast on a CUDA device the kernels compute in its dtype, and give results of it. On the CPU
-they compute in float32, where it would convert to its own dtype, and round the results once. Their
-dtype is torch.nn's: autocast's own for LSTM and RNN, and for a step of RNN; the wider of that and
+they compute in float32, where it would convert to its own dtype, and round the results once; under
+bfloat16's they also round what they multiply, on CPUs that multiply bfloat16. The results' dtype is
+torch.nn's: autocast's own for LSTM and RNN, and for a step of RNN; the wider of that and
 of the initial state (without one, of the input) for GRU and for a step of LSTM. torch.nn.LSTM gives
 other dtypes for some float16 inputs and raises for others; here it is the same rule for all.
 float64 stays float64, as in torch.
@@ -301,6 +302,7 @@ class _SequenceFunction(Function):
         results, saved = result
         ctx.cell = cell
         ctx.num_states = num_states
+        ctx.bf16 = ops.bf16_allowed()  # autocast is no longer active in backward
         ctx.flags = None if options is None else options[2:]
         ctx.set_materialize_grads(False)
         if options is None:
@@ -326,7 +328,8 @@ class _SequenceFunction(Function):
             return (None,) * (3 + len(tensors))
         found: Sequence[Tensor | None] | None = None
         if not (torch.is_grad_enabled() or ops.transformed()):
-            found = ops.backward(cell, *_unpack(num_states, tensors), saved, grads, needed, options)
+            arguments = (*_unpack(num_states, tensors), saved, grads, needed, options)
+            found = ops.backward(cell, *arguments, bf16=ctx.bf16)
         if found is None:
             found = _reference_backward(cell, num_states, options, tensors, grads, needed)
         return None, None, None, *found

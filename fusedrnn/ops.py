@@ -55,6 +55,9 @@ def isa() -> str:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_C.release_threads)
 
+# Whether the kernels multiply bfloat16 numbers by an instruction of their own; else in float32.
+BF16_PRODUCTS = _C.has_bf16_products()
+
 _ISA = _C.isa()  # at import: a FUSEDRNN_ISA that cannot be had is an error here, not at first use
 log.debug("kernels: %s", _ISA)
 
@@ -159,8 +162,17 @@ def _cuda() -> Any:
 
 
 def bf16_allowed() -> bool:
-    """Whether torch.set_float32_matmul_precision lets float32 be multiplied as bfloat16."""
-    return _get_float32_matmul_precision() == "medium"
+    """Whether float32 numbers may be rounded to bfloat16 where they are multiplied.
+
+    torch.set_float32_matmul_precision("medium") allows it, and autocast to bfloat16 on the CPU.
+    """
+    if _get_float32_matmul_precision() == "medium":
+        return True
+    return (
+        _is_any_autocast_enabled()
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") is torch.bfloat16
+    )
 
 
 class Plan(NamedTuple):
@@ -235,15 +247,18 @@ def backward(
     needed: tuple[bool, ...],
     options: Options | None = None,
     groups: int = 0,
+    bf16: bool | None = None,
 ) -> tuple[Tensor | None, ...] | None:
     """The gradients of (input, *initial, *weights) as far as `needed`, from what `forward` saved.
 
-    grads: of each result, None for zero. groups: 0, or N for a batch of N samples of B / N rows
+    grads: of each result, None for zero. bf16: what bf16_allowed was in `forward`; None: as it is
+    now. groups: 0, or N for a batch of N samples of B / N rows
     each, all of one length; those of the weights are then each sample's own, [N, ...]. Returns None
     if one of `grads` is no ordinary tensor.
     RuntimeError if another argument is not as `forward` took or gave it.
     """
-    first: tuple[Any, ...] = (CELLS[cell].number, torch.get_num_threads(), bf16_allowed())
+    bf16 = bf16_allowed() if bf16 is None else bf16
+    first: tuple[Any, ...] = (CELLS[cell].number, torch.get_num_threads(), bf16)
     call: Callable[..., Any] = _C.backward
     if input.is_cuda:
         first, call = (cell,), _cuda().backward

@@ -106,6 +106,17 @@ def ran(*expected):
     assert rose == set(expected)
 
 
+@contextmanager
+def matmul_precision(precision):
+    """torch.set_float32_matmul_precision(precision), inside."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def raised(function):
     """The exception that function() raises, which it must."""
     try:

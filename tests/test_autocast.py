@@ -19,7 +19,7 @@ TRAINED = ("kernel_forward", "kernel_backward")
 @pytest.fixture(autouse=True)
 def kernels_only(monkeypatch):
     """No bfloat16 call goes to torch for being faster there."""
-    monkeypatch.setattr(modules, "_TORCH_HAS_BFLOAT16", False)
+    monkeypatch.setattr(modules, "_TORCH_MULTIPLIES_FASTER", False)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -344,7 +344,7 @@ def test_transforms_do_what_they_do_in_torch(kind):
     ],
 )
 def test_bfloat16_goes_where_it_is_faster(kind, low, input_dtype, batch, computed_by, monkeypatch):
-    monkeypatch.setattr(modules, "_TORCH_HAS_BFLOAT16", True)
+    monkeypatch.setattr(modules, "_TORCH_MULTIPLIES_FASTER", True)
     module = build(modules, kind, I, H, 2)
     input = input_of(kind, input_dtype)[:, :batch]
     with torch.autocast("cpu", low), ran(computed_by):

@@ -226,7 +226,7 @@ def by_reference(monkeypatch, module, input, hx, dtype):
     """run() of a copy on the CPU, in `dtype` and by reference.py."""
     with monkeypatch.context() as patch:
         patch.setattr(modules, "kernel_layer", functional.reference_layer)
-        patch.setattr(modules, "_TORCH_HAS_BFLOAT16", False)
+        patch.setattr(modules, "_TORCH_MULTIPLIES_FASTER", False)
         states = None if hx is None else tuple(s.to(dtype) for s in hx)
         with ran("reference"):
             return run(copy.deepcopy(module).to(dtype), input.to(dtype), states)

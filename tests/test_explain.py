@@ -3,12 +3,12 @@ shapes that each plan is for."""
 
 import pytest
 import torch
-from helpers import CELLS, LAYERS, build, pair, ran, states
+from helpers import CELLS, LAYERS, build, matmul_precision, pair, ran, states
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import fusedrnn
-from fusedrnn import modules
+from fusedrnn import modules, ops
 
 T, B, I, H = 7, 3, 5, 6  # noqa: E741
 
@@ -27,7 +27,7 @@ def says(module, *arguments):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"bias": False}], ids=str)
 def test_layers(kind, dtype, options):
-    if kind == "LSTM" and dtype is torch.bfloat16 and modules._TORCH_HAS_BFLOAT16:
+    if kind == "LSTM" and dtype is torch.bfloat16 and modules._TORCH_MULTIPLIES_FASTER:
         pytest.skip("torch's is faster here")
     module = build(modules, kind, I, H, num_layers=2, dtype=dtype, **options)
     directions = 1 + ("bidirectional" in options)
@@ -75,9 +75,9 @@ def test_what_torch_computes():
     x = torch.randn(T, B, I)
     assert "meta" in says(build(modules, "GRU", I, H, device="meta"), x.to("meta"))
     assert "complex64" in says(module.to(torch.complex64), x.to(torch.complex64))
-    if modules._TORCH_HAS_BFLOAT16:
+    if modules._TORCH_MULTIPLIES_FASTER:
         lstm = build(modules, "LSTM", I, H, dtype=torch.bfloat16)
-        assert "oneDNN's bfloat16 products are faster" in says(lstm, x.bfloat16())
+        assert "its bfloat16 products are faster" in says(lstm, x.bfloat16())
 
     class Tagged(torch.Tensor):
         pass
@@ -88,17 +88,23 @@ def test_what_torch_computes():
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", LAYERS + CELLS)
 def test_autocast(kind, low, monkeypatch):
-    monkeypatch.setattr(modules, "_TORCH_HAS_BFLOAT16", False)
+    monkeypatch.setattr(modules, "_TORCH_MULTIPLIES_FASTER", False)
     module = build(modules, kind, I, H)
     x = torch.randn(*((T,) if kind in LAYERS else ()), B, I)
     with torch.autocast("cpu", low):
         dtype = str((module(x)[0][0] if kind in LAYERS else module(x)[0]).dtype)[6:]
-        assert f"float32 under autocast, results in {dtype}." in says(module, x)
-        assert f", {str(low)[6:]} widened" in says(module.to(low), x.to(low))
+        said, said_of_low = says(module, x), says(module.to(low), x.to(low))
+        assert f" under autocast, results in {dtype}." in said
+        if low is torch.bfloat16 and kind in LAYERS and ops.BF16_PRODUCTS:
+            assert "multiplied as bfloat16" in said
+            assert "multiplied as bfloat16" in said_of_low
+        else:
+            assert ", float32 " in said
+            assert f", {str(low)[6:]} widened" in said_of_low
         assert ", float64." in says(module.double(), x.double())
         assert "several dtypes" in fusedrnn.explain(module, x)
     if kind == "LSTM":
-        monkeypatch.setattr(modules, "_TORCH_HAS_BFLOAT16", True)
+        monkeypatch.setattr(modules, "_TORCH_MULTIPLIES_FASTER", True)
         with torch.autocast("cpu", torch.bfloat16):
             assert "are faster on this CPU" in fusedrnn.explain(module.float(), x)
 
@@ -165,14 +171,24 @@ def test_plans(shape, directions, words):
     assert words in fusedrnn.explain(module, torch.empty(shape))
 
 
+def test_a_precision_that_the_kernels_have():
+    module = build(modules, "LSTM", I, H)
+    x = torch.randn(T, B, I)
+    with matmul_precision("medium"):
+        if ops.BF16_PRODUCTS:
+            assert "multiplied as bfloat16" in says(module, x)
+            assert "few steps do not pay" in says(module, x[:1])
+            projected = build(modules, "LSTM", I, H, proj_size=2)
+            assert "'medium', but a layer with a projection" in says(projected, x)
+        else:
+            assert "'medium', but this CPU has no instruction" in says(module, x)
+        assert ", float64." in says(module.double(), x.double())
+
+
 def test_a_precision_that_no_kernel_serves_is_told():
     module = build(modules, "LSTM", I, H)
     x = torch.randn(T, B, I)
     exact = module(x)[0]
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")
-        assert "'medium'" in says(module, x)
+    with matmul_precision("high"):
+        assert "'high', but nothing less precise is faster" in says(module, x)
         assert torch.equal(module(x)[0], exact)
-    finally:
-        torch.set_float32_matmul_precision(before)

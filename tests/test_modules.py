@@ -443,7 +443,7 @@ def test_projection_matches_torch(batch_first):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", LAYERS + CELLS)
 def test_bfloat16_and_float16_run_in_the_kernels(kind, dtype, monkeypatch):
-    monkeypatch.setattr(modules, "_TORCH_HAS_BFLOAT16", False)
+    monkeypatch.setattr(modules, "_TORCH_MULTIPLIES_FASTER", False)
     theirs, ours = pair(kind, I, H, dtype=dtype)
     input = random_input(*((T,) if kind in LAYERS else ()), B, I, dtype=dtype)
     with ran("kernel_forward", "kernel_backward"):
@@ -468,7 +468,7 @@ def test_bfloat16_and_float16_run_in_the_kernels(kind, dtype, monkeypatch):
     ],
 )
 def test_bfloat16_goes_where_it_is_faster(kind, batch, hidden, train, computed_by, monkeypatch):
-    monkeypatch.setattr(modules, "_TORCH_HAS_BFLOAT16", True)
+    monkeypatch.setattr(modules, "_TORCH_MULTIPLIES_FASTER", True)
     _, ours = pair(kind, I, hidden, dtype=torch.bfloat16)
     input = random_input(T, batch, I, dtype=torch.bfloat16)
     with ran(computed_by), torch.set_grad_enabled(train):

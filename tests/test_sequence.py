@@ -6,7 +6,7 @@ again under every instruction set that the machine has.
 
 import pytest
 import torch
-from helpers import ran
+from helpers import matmul_precision, ran
 from layers import LAYER_CELLS, layer_inputs, relative_error
 
 from fusedrnn import functional, ops, reference
@@ -88,7 +88,9 @@ def test_narrow_types_are_computed_in_float32(cell, dtype, size):
     wide = (wide[0], tuple(wide[1 : 1 + states]), tuple(wide[1 + states :]))
     results = functional.layer(cell, *wide)
     grads = [torch.randn_like(r).to(dtype) for r in results]
-    expected = run(functional.layer, cell, wide, [g.float() for g in grads])
+    # Where bfloat16 numbers are multiplied themselves: test_bf16_products.py.
+    with matmul_precision("medium" if dtype is torch.bfloat16 else "highest"):
+        expected = run(functional.layer, cell, wide, [g.float() for g in grads])
     with ran("kernel_forward", "kernel_backward"):
         ours = run(functional.layer, cell, (x, initial, weights), grads)
     for a, e in zip(ours, expected, strict=True):

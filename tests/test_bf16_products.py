@@ -1,0 +1,224 @@
+"""Products of numbers rounded to bfloat16, on CPUs that have an instruction for them: against the
+reference in float64 with the operands of every product rounded, and nothing else.
+"""
+
+import pytest
+import torch
+from helpers import build, matmul_precision, ran
+from layers import LAYER_CELLS, layer_inputs
+
+from fusedrnn import functional, modules, ops, reference
+
+pytestmark = pytest.mark.skipif(not ops.BF16_PRODUCTS, reason="no bfloat16 products here")
+
+# T, B, I, H, D: odd and even, below and above a vector's 16 lanes and its 32 numbers; enough steps
+# for the weights to be laid out anew.
+SIZES = [
+    (9, 1, 1, 1, 1),
+    (9, 3, 5, 7, 2),
+    (20, 2, 33, 31, 1),
+    (12, 13, 16, 32, 2),
+    (10, 7, 65, 33, 1),
+    (9, 64, 40, 130, 1),
+    (11, 1, 600, 48, 2),
+]
+
+
+class RoundedProduct(torch.autograd.Function):
+    """a @ w.T, and both products of its backward pass, with operands rounded to bfloat16."""
+
+    @staticmethod
+    def forward(ctx, a, w):
+        a, w = a.bfloat16().double(), w.bfloat16().double()
+        ctx.save_for_backward(a, w)
+        return a @ w.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, w = ctx.saved_tensors
+        grad = grad.bfloat16().double()
+        return grad @ w, grad.flatten(0, -2).T @ a.flatten(0, -2)
+
+
+def rounded_linear(a, w, bias=None):
+    product = RoundedProduct.apply(a, w)
+    return product if bias is None else product + bias
+
+
+def in_double(inputs):
+    x, initial, weights = inputs
+    double = lambda t: t.detach().double().requires_grad_()  # noqa: E731
+    return double(x), tuple(map(double, initial)), tuple(map(double, weights))
+
+
+def run(function, cell, inputs, grads, *options):
+    results = function(cell, *inputs, *options)
+    leaves = [inputs[0], *inputs[1], *inputs[2]]
+    return results, torch.autograd.grad(results, leaves, grads)
+
+
+def distance(a, b):
+    """The root mean square difference."""
+    return ((a.double() - b).norm() / max(1, b.numel()) ** 0.5).item()
+
+
+def check(monkeypatch, cell, size, options=None):
+    """float32 at "medium" is the rounded reference, far closer than to the exact one."""
+    inputs = layer_inputs(cell, *size, torch.float32)
+    if options is not None and options.batch_sizes is not None:
+        inputs = (inputs[0].detach().flatten(0, 1).requires_grad_(), *inputs[1:])
+        assert len(inputs[0]) == options.batch_sizes.sum()
+    doubles = in_double(inputs)
+    theirs = () if options is None else options[:4]
+    grads = [torch.randn_like(r) for r in reference.scan(cell, *doubles, *theirs)]
+    exact_results, exact = run(reference.scan, cell, doubles, grads, *theirs)
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "linear", rounded_linear)
+        rounded_results, rounded = run(reference.scan, cell, doubles, grads, *theirs)
+    with matmul_precision("medium"), ran("kernel_forward", "kernel_backward"):
+        results, found = run(functional.layer, cell, inputs, [g.float() for g in grads], options)
+    states = len(inputs[1])
+    for i, (ours, model, right) in enumerate(
+        zip((*results, *found), (*rounded_results, *rounded), (*exact_results, *exact), strict=True)
+    ):
+        # float32's roundings now and then turn a rounding to bfloat16 the other way.
+        noise = 2e-6 * right.abs().max().item()
+        if i == len(results) + 1 and states:  # of h0: its last product is exact
+            assert distance(ours, right) <= 1.5 * distance(model, right) + noise
+        else:
+            assert distance(ours, model) <= 0.2 * distance(right, model) + noise, i
+    # If those bounds could not tell the two apart, they would say nothing.
+    assert distance(exact_results[0], rounded_results[0]) > 1e-4
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_every_product_is_rounded_and_nothing_else(cell, size, monkeypatch):
+    check(monkeypatch, cell, size)
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_boundaries_and_sequences_of_several_lengths(cell, packed, monkeypatch):
+    T, B, H = 24, 4, 33
+    sizes = torch.full((T,), B)
+    if packed:  # as many rows, some sequences shorter
+        sizes = torch.tensor([6] * 6 + [4] * 12 + [2] * 6)
+        T, B = 24, 6
+    rows = int(sizes.sum())
+    torch.manual_seed(1)
+    reset = torch.rand(rows) < 0.1
+    size = (24, 4, 19, H, 2)
+    options = ops.Options(sizes if packed else None, reset if packed else reset.view(T, B), True)
+    if packed:
+        inputs_of = layer_inputs
+
+        def of_six(cell, T, B, I, H, D, dtype):  # noqa: E741
+            x, _, weights = inputs_of(cell, T, B, I, H, D, dtype)
+            return x, inputs_of(cell, T, 6, I, H, D, dtype)[1], weights
+
+        monkeypatch.setattr(f"{__name__}.layer_inputs", of_six)
+    check(monkeypatch, cell, size, options)
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+def test_bfloat16_tensors_are_multiplied_as_they_are(cell):
+    for size in SIZES:
+        narrow = layer_inputs(cell, *size, torch.bfloat16)
+        x, initial, weights = narrow
+        wide = [t.detach().float().requires_grad_() for t in (x, *initial, *weights)]
+        states = len(initial)
+        wide = (wide[0], tuple(wide[1 : 1 + states]), tuple(wide[1 + states :]))
+        grads = [torch.randn(r.shape).bfloat16() for r in functional.layer(cell, *narrow)]
+        with ran("kernel_forward", "kernel_backward"):
+            results, found = run(functional.layer, cell, narrow, grads)
+        with matmul_precision("medium"):
+            expected = run(functional.layer, cell, wide, [g.float() for g in grads])
+        for ours, right in zip((*results, *found), (*expected[0], *expected[1]), strict=True):
+            assert torch.equal(ours, right.bfloat16())
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+@pytest.mark.parametrize("size", [(20, 33, 24, 40, 1), (20, 2, 130, 128, 2)], ids=str)
+def test_the_same_bits_on_any_number_of_threads(cell, size):
+    inputs = layer_inputs(cell, *size, torch.bfloat16)
+    grads = [torch.randn(r.shape).bfloat16() for r in functional.layer(cell, *inputs)]
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            results, gradients = run(functional.layer, cell, inputs, grads)
+            found.append((*results, *gradients))
+    finally:
+        torch.set_num_threads(before)
+    for others in found[1:]:
+        assert all(map(torch.equal, found[0], others))
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+def test_gates_computed_again(cell):
+    inputs = layer_inputs(cell, 12, 5, 9, 33, 2, torch.bfloat16)
+    grads = [torch.randn(r.shape).bfloat16() for r in functional.layer(cell, *inputs)]
+    results, kept = run(functional.layer, cell, inputs, grads)
+    with ran("kernel_forward", "kernel_backward"):
+        same, again = run(functional.layer, cell, inputs, grads, ops.Options(recompute=True))
+    assert all(map(torch.equal, results, same))
+    for a, b in zip(kept, again, strict=True):
+        assert distance(a, b.double()) <= 2**-8 * b.double().norm() / b.numel() ** 0.5 + 1e-6
+
+
+class Precision:
+    """What each torch.set_float32_matmul_precision makes of one layer."""
+
+    def __init__(self, cell, dtype=torch.float32, **options):
+        self.module = build(modules, cell, 24, 32, dtype=dtype, **options)
+        self.input = torch.randn(20, 3, 24, dtype=dtype)
+
+    def output(self, precision):
+        with matmul_precision(precision), torch.no_grad(), ran("kernel_forward"):
+            return self.module(self.input)[0]
+
+    def changes(self, precision):
+        return not torch.equal(self.output(precision), self.output("highest"))
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_only_medium_and_only_float32_is_rounded(cell):
+    assert Precision(cell).changes("medium")
+    assert not Precision(cell).changes("high")
+    assert not Precision(cell, torch.float64).changes("medium")
+    assert not Precision(cell, torch.float16).changes("medium")
+
+
+def test_projections_are_not_rounded():
+    assert not Precision("LSTM", proj_size=16).changes("medium")
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_autocast_rounds_products_back_and_forth(cell):
+    module = build(modules, cell, 24, 32)
+    input = torch.randn(20, 3, 24)
+    gradients = {}
+    for precision in ("highest", "medium"):
+        for autocast in (False, True):
+            module.zero_grad()
+            with matmul_precision(precision), ran("kernel_forward", "kernel_backward"):
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    output = module(input)[0]
+                output.backward(torch.ones_like(output))
+            gradients[precision, autocast] = module.weight_hh_l0.grad.clone()
+    assert not torch.equal(gradients["highest", False], gradients["medium", False])
+    assert torch.equal(gradients["highest", True], gradients["medium", False])
+    assert torch.equal(gradients["medium", True], gradients["medium", False])
+
+
+def test_an_output_that_is_not_finite():
+    x, initial, weights = layer_inputs("rnn_relu", 20, 3, 8, 33, 1, torch.bfloat16)
+    with torch.no_grad():
+        x[3, 0, 2], x[5, 1, 0] = float("nan"), float("inf")
+        output = functional.layer("rnn_relu", x, initial, weights)[0]
+        expected = reference.scan("rnn_relu", *in_double((x, initial, weights)))[0]
+    assert torch.equal(output.isfinite(), expected.isfinite())
+    assert not output[3:, 0].isfinite().any()
+    assert output[:, 2].isfinite().all()
