@@ -117,6 +117,17 @@ struct NewTensor {
   Memory floats_{nullptr, &std::free};
 };
 
+// One layer's weights as the kernels read them, and what they were laid out from.
+struct Panels {
+  int cell_index;
+  Dtype dtype;
+  bool bf16;
+  int64_t I, H, P, D;
+  std::vector<const void*> sources;  // the weights' memory: elsewhere are other weights
+  Memory memory{nullptr, &std::free};
+  const void* directions[2]{};
+};
+
 // One layer's inputs. A view's memory belongs to the object it was read from, to a copy in `copies`
 // or to `memory`.
 struct Layer {
@@ -135,8 +146,9 @@ struct Layer {
   std::vector<int64_t> offsets;  // empty: sequences of one length
   std::vector<py::object> copies;
   std::vector<Memory> memory;
-  bool zero_states = false;
-  bool check_only  = false;  // nothing will be computed: no copies
+  bool zero_states     = false;
+  bool check_only      = false;    // nothing will be computed: no copies
+  const Panels* panels = nullptr;  // of these weights, if there are any
 
   Dtype dtype() const { return input.dtype; }
   // Of what the kernels compute, and of what forward saves for backward.
@@ -268,6 +280,23 @@ struct Layer {
     return true;
   }
 
+  std::vector<const void*> sources() const {
+    std::vector<const void*> all;
+    for (int64_t d = 0; d < D; ++d) {
+      for (const TensorView& weight : weights[d]) all.push_back(weight.data);
+    }
+    return all;
+  }
+  // Takes panels, or None, if they are of these weights and what is to be computed.
+  void take(PyObject* object) {
+    if (object == Py_None) return;
+    const auto* const p = py::handle(object).cast<const Panels*>();
+    if (p->cell_index == cell_index && p->dtype == dtype() && p->bf16 == bf16_products() &&
+        p->I == I && p->H == H && p->P == P && p->D == D && p->sources == sources()) {
+      panels = p;
+    }
+  }
+
   int64_t state_size(int64_t i) const { return i == 0 ? P : H; }
   // The i-th state (h, c), or the gradient of one.
   bool read_state(PyObject* object, int64_t i, TensorView* out) {
@@ -303,6 +332,7 @@ struct Layer {
   void widen_all(int num_threads) {
     widen(&input, num_threads);
     for (auto& of_direction : weights) {
+      if (panels) break;  // instead of them
       for (TensorView& weight : of_direction) widen(&weight, num_threads);
     }
     if (zero_states) {
@@ -393,6 +423,9 @@ ForwardArgs<T> forward_args(const Layer& layer, int num_threads) {
   args.num_threads    = num_threads;
   args.input_stride_t = layer.one_step ? 0 : layer.input.strides[0];
   args.input_stride_b = layer.input.strides[layer.input.dims - 2];
+  for (int64_t d = 0; layer.panels && d < layer.D; ++d) {
+    args.panels[d] = static_cast<const T*>(layer.panels->directions[d]);
+  }
   return args;
 }
 
@@ -425,8 +458,8 @@ void run_forward(Layer& layer, int num_threads, const Results& results) {
   }
 }
 
-// forward(cell, save, num_threads, bf16, input, initial, weights, options) -> (results, saved), or
-// None, or NotImplemented if torch made no ordinary tensor.
+// forward(cell, save, num_threads, bf16, input, initial, weights, options, panels) -> (results, saved),
+// or None, or NotImplemented if torch made no ordinary tensor.
 py::object forward(PyObject* const* arguments) {
   Layer layer;
   const bool save       = arguments[1] == Py_True;
@@ -437,6 +470,7 @@ py::object forward(PyObject* const* arguments) {
   if (!layer.read(int(PyLong_AsLong(arguments[0])), like, initial, weights, arguments[7], false)) {
     return py::none();
   }
+  layer.take(arguments[8]);
   layer.widen_all(num_threads);
   const bool cell_state  = layer.cell.has_cell_state;
   const NewTensor output = layer.new_rows(like, layer.D * layer.P);
@@ -575,6 +609,42 @@ py::object takes(PyObject* const* arguments) {
                               Items(arguments[3]), arguments[4], false));
 }
 
+template <class T>
+void pack_weights(const Layer& layer, Panels* panels) {
+  const auto args = forward_args<T>(layer, 1);
+  const auto pack = kernels_for<T>(layer).pack[layer.cell_index];
+  const auto size = size_t(pack(args, 0, nullptr)) * sizeof(T);
+  // aligned_alloc takes multiples of the alignment.
+  const size_t stride = (size + 63) / 64 * 64;
+  panels->memory.reset(std::aligned_alloc(64, std::max<size_t>(64, stride * size_t(layer.D))));
+  if (!panels->memory) throw std::bad_alloc();
+  advise_large_pages(panels->memory.get(), stride * size_t(layer.D));
+  const GilRelease no_gil;
+  for (int64_t d = 0; d < layer.D; ++d) {
+    char* const at        = static_cast<char*>(panels->memory.get()) + size_t(d) * stride;
+    panels->directions[d] = at;
+    pack(args, d, reinterpret_cast<T*>(at));
+  }
+}
+
+// pack(cell, bf16, input, weights) -> Panels for calls of forward with these weights, or None. Of the
+// input [1, 1, I] the numbers are not read.
+py::object pack(PyObject* const* arguments) {
+  Layer layer;
+  layer.bf16 = arguments[1] == Py_True;
+  if (!layer.read(int(PyLong_AsLong(arguments[0])), arguments[2], Items(py::tuple().ptr()),
+                  Items(arguments[3]), Py_None, false)) {
+    return py::none();
+  }
+  auto panels =
+      std::make_unique<Panels>(Panels{layer.cell_index, layer.dtype(), layer.bf16_products(),
+                                      layer.I, layer.H, layer.P, layer.D, layer.sources()});
+  layer.widen_all(1);
+  (layer.wide_dtype() == Dtype::kFloat32 ? pack_weights<float>
+                                         : pack_weights<double>)(layer, panels.get());
+  return py::cast(std::move(panels));
+}
+
 // plan(cell, num_threads, bf16, input, initial, weights, options) -> (threads, row_shards, unit_shards,
 // packed, chunk, whether products are bfloat16's) or None.
 py::object plan(PyObject* const* arguments) {
@@ -650,11 +720,11 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("cuda") = "";
 #endif
+  py::class_<Panels>(m, "Panels", "One layer's weights as the kernels read them.");
   m.def("release_threads", release_threads, "Ends this thread's idle OpenMP threads.");
-  static PyMethodDef methods[] = {definition<forward, 8>("forward"),
-                                  definition<backward, 11>("backward"),
-                                  definition<takes, 5>("takes"),
-                                  definition<plan, 7>("plan"),
-                                  {nullptr, nullptr, 0, nullptr}};
+  static PyMethodDef methods[] = {
+      definition<forward, 9>("forward"), definition<backward, 11>("backward"),
+      definition<takes, 5>("takes"),     definition<pack, 4>("pack"),
+      definition<plan, 7>("plan"),       {nullptr, nullptr, 0, nullptr}};
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }

@@ -62,6 +62,9 @@ struct ForwardArgs {
   const scalar_t* weight_hh[2];  // [G*H, P]
   const scalar_t* bias_hh[2];    // [G*H], or null
   const scalar_t* weight_hr[2];  // [P, H], LSTM only, or null: then P = H
+  // The same weights and biases as KernelsOf::pack has laid them out; null: done for the call. With
+  // them, only whether weight_hr is null is read.
+  const scalar_t* panels[2];
 
   // Out, each null if not wanted: what backward needs. Either the activated gates (LSTM i f g o, GRU
   // r z n, RNN h),
@@ -135,6 +138,9 @@ struct KernelsOf {
   bool (*forward[kNumCells])(const ForwardArgs<scalar_t>&);
   bool (*backward[kNumCells])(const BackwardArgs<scalar_t>&);
   Plan (*plan[kNumCells])(const ForwardArgs<scalar_t>&);
+  // For ForwardArgs::panels: how many numbers direction d's weights take, which are written to
+  // panels, 64-byte aligned, unless it is null. Of the arguments only sizes and weights are read.
+  int64_t (*pack[kNumCells])(const ForwardArgs<scalar_t>&, int64_t d, scalar_t* panels);
 };
 
 struct Kernels {

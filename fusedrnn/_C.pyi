@@ -10,6 +10,8 @@ compiler: str  # that built this file
 isas: str  # that it has kernels for, best first: "avx512_bf16, avx512, avx2, generic"
 cuda: str  # CUDA architectures, likewise
 
+class Panels: ...
+
 def isa() -> str: ...
 def has_bf16_products() -> bool: ...
 def release_threads() -> None: ...
@@ -35,8 +37,10 @@ def forward(
     initial: Tensors,
     weights: Weights,
     options: Options | None,
+    panels: Panels | None,
     /,
 ) -> tuple[tuple[Tensor, ...], Tensor | None] | NotImplementedType | None: ...
+def pack(cell: int, bf16: bool, input: Tensor, weights: Weights, /) -> Panels | None: ...
 def backward(
     cell: int,
     num_threads: int,

@@ -15,6 +15,7 @@ try:
     from fusedrnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
     from fusedrnn.ops import isa
     from fusedrnn.patching import patched
+    from fusedrnn.prepacking import prepacked
 except Exception:
     # `python -m fusedrnn` says what is wrong. Python imports this to find it, and argv[0] is "-m".
     if sys.argv[:1] != ["-m"] or {"fusedrnn", "-mfusedrnn"}.isdisjoint(sys.orig_argv):
@@ -36,6 +37,7 @@ __all__ = [
     "functional",
     "isa",
     "patched",
+    "prepacked",
     "replace",
     "restore",
 ]

@@ -152,11 +152,12 @@ def kernel_layer(
     initial: ops.Tensors,
     weights: ops.Weights,
     options: ops.Options | None = None,
+    panels: Any = None,
     even_if_watched: bool = False,
 ) -> tuple[Tensor, ...] | None:
     """`layer` by the kernels; None where they do not take the call, or somebody is ops.watched().
 
-    Under autocast see `autocast_layer`.
+    panels: of the weights, see ops.forward. Under autocast see `autocast_layer`.
     """
     if not even_if_watched and ops.watched():
         return None
@@ -170,7 +171,7 @@ def kernel_layer(
                 return _APPLY[cell](  # type: ignore[no-any-return]
                     cell, len(initial), options, input, *initial, *weights
                 )
-    result = ops.forward(cell, input, initial, weights, False, options)
+    result = ops.forward(cell, input, initial, weights, False, options, panels)
     return None if result is None else result[0]
 
 
@@ -180,15 +181,16 @@ def autocast_layer(
     initial: ops.Tensors,
     weights: ops.Weights,
     options: ops.Options | None = None,
+    panels: Any = None,
 ) -> tuple[Tensor, ...] | None:
     """`kernel_layer` under autocast; None also where there is none, or other things watch too."""
     if input.device.type not in _AUTOCAST_DEVICES or not ops.only_autocast():
         return None
     dtype = autocast_dtype(cell, input, initial, weights, options)
     if dtype is None:
-        return kernel_layer(cell, input, initial, weights, options, even_if_watched=True)
+        return kernel_layer(cell, input, initial, weights, options, panels, even_if_watched=True)
     input, initial, weights = converted(dtype, input, initial, weights)
-    results = kernel_layer(cell, input, initial, weights, options, even_if_watched=True)
+    results = kernel_layer(cell, input, initial, weights, options, panels, even_if_watched=True)
     return None if results is None else tuple(r.to(dtype) for r in results)
 
 

@@ -25,7 +25,7 @@ from torch.compiler import is_compiling, is_exporting
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
-from . import cuda, library, ops
+from . import cuda, library, ops, prepacking
 from .extensions import States, extended, is_jagged, zero_states
 from .functional import (
     autocast_dtype,
@@ -48,19 +48,20 @@ def _compute(
     initial: States,
     weights: ops.Weights,
     options: ops.Options | None = None,
+    panels: Any = None,
 ) -> tuple[Tensor, ...] | None:
     """One layer, or step, by functional.py. None: the call is torch's own implementation's.
 
     RuntimeError if the weights are not those of `features` and `hidden`: torch may compute
     something from them.
     """
-    results = kernel_layer(cell, input, initial, weights, options)
+    results = kernel_layer(cell, input, initial, weights, options, panels)
     if results is not None:
         return results
     if not ops.watched() or ops.only_autocast():
         ordinary = options is None and ops.weights_per_direction(weights) == 4
         if ops.watched() and not (ordinary and _torch_is_faster(cell, hidden, input)):
-            results = autocast_layer(cell, input, initial, weights, options)
+            results = autocast_layer(cell, input, initial, weights, options, panels)
         if results is None:
             ops.check_weights(cell, features, hidden, weights)
         return results
@@ -88,6 +89,7 @@ def _compute_in_graph(
     initial: States,
     weights: ops.Weights,
     options: ops.Options | None = None,
+    panels: None = None,
 ) -> tuple[Tensor, ...]:
     """`_compute` while torch.compile builds a graph: one operator of library.py.
 
@@ -327,6 +329,7 @@ class _Layers(_Fused, nn.RNNBase):
         if not self.bias:
             groups = zip(*[iter(weights)] * kinds, strict=True)
             weights = [w for ih, hh, *hr in groups for w in (ih, hh, None, None, *hr)]
+        kept = compute is _compute and prepacking.active
         if num_layers == 1:
             arguments = (cell, input, states, weights, options)
             unwatched = input.is_cuda and (not ops.watched() or ops.only_autocast())
@@ -334,7 +337,8 @@ class _Layers(_Fused, nn.RNNBase):
                 dtype = autocast_dtype(cell, input, states, weights) or input.dtype
                 if cuda.torch_is_faster(cell, dtype, input, weights):
                     return None
-            results = compute(self.input_size, self.hidden_size, *arguments)
+            panels = prepacking.panels(self, 0, cell, weights) if kept else None
+            results = compute(self.input_size, self.hidden_size, *arguments, panels)
             if results is None:
                 if not own:
                     return None
@@ -360,7 +364,8 @@ class _Layers(_Fused, nn.RNNBase):
                     options,
                 )
                 features = input.shape[-1] if layer else self.input_size
-                results = compute(features, self.hidden_size, *arguments)
+                panels = prepacking.panels(self, layer, cell, arguments[3]) if kept else None
+                results = compute(features, self.hidden_size, *arguments, panels)
                 if results is None and (layer or own):
                     # Not back to torch: dropout has drawn its random numbers.
                     results = functional_layer(*arguments)
@@ -549,7 +554,9 @@ class _Cell(_Fused, nn.RNNCellBase):
         one_row = input.dim() == 1
         if one_row:
             input, states = input.unsqueeze(0), [s.unsqueeze(0) for s in states]
-        new = _compute(self.input_size, self.hidden_size, cell, input, states, weights)
+        panels = prepacking.panels(self, 0, cell, weights) if prepacking.active else None
+        size = self.hidden_size
+        new = _compute(self.input_size, size, cell, input, states, weights, None, panels)
         return [s.squeeze(0) for s in new] if one_row and new is not None else new
 
 

@@ -212,8 +212,11 @@ def forward(
     weights: Weights,
     save: bool,
     options: Options | None = None,
+    panels: Any = None,
 ) -> tuple[tuple[Tensor, ...], Tensor | None] | None:
     """One layer, or one step, through the kernel and outside autograd; None if not `takes`.
+
+    panels: of `pack`, which are used where they are these weights'.
 
     Returns the results of functional.layer, and what `backward` needs if `save`: the gates [D, N,
     G*H], then LSTM's c or GRU's a_hn [D, N, H], then, with a projection, h [D, N, P], in one tensor
@@ -224,7 +227,7 @@ def forward(
         call = _recorded(cell, "forward", call)
     threads = torch.get_num_threads()
     result = call(
-        CELLS[cell].number, save, threads, bf16_allowed(), input, initial, weights, options
+        CELLS[cell].number, save, threads, bf16_allowed(), input, initial, weights, options, panels
     )
     if result is None or result is NotImplemented:
         if not (input.is_cuda and takes(cell, input, initial, weights, options)):
@@ -235,6 +238,15 @@ def forward(
         result = call(cell, save, input, initial, weights, options)
     counts["kernel_forward"] += 1
     return result
+
+
+def pack(cell: str, weights: Weights) -> Any:
+    """One layer's weights laid out for `forward`, or None if it would not take them."""
+    weight_ih = weights[0]
+    if weight_ih is None or weight_ih.dim() != 2:
+        return None
+    input = weight_ih.new_empty(1, 1, weight_ih.shape[1])
+    return _C.pack(CELLS[cell].number, bf16_allowed(), input, weights)
 
 
 def backward(

@@ -164,8 +164,7 @@ def test_gates_computed_again(cell):
     with ran("kernel_forward", "kernel_backward"):
         same, again = run(functional.layer, cell, inputs, grads, ops.Options(recompute=True))
     assert all(map(torch.equal, results, same))
-    for a, b in zip(kept, again, strict=True):
-        assert distance(a, b.double()) <= 2**-8 * b.double().norm() / b.numel() ** 0.5 + 1e-6
+    assert all(map(torch.equal, kept, again))
 
 
 class Precision:

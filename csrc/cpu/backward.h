@@ -39,7 +39,7 @@ struct BackwardLayout {
   int64_t unprojected = 0;  // [N, H]: what weight_hr was multiplied with
   // Where products take other than numbers, the terms of:
   int64_t step_terms   = 0;  // [2, B, lanes]: grad_gates of a step,
-  int64_t rows_terms   = 0;  // of each thread: of kBlockRows rows,
+  int64_t rows_terms   = 0;  // of each thread: of the rows it works on,
   int64_t input_weight = 0;  // [lanes, I]: weight_ih,
   int64_t gates_terms  = 0;  // [lanes, E*H], [lanes, I], [lanes, P]: of all rows, with one row's
   int64_t input_terms  = 0;  // number above the next one's, grad_gates, input and h_prev
@@ -60,7 +60,7 @@ struct BackwardLayout {
     const bool again = a.gates == nullptr;
     if (again) {
       const auto panels = [&](int64_t K) {
-        return blocks_of<T>(a.H) * forward_panel_size<Cell, T>(K);
+        return blocks_of<T>(a.H) * forward_panel_size<Cell, T>(lanes<Terms>(K));
       };
       forward_input     = panels(a.I);
       forward_recurrent = panels(a.P);
@@ -75,8 +75,9 @@ struct BackwardLayout {
     if (kConverts) {
       const int64_t row_lanes = lanes<Terms>(rows);
       step_terms              = 2 * s.B * gate_lanes;
+      if (again) rows_terms = kChunkRows * (lanes<Terms>(a.I) + lanes<Terms>(a.P));
       if (a.grad_input[0] || a.grad_input[1]) {
-        rows_terms   = kBlockRows * gate_lanes;
+        rows_terms   = max64(rows_terms, kBlockRows * gate_lanes);
         input_weight = gate_lanes * a.I;
       }
       gates_terms = row_lanes * gate_size;
@@ -187,27 +188,40 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     // The gates, of all rows at once: what a step begins with is known.
     for (int64_t i = 0; Cell::kHasCell && i < s.T; ++i) copy_c_prev(i, c_prev + walk.offset(i) * H);
     const int64_t blocks = blocks_of<T>(H);
-    pack_forward<Cell, T>(forward_input, a.weight_ih[d], a.bias_ih[d], H, a.I, mine(blocks),
-                          next(blocks));
-    pack_forward<Cell, T>(forward_recurrent, a.weight_hh[d], a.bias_hh[d], H, P, mine(blocks),
-                          next(blocks));
+    pack_forward<Cell, T, Terms>(forward_input, a.weight_ih[d], a.bias_ih[d], H, a.I, mine(blocks),
+                                 next(blocks));
+    pack_forward<Cell, T, Terms>(forward_recurrent, a.weight_hh[d], a.bias_hh[d], H, P,
+                                 mine(blocks), next(blocks));
     direction_barrier.wait();
-    ProjectStep<T> project{a.I, H, a.input, a.I, gates_again, G * H, forward_input};
+    const auto terms_of = [&](const T* numbers, T* to, int64_t columns, int64_t count) {
+      if (!layout.kConverts) return numbers;
+      to_terms<Terms>(numbers, columns, to, lanes<Terms>(columns), count, columns);
+      return static_cast<const T*>(to);
+    };
+    T* const h_rows = rows_terms + kChunkRows * lanes<Terms>(a.I);
+    ProjectStep<T> project{};
+    project.K            = lanes<Terms>(a.I);
+    project.H            = H;
+    project.input_stride = project.K;
+    project.gates_stride = G * H;
+    project.panels       = forward_input;
     ForwardStep<T> step{};
     step.H             = H;
-    step.K             = P;
+    step.K             = lanes<Terms>(P);
     step.save          = true;
-    step.gates         = gates_again;
-    step.extra         = layout.extra ? own_extra : nullptr;
-    step.h_prev        = all_h_prev;
-    step.h_prev_stride = P;
-    step.prev          = Cell::kHasCell ? c_prev : all_h_prev;
+    step.h_prev_stride = step.K;
     step.prev_stride   = H;
     step.panels        = forward_recurrent;
     for (int64_t row = mine(rows); row < next(rows); row += kChunkRows) {
-      const int64_t end = min64(next(rows), row + kChunkRows);
-      run_tiles<ProjectTiles<Cell, T>>(project, row, end, 0, blocks, false);
-      run_tiles<ForwardTiles<Cell, T>>(step, row, end, 0, blocks, false);
+      const int64_t count = min64(next(rows) - row, kChunkRows);
+      project.input       = terms_of(a.input + row * a.I, rows_terms, a.I, count);
+      project.gates       = gates_again + row * G * H;
+      step.h_prev         = terms_of(all_h_prev + row * P, h_rows, P, count);
+      step.prev           = (Cell::kHasCell ? c_prev : all_h_prev) + row * H;
+      step.gates          = project.gates;
+      step.extra          = layout.extra ? own_extra + row * H : nullptr;
+      run_tiles<ProjectTiles<Cell, T, Terms>>(project, 0, count, 0, blocks, false);
+      run_tiles<ForwardTiles<Cell, T, Terms>>(step, 0, count, 0, blocks, false);
     }
     direction_barrier.wait();
   }

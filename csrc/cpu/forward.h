@@ -24,17 +24,20 @@ struct ForwardLayout {
   int64_t gates      = 0;  // gates_x of a chunk, unless it goes to the saved gates
   int64_t chunk_rows = 0;  // at most
   int64_t threads;         // at most
+  bool given;              // the packed weights are the caller's
 
   bool packed() const { return recurrent > 0; }
+  int64_t panels() const { return recurrent + input + projection; }
 
-  explicit ForwardLayout(const ForwardArgs<T>& a) : threads(a.num_threads) {
+  explicit ForwardLayout(const ForwardArgs<T>& a)
+      : threads(a.num_threads), given(a.panels[0] != nullptr) {
     const Sequences& s  = a.sequences;
     const int64_t rows  = rows_before(s, s.T);
     const auto round_up = [](int64_t elements) { return (elements + 15) / 16 * 16; };
     if (!all_alike(s)) started = round_up(2 * s.B * a.P);
     const int64_t passes  = s.T * ((s.B + kUnpackedRows - 1) / kUnpackedRows);
     const int64_t weights = Cell::kGates * a.H * (a.I + a.P) * int64_t(sizeof(T));
-    if (!a.weight_hr[0] &&
+    if (!given && !a.weight_hr[0] &&
         passes <= (weights <= l2_bytes() ? kMaxUnpackedPasses : 2 * kMaxUnpackedPasses)) {
       return;
     }
@@ -57,8 +60,7 @@ struct ForwardLayout {
     }
   }
   int64_t elements() const {
-    return recurrent + input + projection + unprojected + started + h_terms +
-           threads * input_terms + gates;
+    return !given * panels() + unprojected + started + h_terms + threads * input_terms + gates;
   }
 
   // Steps of the chunk that begins with the i-th.
@@ -70,6 +72,24 @@ struct ForwardLayout {
     return steps;
   }
 };
+
+// Direction d's weights to `panels`: weight_hh, weight_ih, weight_hr. share(blocks, pack) calls
+// pack(begin, end) so that all blocks are packed.
+template <class Cell, class T, class Terms, class Share>
+void pack_direction(const ForwardArgs<T>& a, int64_t d, const ForwardLayout<Cell, T, Terms>& layout,
+                    T* panels, const Share& share) {
+  T* const input      = panels + layout.recurrent;
+  T* const projection = input + layout.input;
+  share(blocks_of<T>(a.H), [&](int64_t begin, int64_t end) {
+    pack_forward<Cell, T, Terms>(panels, a.weight_hh[d], a.bias_hh[d], a.H, a.P, begin, end);
+    pack_forward<Cell, T, Terms>(input, a.weight_ih[d], a.bias_ih[d], a.H, a.I, begin, end);
+  });
+  if (a.weight_hr[d]) {
+    share(blocks_of<T>(a.P), [&](int64_t begin, int64_t end) {
+      pack_forward<Projection, T>(projection, a.weight_hr[d], nullptr, a.P, a.H, begin, end);
+    });
+  }
+}
 
 template <class Cell, class T, class Terms>
 void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
@@ -86,10 +106,8 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   const Walk walk(s, d);
   const ForwardLayout<Cell, T, Terms> layout(a);
 
-  T* const recurrent   = scratch.numbers(d);
-  T* const input       = recurrent + layout.recurrent;
-  T* const projection  = input + layout.input;
-  T* const unprojected = projection + layout.projection;
+  T* const panels      = scratch.numbers(d);
+  T* const unprojected = panels + !layout.given * layout.panels();
   T* const started     = unprojected + layout.unprojected;
   T* const h_terms     = started + layout.started;
   T* const input_terms = h_terms + layout.h_terms + shard.direction_rank * layout.input_terms;
@@ -106,22 +124,20 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   project.H            = H;
   project.input_stride = layout.kConverts ? project.K : input_stride;
   project.gates_stride = G * H;
-  project.panels       = input;
-  ProjectStep<T> project_h{H, P, unprojected, H, nullptr, DP, projection};
+  ProjectStep<T> project_h{H, P, unprojected, H, nullptr, DP, nullptr};
   const bool projects   = a.weight_hr[d] != nullptr;
   const Blocks h_blocks = own_blocks(shard, blocks_of<T>(P));
   if (layout.packed()) {
-    Barrier direction_barrier = scratch.direction_barrier(d, shard);
-    pack_shared(shard, blocks_of<T>(H), direction_barrier, [&](int64_t begin, int64_t end) {
-      pack_forward<Cell, T, Terms>(recurrent, a.weight_hh[d], a.bias_hh[d], H, P, begin, end);
-      pack_forward<Cell, T, Terms>(input, a.weight_ih[d], a.bias_ih[d], H, a.I, begin, end);
-    });
-    if (projects) {
-      pack_shared(shard, blocks_of<T>(P), direction_barrier, [&](int64_t begin, int64_t end) {
-        pack_forward<Projection, T>(projection, a.weight_hr[d], nullptr, P, H, begin, end);
-      });
+    if (!layout.given) {
+      Barrier direction_barrier = scratch.direction_barrier(d, shard);
+      const auto share          = [&](int64_t blocks, const auto& pack_blocks) {
+        pack_shared(shard, blocks, direction_barrier, pack_blocks);
+      };
+      pack_direction(a, d, layout, panels, share);
     }
-    step.panels = recurrent;
+    step.panels      = layout.given ? a.panels[d] : panels;
+    project.panels   = step.panels + layout.recurrent;
+    project_h.panels = project.panels + layout.input;
   } else {
     unpacked.I            = a.I;
     unpacked.input_stride = a.input_stride_b;
@@ -282,6 +298,18 @@ bool forward(const ForwardArgs<T>& a) {
                      [&](int64_t d, const Shard& shard, const Scratch<T>& scratch) {
                        forward_direction<Cell, T, Terms>(a, d, shard, scratch);
                      });
+}
+
+template <class Cell, class T, class Terms>
+int64_t pack(const ForwardArgs<T>& a, int64_t d, T* panels) {
+  ForwardArgs<T> args = a;
+  args.panels[0]      = a.weight_hh[0];  // any: of a call that is given its panels
+  const ForwardLayout<Cell, T, Terms> layout(args);
+  if (panels) {
+    pack_direction(a, d, layout, panels,
+                   [](int64_t blocks, const auto& pack_blocks) { pack_blocks(0, blocks); });
+  }
+  return layout.panels();
 }
 
 template <class Cell, class T, class Terms>

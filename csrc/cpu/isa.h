@@ -33,7 +33,9 @@ constexpr KernelsOf<T> kernels_of() {
           {backward<Lstm, T, Terms>, backward<Gru, T, Terms>, backward<Rnn<false>, T, Terms>,
            backward<Rnn<true>, T, Terms>},
           {plan<Lstm, T, Terms>, plan<Gru, T, Terms>, plan<Rnn<false>, T, Terms>,
-           plan<Rnn<true>, T, Terms>}};
+           plan<Rnn<true>, T, Terms>},
+          {pack<Lstm, T, Terms>, pack<Gru, T, Terms>, pack<Rnn<false>, T, Terms>,
+           pack<Rnn<true>, T, Terms>}};
 }
 
 }  // namespace

@@ -1,0 +1,254 @@
+"""`prepacked`: the same results with the weights laid out once, and what drops that layout."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from helpers import CELLS, LAYERS, build, matmul_precision, ran, states
+from torch import nn
+
+import fusedrnn
+from fusedrnn import modules, ops
+
+I, H = 9, 33  # noqa: E741
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def not_torchs(monkeypatch):
+    """No bfloat16 call goes to torch for being faster there."""
+    monkeypatch.setattr(modules, "_TORCH_MULTIPLIES_FASTER", False)
+
+
+@pytest.fixture
+def packs(monkeypatch):
+    """The cells whose weights have been laid out, one by one."""
+    seen = []
+    pack = ops.pack
+    monkeypatch.setattr(
+        ops, "pack", lambda cell, weights: (seen.append(cell), pack(cell, weights))[1]
+    )
+    return seen
+
+
+def made(kind, dtype=torch.float32, **options):
+    return build(modules, kind, I, H, dtype=dtype, **options)
+
+
+def call(module, *inputs):
+    with torch.no_grad(), ran("kernel_forward"):
+        results = module(*inputs)
+    return results[0] if isinstance(results, tuple) else results
+
+
+def close(a, b, dtype):
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(a, b, rtol=16 * eps, atol=16 * eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bidirectional": True, "num_layers": 2}, {"bias": False, "batch_first": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("steps", [1, 2, 30])
+def test_layers(kind, dtype, options, steps, packs):
+    module = made(kind, dtype, **options)
+    x = torch.randn(steps, 3, I, dtype=dtype)
+    outside = call(module, x)
+    with fusedrnn.prepacked(module):
+        inside = [call(module, x) for _ in range(3)]
+    assert len(packs) == options.get("num_layers", 1)
+    close(inside[0], outside, dtype)
+    assert torch.equal(inside[0], inside[2])
+    if steps == 30:  # laid out anew, or once: the same products in the same order
+        assert torch.equal(inside[0], outside)
+    assert torch.equal(call(module, x), outside)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (40,)], ids=str)
+def test_cells(kind, dtype, shape, packs):
+    module = made(kind, dtype)
+    x, hx = torch.randn(*shape, I, dtype=dtype), states(kind, *shape, H, dtype=dtype)
+    outside = call(module, x, hx)
+    with fusedrnn.prepacked(module):
+        inside = [call(module, x, hx) for _ in range(3)]
+    assert len(packs) == 1
+    for result in inside:
+        close(result, outside, dtype)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_projections_boundaries_and_lengths(threads, packs):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        module = made("LSTM", proj_size=17, bidirectional=True)
+        x = torch.randn(20, 8, I)
+        reset = torch.rand(20, 8) < 0.1
+        keywords = [{}, {"lengths": [20, 1, 7, 7, 20, 3, 2, 19]}, {"reset_mask": reset}]
+        with torch.no_grad():
+            outside = [module(x, **k)[0] for k in keywords]
+            with fusedrnn.prepacked(module):
+                inside = [module(x, **k)[0] for k in keywords]
+    finally:
+        torch.set_num_threads(before)
+    assert len(packs) == 1
+    assert all(map(torch.equal, inside, outside))
+
+
+CHANGES = {
+    "an operation in place": lambda m: m.weight_hh_l0.mul_(2),
+    "load_state_dict": lambda m: m.load_state_dict({k: 2 * v for k, v in m.state_dict().items()}),
+    "an optimizer": lambda m: step(m),
+    "another parameter": lambda m: setattr(m, "weight_hh_l0", nn.Parameter(2 * m.weight_hh_l0)),
+    "other data": lambda m: setattr(m.weight_hh_l0, "data", 2 * m.weight_hh_l0.data),
+    "another dtype and back": lambda m: m.double().mul_all().float(),
+}
+
+
+def step(module):
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    with torch.enable_grad():
+        module(torch.randn(3, 2, I))[0].sum().backward()
+    optimizer.step()
+
+
+class Scaled(fusedrnn.GRU):
+    def mul_all(self):
+        for p in self.parameters():
+            p.mul_(2)
+        return self
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("steps", [1, 30])
+def test_changed_weights_are_seen(change, steps):
+    module = Scaled(I, H)
+    x = torch.randn(steps, 3, I)
+    with fusedrnn.prepacked(module), torch.no_grad():
+        before = call(module, x)
+        CHANGES[change](module)
+        inside = [call(module, x) for _ in range(2)]
+        dtype = module.weight_hh_l0.dtype
+        twin = fusedrnn.GRU(I, H, dtype=dtype)
+        twin.load_state_dict(module.state_dict())
+    outside = call(twin, x)
+    assert not torch.equal(before, outside)
+    for result in inside:
+        close(result, outside, dtype)
+
+
+def test_another_precision_inside():
+    module = made("LSTM")
+    x = torch.randn(30, 3, I)
+    with fusedrnn.prepacked(module):
+        exact = call(module, x)
+        with matmul_precision("medium"):
+            rounded = call(module, x)
+        again = call(module, x)
+    with matmul_precision("medium"):
+        assert torch.equal(rounded, call(module, x))
+    assert torch.equal(exact, again)
+    assert torch.equal(exact, call(module, x))
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(low, packs):
+    module = made("LSTM")
+    x = torch.randn(30, 3, I)
+    with torch.autocast("cpu", low):
+        outside = call(module, x)
+        with fusedrnn.prepacked(module):
+            assert torch.equal(call(module, x), outside)
+            assert torch.equal(call(module, x), outside)
+    assert len(packs) == 1
+
+
+def test_gradients_inside_are_those_outside():
+    module = made("GRU")
+    x = torch.randn(5, 3, I)
+
+    def gradient():
+        module.zero_grad()
+        with ran("kernel_forward", "kernel_backward"):
+            module(x)[0].sum().backward()
+        return module.weight_hh_l0.grad.clone()
+
+    outside = gradient()
+    with fusedrnn.prepacked(module):
+        call(module, x)
+        assert torch.equal(gradient(), outside)
+
+
+def test_a_model_with_several_and_contexts_in_contexts(packs):
+    model = nn.ModuleDict(
+        {"a": made("GRU"), "b": nn.Sequential(made("LSTMCell")), "c": nn.Linear(1, 1)}
+    )
+    x = torch.randn(3, I)
+    with fusedrnn.prepacked(model):
+        with fusedrnn.prepacked(model["a"]):
+            call(model["a"], x)
+        call(model["a"], x)
+        call(model["b"], x)
+        assert packs == ["gru", "lstm"]
+        twin = copy.deepcopy(model)  # is not of this context
+        close(call(twin["a"], x), call(model["a"], x), torch.float32)
+        assert len(packs) == 2
+    call(model["a"], x)
+    assert len(packs) == 2
+    with fusedrnn.prepacked(model):
+        call(model["a"], x)
+    assert len(packs) == 3
+
+
+def test_what_stays_as_it_is_outside(packs):
+    with torch.inference_mode():
+        module = made("GRU")  # weights without versions
+    x = torch.randn(3, 2, I)
+    with fusedrnn.prepacked(module):
+        close(call(module, x), call(module, x), torch.float32)
+    assert packs == []
+    on_meta = made("GRU", device="meta")
+    with fusedrnn.prepacked(on_meta), torch.no_grad():
+        assert on_meta(x.to("meta"))[0].shape == (3, 2, H)
+
+
+def test_an_error_inside_ends_it(packs):
+    module = made("GRU")
+    with pytest.raises(RuntimeError, match="input"), fusedrnn.prepacked(module):
+        module(torch.randn(3, 2, I + 1))
+    call(module, torch.randn(3, 2, I))
+    assert packs == []
+    assert fusedrnn.prepacking.active == 0
+
+
+def test_a_model_without_any():
+    with pytest.raises(ValueError, match=r"Linear has no LSTM.*fusedrnn\.replace"):
+        fusedrnn.prepacked(nn.Linear(1, 1)).__enter__()
+
+
+def test_several_threads():
+    module = made("LSTM")
+    x = torch.randn(40, 2, I)
+    outside = call(module, x)
+    wrong = []
+
+    def work():
+        with torch.no_grad():
+            for _ in range(50):
+                if not torch.equal(module(x)[0], outside):
+                    wrong.append(1)
+
+    with fusedrnn.prepacked(module):
+        workers = [threading.Thread(target=work) for _ in range(4)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    assert not wrong
