@@ -54,7 +54,9 @@ FUSEDRNN_INLINE uint16_t float_to_float16(float x) {
 // Calls convert(begin, end) for shares of [0, n), in threads where it pays.
 template <class Convert>
 void in_shares(int64_t n, int num_threads, const Convert& convert) {
-  constexpr int64_t kMinShare = 64 * 1024;  // an estimate: about ten times what a region costs
+  // Two threads against one on a Zen 4, by numbers a thread: 0.7x at 8K, 1.05x at 16K, 1.4x at 32K,
+  // 1.7x at 64K, 1.9x at 128K.
+  constexpr int64_t kMinShare = 32 * 1024;
   const int64_t useful        = n / kMinShare;
   parallel(int(useful < num_threads ? useful : num_threads), [&](int thread, int threads) {
     convert(n * thread / threads, n * (thread + 1) / threads);
