@@ -123,9 +123,11 @@ def test_prefix_sum_of_a_perfect_model_is_right_and_the_table_says_so():
     correct = prefix_sum.evaluate(runs["torch.nn"].model, 3, length=300, seed=0)
     assert correct.tolist() == [1.0] * 300
     lost = torch.full((300,), 1 / 3)
+    nearly = correct.clone()
+    nearly[-1] = 0.99  # no four digits tell its mean from 1
     cases = [
         (prefix_sum.PLAIN, 20, 0, correct, lost),
-        (prefix_sum.PLAIN, 20, 1, lost, lost),
+        (prefix_sum.PLAIN, 20, 1, nearly, lost),
         (prefix_sum.PLAIN, 200, 0, lost, correct),
         (prefix_sum.TRUNCATED, 200, 0, lost, correct),
         (prefix_sum.TRUNCATED, 500, 0, lost, lost),
@@ -139,7 +141,7 @@ def test_prefix_sum_of_a_perfect_model_is_right_and_the_table_says_so():
         for method, length, seed, *shares in cases
     ]
     assert [verdict for _, verdict in prefix_sum.findings(rows)] == [
-        "in part; at 20: torch.nn 1 of 2 seeds (0.3333)",
+        "in part; at 20: torch.nn 1 of 2 seeds (0.9999)",
         "reproduced; at 200: torch.nn yes (0.3333)",
         "reproduced; at 500: torch.nn yes (0.3333)",
         "reproduced; at 200: torch.nn yes (0.3333); at 500: torch.nn yes (0.3333)",

@@ -16,6 +16,7 @@ two-layer network has no module that fusedrnn replaces, so it is trained once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +36,7 @@ CHUNK = 20  # of truncated BPTT
 # The share of --steps that a length gets: a long sequence costs more and has more to learn from.
 SHARES = {20: 1.0, 200: 0.25, 500: 0.1}
 FULL = {"steps": 4000, "hidden": 64, "batch": 32, "n": 10, "test": 5000, "seeds": 5}
-QUICK = {"steps": 1500, "hidden": 64, "batch": 32, "n": 10, "test": 1000, "seeds": 3}
+QUICK = {"steps": 1500, "hidden": 64, "batch": 32, "n": 10, "test": 1000, "seeds": 2}
 LEARNED, FAILED = 0.95, 0.5  # accuracies
 SEEDED = ("LSTM", PLAIN, 20)  # is trained with several seeds
 
@@ -111,6 +112,11 @@ class Trained:
     def accuracy(self, backend: str, first: int | None = None) -> float:
         """Over the first positions, or all."""
         return self.correct[backend][:first].mean().item()
+
+
+def shown(accuracy: float) -> str:
+    """Rounded down, so that 1.0000 is every one."""
+    return f"{math.floor(1e4 * accuracy) / 1e4:.4f}"
 
 
 def draw_sequences(n: int, length: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,7 +199,7 @@ def findings(rows: Sequence[Trained]) -> list[tuple[str, str]]:
                     answer = "yes" if all(holding) else "no"
                     if len(same) > 1:
                         answer = f"{sum(holding)} of {len(same)} seeds"
-                    told.append(f"{backend} {answer} ({min(accuracies):.4f})")
+                    told.append(f"{backend} {answer} ({shown(min(accuracies))})")
                     held += holding
                 seen.append(f"at {length}: {', '.join(told)}")
             verdict = "reproduced" if all(held) else "in part" if any(held) else "NOT reproduced"
@@ -279,11 +285,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     [
                         f"{len(run.losses)}",
                         fmean(run.losses[-50:]),
-                        rows[-1].accuracy(backend),
+                        shown(rows[-1].accuracy(backend)),
                         f"{1e3 * median(run.seconds):.1f}",
                     ],
                 )
-    output("\nIn brackets: the accuracy, of several seeds the worst")
+    output("\nIn brackets: the accuracy, rounded down, of several seeds the worst")
     for finding, verdict in findings(rows):
         output(f"{finding:<44} {verdict}")
     output()
