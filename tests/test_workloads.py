@@ -123,18 +123,35 @@ def test_prefix_sum_of_a_perfect_model_is_right_and_the_table_says_so():
     correct = prefix_sum.evaluate(runs["torch.nn"].model, 3, length=300, seed=0)
     assert correct.tolist() == [1.0] * 300
     lost = torch.full((300,), 1 / 3)
-    rows = [
-        prefix_sum.Trained(model, method, length, runs, {"torch.nn": right})
-        for model in prefix_sum.MODELS
-        for method, length, right in (
-            (prefix_sum.PLAIN, 20, correct if model == "LSTM" else lost),
-            (prefix_sum.PLAIN, 200, lost),
-            (prefix_sum.TRUNCATED, 200, lost),
-            (prefix_sum.FORCED, 200, correct),
-        )
+    nearly = correct.clone()
+    nearly[-1] = 0.99  # no four digits tell its mean from 1
+    cases = [
+        (prefix_sum.PLAIN, 20, 0, correct, lost),
+        (prefix_sum.PLAIN, 20, 1, nearly, lost),
+        (prefix_sum.PLAIN, 200, 0, lost, correct),
+        (prefix_sum.TRUNCATED, 200, 0, lost, correct),
+        (prefix_sum.TRUNCATED, 500, 0, lost, lost),
+        (prefix_sum.PLAIN, 500, 0, lost, lost),
+        (prefix_sum.FORCED, 200, 0, correct, correct),
+        (prefix_sum.FORCED, 500, 0, correct, correct),
     ]
-    verdicts = [verdict.split(" (")[0] for _, verdict in prefix_sum.findings(rows)]
-    assert verdicts == ["reproduced"] * 4 + ["NOT reproduced"] + ["reproduced"] * 3
+    rows = [
+        prefix_sum.Trained(model, method, length, seed, runs, {"torch.nn": shares[i]})
+        for i, model in enumerate(prefix_sum.MODELS)
+        for method, length, seed, *shares in cases
+    ]
+    assert [verdict for _, verdict in prefix_sum.findings(rows)] == [
+        "in part; at 20: torch.nn 1 of 2 seeds (0.9999)",
+        "reproduced; at 200: torch.nn yes (0.3333)",
+        "reproduced; at 500: torch.nn yes (0.3333)",
+        "reproduced; at 200: torch.nn yes (0.3333); at 500: torch.nn yes (0.3333)",
+        "reproduced; at 200: torch.nn yes (1.0000); at 500: torch.nn yes (1.0000)",
+        "NOT reproduced; at 20: torch.nn 0 of 2 seeds (0.3333)",
+        "NOT reproduced; at 200: torch.nn no (1.0000)",
+        "reproduced; at 500: torch.nn yes (0.3333)",
+        "in part; at 200: torch.nn no (1.0000); at 500: torch.nn yes (0.3333)",
+        "reproduced; at 200: torch.nn yes (1.0000); at 500: torch.nn yes (1.0000)",
+    ]
 
 
 @pytest.mark.parametrize("variant", ["RNN, radius 1", "LSTM, forget bias 5", "GRU, update bias 5"])
