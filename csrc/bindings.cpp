@@ -223,12 +223,13 @@ struct Layer {
     PyObject *batch_sizes = Py_None, *mask = Py_None;
     if (object != Py_None) {
       const Items options(object);
-      if (options.size() != 5) throw py::type_error("expected ops.Options");
-      batch_sizes = options[0];
-      mask        = options[1];
-      to_initial  = is_true(options[2]);
-      cells       = is_true(options[3]);
-      again       = is_true(options[4]) && cell.saved > 1;  // RNN saves h alone
+      if (options.size() != 6) throw py::type_error("expected ops.Options");
+      batch_sizes  = options[0];
+      mask         = options[1];
+      to_initial   = is_true(options[2]);
+      cells        = is_true(options[3]);
+      again        = is_true(options[4]) && cell.saved > 1;  // RNN saves h alone
+      bf16        |= is_true(options[5]);
     }
     if (cells && !cell.has_cell_state) return false;
     if (batch_sizes != Py_None) {

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import cuda, modules, ops
 from fusedrnn.extensions import from_jagged, is_jagged
-from fusedrnn.functional import autocast_dtype, converted
+from fusedrnn.functional import autocast_dtype, autocast_options, converted
 
 
 def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
@@ -69,7 +69,10 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
     if ops.only_autocast():
         dtype = autocast_dtype(*layers[0])
         if dtype is not None:
-            layers = [(cell, *converted(dtype, *layer[1:4]), layer[4]) for layer in layers]
+            layers = [
+                (cell, *converted(dtype, *layer[1:4]), autocast_options(layer[1], layer[4]))
+                for layer in layers
+            ]
     elif ops.watched():
         if ops.only_transformed() and first.dtype in ops.DTYPES and first.device.type == "cpu":
             return "kernels: through an operator that has rules for torch.func (library.py)."

@@ -142,6 +142,7 @@ def graph_layer(
         return None
     if dtype is None:
         return library.layer(cell, input, initial, weights, options)
+    options = autocast_options(input, options)
     results = library.layer(cell, *converted(dtype, input, initial, weights), options)
     return tuple(r.to(dtype) for r in results)
 
@@ -189,6 +190,7 @@ def autocast_layer(
     dtype = autocast_dtype(cell, input, initial, weights, options)
     if dtype is None:
         return kernel_layer(cell, input, initial, weights, options, panels, even_if_watched=True)
+    options = autocast_options(input, options)
     input, initial, weights = converted(dtype, input, initial, weights)
     results = kernel_layer(cell, input, initial, weights, options, panels, even_if_watched=True)
     return None if results is None else tuple(r.to(dtype) for r in results)
@@ -211,6 +213,19 @@ def converted(
         [s.to(dtype) for s in initial],
         [w if w is None else w.to(dtype) for w in weights],
     )
+
+
+def autocast_options(input: Tensor, options: ops.Options | None) -> ops.Options | None:
+    """The options with bf16, for a layer (not one step) under autocast to bfloat16 on the CPU."""
+    one_step = input.dim() == 2 and (options is None or options.batch_sizes is None)
+    if one_step or not autocast_is_bf16() or input.device.type != "cpu":
+        return options
+    return (options or ops.Options())._replace(bf16=True)
+
+
+def autocast_is_bf16() -> bool:
+    """Whether autocast to bfloat16 is active on the CPU."""
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
 
 
 def autocast_dtype(
@@ -304,7 +319,6 @@ class _SequenceFunction(Function):
         results, saved = result
         ctx.cell = cell
         ctx.num_states = num_states
-        ctx.bf16 = ops.bf16_allowed()  # autocast is no longer active in backward
         ctx.flags = None if options is None else options[2:]
         ctx.set_materialize_grads(False)
         if options is None:
@@ -330,8 +344,7 @@ class _SequenceFunction(Function):
             return (None,) * (3 + len(tensors))
         found: Sequence[Tensor | None] | None = None
         if not (torch.is_grad_enabled() or ops.transformed()):
-            arguments = (*_unpack(num_states, tensors), saved, grads, needed, options)
-            found = ops.backward(cell, *arguments, bf16=ctx.bf16)
+            found = ops.backward(cell, *_unpack(num_states, tensors), saved, grads, needed, options)
         if found is None:
             found = _reference_backward(cell, num_states, options, tensors, grads, needed)
         return None, None, None, *found

@@ -12,7 +12,7 @@ For each cell two operators:
 tensors: input [T, B, I], or [N, I] with batch_sizes; h0 (and c0) or None; ten weights, weight_ih,
     weight_hh, bias_ih, bias_hh and weight_hr of each direction, None where there is none;
     batch_sizes and reset of ops.Options
-flags: reset_to_initial, cells and recompute of ops.Options
+flags: reset_to_initial, cells, recompute and bf16 of ops.Options
 grads: of output, h_n (c_n and cells), None for zero
 
 With groups = N > 0, N samples lie side by side in the batch, [T, N * B, I], and the gradients of

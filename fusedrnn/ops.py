@@ -132,6 +132,8 @@ class Options(NamedTuple):
     cells: LSTM's c of every step, [T, B, D*H] or [N, D*H], is the last result
     recompute: save h, and LSTM's c, for backward, which then computes the gates again: 2 numbers a
         row and unit instead of 5 for LSTM, 1 instead of 4 for GRU. No difference for RNN.
+    bf16: float32 numbers may be rounded to bfloat16 where they are multiplied, as autocast would;
+        no difference on CUDA devices, and where the CPU has no instruction for it
     """
 
     batch_sizes: Tensor | None = None
@@ -139,6 +141,7 @@ class Options(NamedTuple):
     reset_to_initial: bool = False
     cells: bool = False
     recompute: bool = False
+    bf16: bool = False
 
 
 def takes(
@@ -162,17 +165,11 @@ def _cuda() -> Any:
 
 
 def bf16_allowed() -> bool:
-    """Whether float32 numbers may be rounded to bfloat16 where they are multiplied.
+    """Whether torch.set_float32_matmul_precision lets float32 be multiplied as bfloat16.
 
-    torch.set_float32_matmul_precision("medium") allows it, and autocast to bfloat16 on the CPU.
+    Options.bf16 says it of one call.
     """
-    if _get_float32_matmul_precision() == "medium":
-        return True
-    return (
-        _is_any_autocast_enabled()
-        and torch.is_autocast_enabled("cpu")
-        and torch.get_autocast_dtype("cpu") is torch.bfloat16
-    )
+    return _get_float32_matmul_precision() == "medium"
 
 
 class Plan(NamedTuple):
@@ -240,13 +237,16 @@ def forward(
     return result
 
 
-def pack(cell: str, weights: Weights) -> Any:
-    """One layer's weights laid out for `forward`, or None if it would not take them."""
+def pack(cell: str, weights: Weights, bf16: bool) -> Any:
+    """One layer's weights laid out for `forward`, or None if it would not take them.
+
+    bf16: whether for calls with Options.bf16.
+    """
     weight_ih = weights[0]
     if weight_ih is None or weight_ih.dim() != 2:
         return None
     input = weight_ih.new_empty(1, 1, weight_ih.shape[1])
-    return _C.pack(CELLS[cell].number, bf16_allowed(), input, weights)
+    return _C.pack(CELLS[cell].number, bf16 or bf16_allowed(), input, weights)
 
 
 def backward(
@@ -259,18 +259,15 @@ def backward(
     needed: tuple[bool, ...],
     options: Options | None = None,
     groups: int = 0,
-    bf16: bool | None = None,
 ) -> tuple[Tensor | None, ...] | None:
     """The gradients of (input, *initial, *weights) as far as `needed`, from what `forward` saved.
 
-    grads: of each result, None for zero. bf16: what bf16_allowed was in `forward`; None: as it is
-    now. groups: 0, or N for a batch of N samples of B / N rows
+    grads: of each result, None for zero. groups: 0, or N for a batch of N samples of B / N rows
     each, all of one length; those of the weights are then each sample's own, [N, ...]. Returns None
     if one of `grads` is no ordinary tensor.
     RuntimeError if another argument is not as `forward` took or gave it.
     """
-    bf16 = bf16_allowed() if bf16 is None else bf16
-    first: tuple[Any, ...] = (CELLS[cell].number, torch.get_num_threads(), bf16)
+    first: tuple[Any, ...] = (CELLS[cell].number, torch.get_num_threads(), bf16_allowed())
     call: Callable[..., Any] = _C.backward
     if input.is_cuda:
         first, call = (cell,), _cuda().backward

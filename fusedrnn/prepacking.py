@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .functional import autocast_is_bf16
 
 if TYPE_CHECKING:
     from ._C import Panels
@@ -83,6 +84,7 @@ def panels(module: nn.Module, layer: int, cell: str, weights: ops.Weights) -> Pa
     kept = layers.get(layer)
     if kept is None or kept.versions != versions or not all(map(is_, kept.weights, weights)):
         memory = [w.detach() for w in weights if w is not None]
-        kept = _Kept(tuple(weights), memory, versions, ops.pack(cell, weights))
+        packed = ops.pack(cell, weights, bf16=autocast_is_bf16())
+        kept = _Kept(tuple(weights), memory, versions, packed)
         layers[layer] = kept
     return kept.panels

@@ -157,6 +157,20 @@ def test_the_same_bits_on_any_number_of_threads(cell, size):
 
 
 @pytest.mark.parametrize("cell", LAYER_CELLS)
+def test_one_call_alone(cell):
+    inputs = layer_inputs(cell, 12, 5, 9, 33, 2, torch.float32)
+    grads = [torch.randn_like(r) for r in functional.layer(cell, *inputs)]
+    exact = run(functional.layer, cell, inputs, grads)
+    rounded = run(functional.layer, cell, inputs, grads, ops.Options(bf16=True))
+    with matmul_precision("medium"):
+        medium = run(functional.layer, cell, inputs, grads)
+    flat = ([*results, *found] for results, found in (exact, rounded, medium))
+    for a, b, c in zip(*flat, strict=True):
+        assert torch.equal(b, c)
+        assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
 def test_gates_computed_again(cell):
     inputs = layer_inputs(cell, 12, 5, 9, 33, 2, torch.bfloat16)
     grads = [torch.randn(r.shape).bfloat16() for r in functional.layer(cell, *inputs)]
@@ -210,6 +224,21 @@ def test_autocast_rounds_products_back_and_forth(cell):
     assert not torch.equal(gradients["highest", False], gradients["medium", False])
     assert torch.equal(gradients["highest", True], gradients["medium", False])
     assert torch.equal(gradients["medium", True], gradients["medium", False])
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_autocast_in_a_graph_has_the_same_products(cell):
+    module = build(modules, cell, 24, 32)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    input = torch.randn(20, 3, 24)
+    found = []
+    for function in (module, compiled):
+        module.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = function(input)[0]
+        output.backward(torch.ones_like(output))
+        found.append((output.detach(), module.weight_hh_l0.grad.clone()))
+    assert all(map(torch.equal, *found))
 
 
 def test_an_output_that_is_not_finite():

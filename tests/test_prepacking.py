@@ -27,7 +27,7 @@ def packs(monkeypatch):
     seen = []
     pack = ops.pack
     monkeypatch.setattr(
-        ops, "pack", lambda cell, weights: (seen.append(cell), pack(cell, weights))[1]
+        ops, "pack", lambda cell, *others, **k: (seen.append(cell), pack(cell, *others, **k))[1]
     )
     return seen
 
