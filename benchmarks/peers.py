@@ -75,7 +75,8 @@ def compiled(case: common.Case, mode: str, threads: int) -> Peer:
         try:
             twin.call(mode)()
         except Exception as error:  # whatever a compiler raises
-            raise Unavailable(f"fails: {error_line(error)}") from error
+            cause = getattr(error, "inner_exception", error)  # in dynamo's own exceptions
+            raise Unavailable(f"fails: {error_line(cause)}") from error
     if not counters["stats"]["unique_graphs"]:
         raise Unavailable(f"leaves {type(case.module).__name__} to eager mode")
     return twin
