@@ -69,7 +69,7 @@ def heat_maps(
     figure, axes = plt.subplots(
         len(modes),
         len(cells),
-        figsize=(1.6 + len(cells) * width, 1.4 + len(modes) * height),
+        figsize=(max(8, 1.6 + len(cells) * width), 1.4 + len(modes) * height),
         squeeze=False,
         layout="constrained",
     )

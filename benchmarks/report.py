@@ -185,7 +185,9 @@ def numbers(content: Content) -> list[str]:
     found = {
         (row["cell"], row["mode"], shape_of(row), row["threads"]): row["peers"]["torch.nn"]["ratio"]
         for row in content["rows"]
-        if row["dtype"] == "float32" and row["steps"] > 1 and "failed" not in row
+        if (row["dtype"], row["threads"] is None) == ("float32", False)
+        and row["steps"] > 1
+        and "failed" not in row
     }
     measured = dict.fromkeys(key[2] for key in found)
     usual = [", ".join(map(str, shape)) for shape in suite.SHAPES]

@@ -443,7 +443,7 @@ def run_workloads(results: Results, names: Sequence[str], arguments: Sequence[st
         start = time.perf_counter()
         try:
             record = WORKLOADS[name]([*arguments, "--out", str(folder)])
-        except Exception as error:  # one workload's: the others go on
+        except (Exception, SystemExit) as error:  # one workload's: the others go on
             record = {"name": name, "failed": peers.error_line(error)}
         content["workloads"].append(record | {"seconds": time.perf_counter() - start})
         results.write()
@@ -497,17 +497,25 @@ def run_cuda(results: Results, quick: bool) -> None:
     print("\n".join(map(row_line, results.content["rows"])))
 
 
+class Terminated(BaseException):
+    """SIGTERM has come."""
+
+
+def terminate(number: int, frame: Any) -> None:
+    raise Terminated
+
+
 @contextmanager
 def saved_when_interrupted(results: Results) -> Iterator[dict[str, int]]:
     """Gives {"code": 0}, which is 130 after Ctrl-C and 143 after SIGTERM; ends both here."""
     outcome = {"code": 0}
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield outcome
         results.content["complete"] = True
         results.write()
-    except (KeyboardInterrupt, SystemExit) as end:
-        outcome["code"] = 130 if isinstance(end, KeyboardInterrupt) else int(end.code or 0)
+    except (KeyboardInterrupt, Terminated) as end:
+        outcome["code"] = 130 if isinstance(end, KeyboardInterrupt) else 143
         done = len(results.content["rows"]) + len(results.content["workloads"])
         total = results.content["expected_rows"]
         print(f"interrupted: {done} of {total} rows are in {results.path}", file=sys.stderr)

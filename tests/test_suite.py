@@ -291,7 +291,7 @@ def test_peak_is_none_where_the_system_does_not_tell(monkeypatch):
 # Interruptions ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("end", "code"), [(KeyboardInterrupt, 130), (SystemExit(143), 143)])
+@pytest.mark.parametrize(("end", "code"), [(KeyboardInterrupt, 130), (suite.Terminated, 143)])
 def test_an_interruption_keeps_what_was_found(monkeypatch, tmp_path, capsys, end, code):
     measure = suite.measure_row
     done = []
@@ -490,6 +490,46 @@ def test_workloads_leave_what_they_found(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "| classify | **failed: RuntimeError: no data** |" in printed
     assert "| gradient_flow | largest error of an RNN's factor | fusedrnn |" in printed
+
+
+def test_the_cuda_suite_has_bench_cudas_rows(monkeypatch, tmp_path, capsys):
+    """What bench_cuda measures is made up: there need not be a GPU."""
+    bench_cuda = suite.bench_cuda
+    entry = {"cell": "GRU", "batch": 8, "size": 64, "number": "tf32", "steps": 512}
+    entry |= {"mode": "no_grad", "chosen": "step", "rounds": 5, "failures": {}}
+    entry["device_ms"] = {"torch.nn": 3.0, "step": 2.0, "block": 1.0}
+    entry["wall_ms"] = {"torch.nn": 4.0, "step": 3.0, "block": 2.0}
+    wrong = entry | {"mode": "forward+backward", "device_ms": {"torch.nn": 3.0, "block": 1.0}}
+    wrong["failures"] = {"step": "tensor 0: 1.0e+00"}
+
+    def measure(report, quick):
+        assert quick
+        report.rows = [entry, wrong]
+        report.missing = ["GRU tf32 B=8 H=64: not reached"]
+        report.write()
+
+    monkeypatch.setattr(bench_cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(bench_cuda, "description", lambda: {"card": "a GPU"})
+    monkeypatch.setattr(bench_cuda, "measure", measure)
+    path = tmp_path / "a.json"
+    assert main(["run", "--suite", "cuda", "--quick", "--out", str(path)]) == 1
+    content = json.loads(path.read_text())
+    good, failed = content["rows"]
+    assert (good["dtype"], good["mode"], good["threads"]) == ("tf32", "inference", None)
+    assert good["peers"]["torch.nn"]["fusedrnn_ms"] == 2.0
+    assert good["peers"]["torch.nn"]["ratio"] == 1.5
+    assert failed["failed"] == "check: tensor 0: 1.0e+00"
+    assert content["expected_rows"] == 3
+    capsys.readouterr()
+    assert main(["report", str(path)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "- card: a GPU" in printed
+    assert "- GRU tf32 B=8 H=64: not reached" in printed
+    assert any(
+        line.startswith("| 8, 512, 64 | inference | - | 3.000 | 2.000 |") for line in printed
+    )
+    assert main(["plot", str(path)]) == 0
+    assert (tmp_path / "a-heatmap-tf32.svg").exists()
 
 
 # Bad input ----------------------------------------------------------------------------------------
