@@ -50,6 +50,7 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int | None:
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
+    gc.collect()
     try:
         return min(_peak(call) for _ in range(CALLS))
     except (OSError, AttributeError, KeyError):  # not Linux, not glibc, or not allowed
@@ -57,7 +58,6 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int | None:
 
 
 def _peak(call: Callable[[], Any]) -> int:
-    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed before would be taken unseen
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the highest so far, starts anew
     before = _resident("VmRSS")

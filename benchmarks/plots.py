@@ -94,10 +94,9 @@ def heat_maps(
             panel.set_facecolor("0.92")
             for y, batch in enumerate(batches):
                 for x, size in enumerate(sizes):
-                    row = longest.get((cell, mode, batch, size))
-                    if row is None:
+                    if (cell, mode, batch, size) not in longest:
                         continue
-                    value = row["peers"]["torch.nn"]["ratio"]
+                    value = longest[cell, mode, batch, size]["peers"]["torch.nn"]["ratio"]
                     dark = abs(math.log2(value)) > 0.65 * widest
                     panel.text(
                         x, y, f"{value:.1f}" if value >= 10 else f"{value:.2f}",
@@ -162,6 +161,8 @@ def rooflines(
                     )  # fmt: skip
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_major_formatter("{x:g}")
         panel.set_xlim(low, high)
         panel.set_title(mode, fontsize=10)
         panel.set_xlabel("operations a byte (FLOP/byte)")

@@ -13,6 +13,7 @@ import datetime
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import platform
 import signal
@@ -50,6 +51,7 @@ MODES = {"inference": "no_grad", "training": "forward+backward"}  # their names 
 KEY = ("cell", "dtype", "batch", "steps", "size", "threads", "mode")  # what tells rows apart
 NOISE_ROUNDS = 21
 NOISE_BOUND = 0.03  # of the ratio of a call to itself; on an idle machine its quartiles are nearer
+OTHERS_BOUND = 0.05  # of the time of all CPUs
 LOOP_MS = 200.0  # where a call of torch.nn takes longer, the Python loop is left out
 
 Shape = tuple[int, int, int]  # B, T, H; and I = H
@@ -198,14 +200,31 @@ def environment(threads: Sequence[int]) -> dict[str, Any]:
     }
 
 
+def busy_seconds() -> float:
+    """What all CPUs together have worked since the start of the system; NaN if it does not tell."""
+    try:
+        text = Path("/proc/stat").read_text().splitlines()[0]
+    except OSError:
+        return math.nan
+    user, nice, system, _, _, *interrupts = map(int, text.split()[1:9])  # without idle and iowait
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+
+
 def measure_noise() -> dict[str, Any]:
-    """The quartiles of the time of a call of torch.nn over that of the same call, in turns."""
+    """The quartiles of the time of a call of torch.nn over that of the same call, in turns, and the
+    share of all CPUs that other programs took meanwhile.
+    """
     case = common.make_cases("LSTM", 8, 128, inner=False)["torch.nn"]
     call = case.call("no_grad")
+    busy, own, start = busy_seconds(), time.process_time(), time.perf_counter()
     with common.grad_mode("no_grad"):
         timing = common.interleave({"torch.nn": call, "fusedrnn": call}, NOISE_ROUNDS)
+    seconds = (time.perf_counter() - start) * (os.cpu_count() or 1)
+    used = busy_seconds() - busy - (time.process_time() - own)
+    others = None if math.isnan(used) else max(0.0, used / seconds)
     low, high = timing.quartiles()
-    return {"low": low, "high": high, "noisy": max(high - 1, 1 - low) > NOISE_BOUND}
+    noisy = max(high - 1, 1 - low) > NOISE_BOUND or (others or 0) > OTHERS_BOUND
+    return {"low": low, "high": high, "others": others, "noisy": noisy}
 
 
 # A row --------------------------------------------------------------------------------------------
@@ -553,11 +572,16 @@ def start_lines(content: dict[str, Any]) -> list[str]:
         lines.append(
             f"- noise, threads: {count}: half of the ratios of a call to itself are from "
             f"{noise['low']:.3f} to {noise['high']:.3f}"
+            + (
+                ""
+                if noise["others"] is None
+                else f"; other programs: {noise['others']:.0%} of all CPU"
+            )
         )
     if any(noise["noisy"] for noise in content["noise"].values()):
         lines.append(
-            f"- **THIS MACHINE IS BUSY OR NOISY** (more than {NOISE_BOUND:.0%}): "
-            "the times are not to be relied on"
+            f"- **THIS MACHINE IS BUSY OR NOISY** (ratios further than {NOISE_BOUND:.0%} from 1, or "
+            f"other programs above {OTHERS_BOUND:.0%}): the times are not to be relied on"
         )
     return lines
 
