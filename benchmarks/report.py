@@ -146,12 +146,18 @@ def mean_of(mean: Mean) -> str:
 
 
 def losses(content: Content) -> list[str]:
-    """Every row in which fusedrnn is slower than a peer."""
+    """Every row and every workload's training in which fusedrnn is slower than a peer."""
     found = [
         f"- {suite.name_of(row)}: {peer['ratio']:.2f} of {name}"
         for row in content["rows"]
         for name, peer in row["peers"].items()
         if peer.get("ratio", 1) < 1
+    ]
+    found += [
+        f"- {record['name']} {training['title']}: {training['speedup']:.2f} of torch.nn"
+        for record in content["workloads"]
+        for training in record.get("trainings", ())
+        if training["speedup"] < 1
     ]
     return ["", f"Rows in which fusedrnn is slower: {len(found)}.", *found]
 

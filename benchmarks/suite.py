@@ -373,12 +373,13 @@ def progress(total: float) -> Iterator[Any]:
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.table import Column
 
     columns = [
-        BarColumn(20),
-        TimeElapsedColumn(),
+        BarColumn(10),
+        TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
         TextColumn("gone,"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
         TextColumn("left: {task.description}"),
     ]
     bars = Progress(
@@ -455,6 +456,9 @@ def run_workloads(results: Results, names: Sequence[str], arguments: Sequence[st
     """Trains each with torch.nn and fusedrnn; their texts and pictures are left beside the JSON."""
     content = results.content
     content["expected_rows"] = len(names)
+    (threads,) = content["environment"]["threads"]
+    with common.threads(threads):
+        content["noise"][str(threads)] = measure_noise()
     print("\n".join(start_lines(content)), flush=True)
     folder = results.path.parent / f"{results.path.stem}-workloads"
     for number, name in enumerate(names, 1):
@@ -569,19 +573,15 @@ def start_lines(content: dict[str, Any]) -> list[str]:
             f"L2 {limit['l2']:.0f} GB/s, memory {limit['memory']:.0f} GB/s"
         )
     for count, noise in content["noise"].items():
+        others = "unknown" if noise["others"] is None else f"{noise['others']:.0%}"
         lines.append(
             f"- noise, threads: {count}: half of the ratios of a call to itself are from "
-            f"{noise['low']:.3f} to {noise['high']:.3f}"
-            + (
-                ""
-                if noise["others"] is None
-                else f"; other programs: {noise['others']:.0%} of all CPU"
-            )
+            f"{noise['low']:.3f} to {noise['high']:.3f}; others' share of all CPUs: {others}"
         )
     if any(noise["noisy"] for noise in content["noise"].values()):
         lines.append(
-            f"- **THIS MACHINE IS BUSY OR NOISY** (ratios further than {NOISE_BOUND:.0%} from 1, or "
-            f"other programs above {OTHERS_BOUND:.0%}): the times are not to be relied on"
+            f"- **THIS MACHINE IS BUSY OR NOISY** (ratios further than {NOISE_BOUND:.0%} from 1 or "
+            f"others' share above {OTHERS_BOUND:.0%}): the times are not to be relied on"
         )
     return lines
 

@@ -502,10 +502,13 @@ def test_workloads_leave_what_they_found(monkeypatch, tmp_path, capsys):
     assert accuracy["threshold"] == "at least 0.95"
     assert record["seconds"] > 0
     assert (tmp_path / "a-workloads" / "gradient_flow.png").exists()
+    record["trainings"][0]["speedup"] = 0.5
+    path.write_text(json.dumps(content))
     capsys.readouterr()
     assert main(["report", str(path)]) == 0
     printed = capsys.readouterr().out
     assert "| classify | **failed: RuntimeError: no data** |" in printed
+    assert "Rows in which fusedrnn is slower: 1.\n- gradient_flow " in printed
     assert "| gradient_flow | largest error of an RNN's factor | fusedrnn |" in printed
 
 
