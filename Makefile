@@ -3,7 +3,7 @@
 #
 #   make demo      train a character-level language model with torch.nn, then with fusedrnn
 #   make test      the test suite
-#   make bench     fusedrnn against torch.nn, cell by cell and sequence by sequence
+#   make bench     fusedrnn against torch.nn and others, the quick suite: some four minutes
 #   make lint      formatting, types and static checks
 #   make sanitize  the test suite with AddressSanitizer and UBSan (gcc)
 #   make clean     remove .venv and everything built
@@ -28,8 +28,8 @@ demo: .venv/bench.stamp
 test: .venv/test.stamp
 	$(PY) -m pytest
 
-bench: .venv/test.stamp .venv/bench.stamp
-	$(PY) -m pytest benchmarks/bench_cell.py benchmarks/bench_sequence.py
+bench: .venv/bench.stamp
+	$(PY) -m benchmarks run --suite quick
 
 lint: .venv/lint.stamp
 	$(PY) -m ruff check

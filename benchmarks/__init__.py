@@ -1,4 +1,5 @@
-"""fusedrnn against torch.nn: pytest-benchmark files (bench_sequence.py, bench_cell.py), the table
-of the README (`python -m benchmarks.bench_grid`), the same on a GPU (`python -m
-benchmarks.bench_cuda`) and real models (workloads/). Not a part of the installed package.
+"""fusedrnn against torch.nn and others. The suite, `python -m benchmarks run`: suite.py, with
+peers.py, limits.py, memory.py, report.py and plots.py; real models: workloads/; regressions, under
+pytest-benchmark: bench_sequence.py and bench_cell.py; single questions: bench_lengths.py,
+bench_samples.py and bench_cuda.py. Not a part of the installed package.
 """

@@ -37,7 +37,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import fusedrnn
 from fusedrnn import cuda
 
-from . import common
+from . import common, memory
 from .common import Timing, commit
 
 DEVICE = torch.device("cuda")
@@ -325,6 +325,9 @@ def measured(problem: Problem, row: Row, clock: Clock, seconds: float) -> dict[s
         ours = cases["fusedrnn"].call(row.mode)
         calls |= {path: call_by(PATHS[path], ours) for path in paths}
         entry["cudnn"] = kernel_names(calls[THEIRS])
+        if row.mode == MODES[1]:
+            cuda.forced = ""  # as chosen
+            entry["memory"] = memory.of(cases, "cuda")
         return entry | times(clock, calls, seconds - (perf_counter() - start))
 
 
@@ -545,32 +548,42 @@ def grid(report: Report, todo: list[Row], clock: Clock, end: float) -> None:
     report.write()
 
 
+def unavailable() -> str | None:
+    """Why nothing can be measured here."""
+    if not torch.cuda.is_available():
+        return "no CUDA GPU was found"
+    if not cuda.available(DEVICE):
+        return "this build of fusedrnn has no CUDA kernels"
+    return None
+
+
+def measure(report: Report, quick: bool, seconds: int | None = None) -> None:
+    """Fills `report`, and writes it on the way, within `seconds`."""
+    end = perf_counter() + (seconds or (QUICK_SECONDS if quick else SECONDS))
+    report.write()
+    report.limits = limits() if not quick else "not measured: --quick"
+    report.write()
+    clock = Clock()
+    for cell in common.CELLS:
+        for number in NUMBERS if not quick else ("bfloat16",):
+            for mode in MODES:
+                report.packed.append(packed(clock, cell, number, mode))
+    grid(report, rows(QUICK_SHAPES if quick else SHAPES), clock, end)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = common.Parser(prog="python -m benchmarks.bench_cuda", description=__doc__)
+    parser = common.Parser(prog="bench_cuda", description=__doc__)
     parser.add_argument("--out", type=Path, help="a folder; of itself, results/<card>")
     parser.add_argument("--quick", action="store_true", help="few shapes, one minute")
     parser.add_argument("--seconds", type=common.positive_int, help="of all together")
     options = parser.parse_args(arguments)
-    start = perf_counter()
-    if not torch.cuda.is_available():
-        print("bench_cuda: no CUDA GPU was found", file=sys.stderr)
-        return 1
-    if not cuda.available(torch.device("cuda")):
-        print("bench_cuda: this build of fusedrnn has no CUDA kernels", file=sys.stderr)
-        return 1
-    seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
+    reason = unavailable()
+    if reason:
+        parser.error(reason)
     directory = options.out or directory_of(card())
     directory.mkdir(parents=True, exist_ok=True)
     report = Report(directory, description())
-    report.write()
-    report.limits = limits() if not options.quick else "not measured: --quick"
-    report.write()
-    clock = Clock()
-    for cell in common.CELLS:
-        for number in NUMBERS if not options.quick else ("bfloat16",):
-            for mode in MODES:
-                report.packed.append(packed(clock, cell, number, mode))
-    grid(report, rows(QUICK_SHAPES if options.quick else SHAPES), clock, start + seconds)
+    measure(report, options.quick, options.seconds)
     print(report.markdown())
     return 1 if any(entry["failures"] for entry in report.rows + report.packed) else 0
 

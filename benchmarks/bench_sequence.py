@@ -1,6 +1,6 @@
 """LSTM, GRU and RNN over 100 steps, fusedrnn against torch.nn, one group a shape:
 `python -m pytest benchmarks/bench_sequence.py`. Each pair runs one after the other; for figures to
-quote, bench_grid.py times them in turns.
+quote, `python -m benchmarks run` times them in turns.
 """
 
 import pytest

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import importlib.util
 import math
 import os
 import platform
@@ -42,6 +43,39 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
+
+    def require(self, *libraries: str) -> None:
+        missing = [name for name in libraries if importlib.util.find_spec(name) is None]
+        if missing:
+            self.error(f"needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+
+    def check_writable(self, path: Path) -> None:
+        """A path that cannot be written is told now, not after minutes. Leaves nothing behind."""
+        try:
+            if path.exists() and not path.is_file():
+                raise OSError(None, "not a file")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary(path).touch()
+            temporary(path).unlink()
+        except OSError as error:
+            self.error(f"argument --out: cannot write {path}: {error.strerror}")
+
+    def check_rounds(self, rounds: int | None) -> None:
+        if rounds is not None and rounds < MIN_ROUNDS:
+            self.error(
+                f"argument --rounds: expected at least {MIN_ROUNDS} to show a spread, got {rounds}"
+            )
+
+
+def temporary(path: Path) -> Path:
+    """Beside `path`, so that it can be renamed to it."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All of `text` or, if that fails, what was in the file before."""
+    temporary(path).write_text(text)
+    temporary(path).replace(path)
 
 
 def positive_int(text: str) -> int:
@@ -81,17 +115,9 @@ class TableParser(Parser):
 
     def options(self, arguments: Sequence[str] | None) -> argparse.Namespace:
         options = self.parse_args(arguments)
-        if options.rounds is not None and options.rounds < MIN_ROUNDS:
-            self.error(
-                f"argument --rounds: expected at least {MIN_ROUNDS} to show a spread, "
-                f"got {options.rounds}"
-            )
+        self.check_rounds(options.rounds)
         if options.out:
-            try:
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.touch()  # a bad path is told now, not after five minutes
-            except OSError as error:
-                self.error(f"argument --out: cannot write {options.out}: {error.strerror}")
+            self.check_writable(options.out)
         return options
 
 
@@ -274,10 +300,9 @@ class Timing:
     def speedup(self, over: str = "torch.nn") -> float:
         return self.ms(over) / self.ms("fusedrnn")
 
-    @property
-    def quartiles(self) -> tuple[float, float]:
-        """Of the speed-up over torch.nn, taken in each round."""
-        pairs = zip(self.rounds["torch.nn"], self.rounds["fusedrnn"], strict=True)
+    def quartiles(self, over: str = "torch.nn") -> tuple[float, float]:
+        """Of the speed-up, taken in each round."""
+        pairs = zip(self.rounds[over], self.rounds["fusedrnn"], strict=True)
         low, _, high = quantiles([a / b for a, b in pairs], method="inclusive")
         return low, high
 
@@ -322,7 +347,7 @@ def run_benchmark(
     benchmark: Any, cell: str, batch: int, size: int, count: int, mode: str, implementation: str
 ) -> None:
     """One case of bench_*.py under pytest-benchmark's fixture, checked before it is timed."""
-    import pytest  # only here: bench_grid.py and the workloads do without
+    import pytest  # only here: the suites and the workloads do without
 
     if count > cores():
         pytest.skip(f"{count} threads need {count} cores, this process has {cores()}")

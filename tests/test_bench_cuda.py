@@ -19,7 +19,7 @@ def test_without_a_gpu_it_ends_with_one_line():
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "bench_cuda: no CUDA GPU was found\n"
 

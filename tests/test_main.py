@@ -69,7 +69,7 @@ def test_cpu_is_read_as_torch_reads_it(found):
     capability = torch.backends.cpu.get_cpu_capability()
     if not capability.startswith("AVX"):
         pytest.skip("not an x86-64 CPU with AVX2")
-    assert capability.lower() in (found["cpu"]["isa"], "avx512_vnni")
+    assert found["cpu"]["isa"].startswith(capability.lower().removesuffix("_vnni"))
     assert "fma" in found["cpu"]["features"]
 
 

@@ -3,12 +3,13 @@ options are told. How fast they are is not tested.
 """
 
 import datetime
+import importlib.util
 
 import pytest
 import torch
 
 import fusedrnn
-from benchmarks import bench_grid
+from benchmarks import bench_samples
 from benchmarks.workloads import (
     captioning,
     char_lm,
@@ -319,7 +320,7 @@ def test_dialogue_asks_what_the_scene_answers():
 
 
 def test_a_missing_library_is_told_before_any_work(monkeypatch, capsys):
-    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as raised:
         prefix_sum.main([])
     assert raised.value.code == 2
@@ -339,14 +340,18 @@ def test_a_missing_library_is_told_before_any_work(monkeypatch, capsys):
         (char_lm.main, ["--out", __file__], "cannot make the folder"),
         (prefix_sum.main, ["--n", "0"], "expected a whole number of at least 1, got '0'"),
         (forecast.main, ["--length", "40"], "argument --length: expected more than 40"),
-        (bench_grid.main, ["--rounds", "2"], "expected at least 3 to show a spread, got 2"),
-        (bench_grid.main, ["--cells", "LSTM,CNN"], "expected some of LSTM,GRU,RNN, got 'LSTM,CNN'"),
+        (bench_samples.main, ["--rounds", "2"], "expected at least 3 to show a spread, got 2"),
         (
-            bench_grid.main,
+            bench_samples.main,
+            ["--cells", "LSTM,CNN"],
+            "expected some of LSTM,GRU,RNN, got 'LSTM,CNN'",
+        ),
+        (
+            bench_samples.main,
             ["--threads", "1,100000"],
             "threads, the cores of this process, got 1,100000",
         ),
-        (bench_grid.main, ["--out", f"{__file__}/table.md"], "cannot write"),
+        (bench_samples.main, ["--out", f"{__file__}/table.md"], "cannot write"),
     ],
 )
 def test_bad_options_are_told_in_one_line(main, arguments, message, capsys):

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +122,7 @@ def draw(model: nn.Module, seed: int, path: Path) -> None:
         figure.suptitle("Scenes of held-out pairs, and their captions (red: wrong)")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = common.Parser("captioning", __doc__, FULL, QUICK).options(arguments)
     output = common.Output("captioning", options)
     output(f"CNN and GRU, {options.hidden} units, batch {options.batch}")
@@ -137,12 +138,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         exact[injection] = {name: evaluate(run.model, options.seed) for name, run in runs.items()}
         output.times(runs, options.batch, "captions")
-        output.agreement(runs)
+        output.agreement(runs, injection)
     output()
     for injection, values in exact.items():
         output.threshold(f"exact captions, {injection}", values, at_least=LEARNED)
     draw(list(runs.values())[-1].model, options.seed, output.picture)
-    output.close("Captions")
+    return output.close("Captions")
 
 
 if __name__ == "__main__":

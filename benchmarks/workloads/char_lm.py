@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -198,7 +199,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.options(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     output = common.Output("char_lm", options)
     training, held_out = corpus()
@@ -218,13 +219,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for backend, run in runs.items()
     }
     output.row("held-out loss, bits per character", list(losses.values()))
+    output.measured("held-out loss, bits per character", losses)
     output.times(runs, options.batch * options.chunk, "tokens (characters)")
     output.agreement(runs)
     backend, run = list(runs.items())[-1]
     output(f"\nA sample of the model trained with {backend}, temperature {options.temperature}:\n")
     output(sample(run.model, "\ndef ", options.length, options.temperature, options.seed))
     draw(runs, losses, output.picture)
-    output.close("Loss against time")
+    return output.close("Loss against time")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from pydoc_data import topics
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -166,7 +167,7 @@ def draw(names: Sequence[str], seen: dict[str, tuple[Tensor, Tensor, Tensor]], p
         right.set_title("Bidirectional")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = common.Parser("classify", __doc__, FULL, QUICK).options(arguments)
     output = common.Output("classify", options)
     texts = corpus()
@@ -188,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             **options.sizes,
         )
         output.times(runs, options.batch, "snippets")
-        output.agreement(runs)
+        output.agreement(runs, model)
         accuracies = {}
         for backend, run in runs.items():
             seen[model] = evaluate(run.model, held_out, options.length, options.seed)
@@ -196,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name = f"accuracy on held-out snippets of {SHORTEST} to {options.length} characters"
         output.threshold(name, accuracies, at_least=LEARNED)
     draw(names, seen, output.picture)
-    output.close("Accuracy against length, and confusions")
+    return output.close("Accuracy against length, and confusions")
 
 
 if __name__ == "__main__":

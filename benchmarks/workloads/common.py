@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import itertools
 import math
 import os
@@ -63,9 +62,7 @@ class Parser(common.Parser):
             if getattr(options, name) is None:
                 setattr(options, name, value)
         options.sizes = {name: getattr(options, name) for name in self.full}
-        missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
-        if missing:
-            self.error(f"needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        self.require(*LIBRARIES)
         try:
             options.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -217,13 +214,24 @@ class Checkpoints:
 
 
 class Output:
-    """Prints lines and keeps them, for the text that a workload leaves beside its picture."""
+    """Prints lines and keeps them, for the text that a workload leaves beside its picture.
+
+    `record` is the same for programs: trainings, with times in milliseconds, and measures of what
+    was learned.
+    """
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         self.path = options.out / f"{name}.txt"
         self.picture = options.out / f"{name}.png"
         self.quick = options.quick
         self.lines: list[str] = []
+        self.record: dict[str, Any] = {
+            "name": name,
+            "quick": options.quick,
+            "threads": options.threads,
+            "trainings": [],
+            "measures": [],
+        }
         self(f"{common.machine()}, threads: {options.threads}, commit {common.commit()}")
         if options.note:
             self(options.note)
@@ -254,8 +262,16 @@ class Output:
             rates = [tokens / x for x in milliseconds.values()]
             self.row(f"{noun} a second", [f"{1e3 * x:,.0f}" for x in rates])
 
-    def agreement(self, runs: Mapping[str, Run]) -> None:
+    def agreement(self, runs: Mapping[str, Run], title: str = "") -> None:
         """Speed-up, difference of the two losses, and the kernels' counters."""
+        self.record["trainings"].append(
+            {
+                "title": title,
+                "step_ms": {name: 1e3 * median(run.seconds) for name, run in runs.items()},
+                "seconds": {name: sum(run.seconds) for name, run in runs.items()},
+                "speedup": speedup(runs) if len(runs) == 2 else None,
+            }
+        )
         if len(runs) == 2:
             gaps = [abs(a - b) for a, b in zip(*(run.losses for run in runs.values()), strict=True)]
             self(
@@ -280,15 +296,31 @@ class Output:
         """Says of every backend's value whether it has learned."""
         missed = "NOT reached" + " (--quick trains less than it takes)" * self.quick
         bound = f"at most {at_most:g}" if at_least == -math.inf else f"at least {at_least:g}"
+        reached = {backend: at_least <= value <= at_most for backend, value in values.items()}
         for backend, value in values.items():
-            reached = "reached" if at_least <= value <= at_most else missed
-            self(f"{name}, {backend}: {value:.4f}, threshold {bound}: {reached}")
+            verdict = "reached" if reached[backend] else missed
+            self(f"{name}, {backend}: {value:.4f}, threshold {bound}: {verdict}")
+        self.measured(name, values, bound, reached)
 
-    def close(self, picture: str = "") -> None:
-        """Writes the text beside the picture, and says what that one shows and where it is."""
+    def measured(
+        self,
+        name: str,
+        values: Mapping[str, float],
+        bound: str | None = None,
+        reached: Mapping[str, bool] | None = None,
+    ) -> None:
+        """Keeps a measure of what every backend has learned in the record."""
+        measure = {"name": name, "values": values, "threshold": bound, "reached": reached}
+        self.record["measures"].append(measure)
+
+    def close(self, picture: str = "") -> dict[str, Any]:
+        """Writes the text beside the picture, says what that one shows and where it is, and returns
+        the record.
+        """
         self.path.write_text("\n".join(line.rstrip() for line in self.lines) + "\n")
         if picture:
             print(f"\n{picture}: {self.picture}")
+        return self.record
 
 
 def speedup(runs: Mapping[str, Run]) -> float:

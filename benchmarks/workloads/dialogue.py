@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -173,7 +174,7 @@ def draw(model: nn.Module, seed: int, path: Path) -> None:
         figure.suptitle("Scenes of held-out pairs, questions and answers (red: wrong)")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = common.Parser("dialogue", __doc__, FULL, QUICK).options(arguments)
     output = common.Output("dialogue", options)
     output(f"CNN and LSTMs, {options.hidden} units, batch {options.batch}")
@@ -189,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             **options.sizes | {"steps": options.steps if sees else math.ceil(options.steps / 4)},
         )
         output.times(runs, options.batch, "answers")
-        output.agreement(runs)
+        output.agreement(runs, f"questions {name}")
         shares[name] = {backend: evaluate(run.model, options.seed) for backend, run in runs.items()}
         if sees:
             draw(list(runs.values())[-1].model, options.seed, output.picture)
@@ -202,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         output.row(kind, [x[kind] for values in shares.values() for x in values.values()])
     values = {backend: x["all"] for backend, x in shares["with picture"].items()}
     output.threshold("right answers with the picture", values, at_least=LEARNED)
-    output.close("Questions and answers")
+    return output.close("Questions and answers")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -146,7 +147,7 @@ def draw(foretold: dict[str, tuple[Tensor, Tensor]], errors: dict[str, Tensor], 
             axes.grid(alpha=0.3)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = common.Parser("forecast", __doc__, FULL, QUICK)
     options = parser.options(arguments)
     if options.length <= SETTLE + max(AHEAD.values()):
@@ -168,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             **options.sizes,
         )
         output.times(runs)
-        output.agreement(runs)
+        output.agreement(runs, f"trained {name}")
         at[name] = {}
         table = []
         for backend, run in runs.items():
@@ -184,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, values in at.items():
         output.threshold(f"NRMSE {AT} samples on, trained {name}", values, at_most=LEARNED)
     draw(foretold, errors, output.picture)
-    output.close("Error against horizon")
+    return output.close("Error against horizon")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -228,7 +229,7 @@ def draw(
         figure.legend(handles, labels, loc="outside right center")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = common.Parser("gradient_flow", __doc__, FULL, QUICK).options(arguments)
     output = common.Output("gradient_flow", options)
     backends = common.BACKENDS[options.backend]
@@ -262,12 +263,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 cells += [f"{fmean(run.state[-50:]):.4f}", f"{1e3 * median(run.seconds):.1f}"]
             output.row(variant, cells)
     output(f"\n{SHOWN}:")
-    output.agreement(trained[SHOWN])
+    output.agreement(trained[SHOWN], SHOWN)
     reached = {backend: fmean(run.state[-50:]) for backend, run in trained[SHOWN].items()}
     output.threshold("accuracy", reached, at_least=0.95)
     accuracies = {variant: runs[backends[-1]].state for variant, runs in trained.items()}
     draw(measured[backends[-1]], accuracies, output.picture)
-    output.close("Gradient against distance")
+    return output.close("Gradient against distance")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -234,7 +235,7 @@ def draw(rows: Sequence[Trained], path: Path) -> None:
         figure.suptitle("Prefix sums modulo n, on the model's own outputs")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = common.Parser("prefix_sum", __doc__, FULL, QUICK).options(arguments)
     output = common.Output("prefix_sum", options)
     sizes = options.sizes
@@ -295,12 +296,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output()
     for row in rows:
         if (row.model, row.method, row.length) in (SEEDED, ("LSTM", FORCED, 200)):
-            output(f"LSTM, {row.method}, length {row.length}, seed {row.seed}:")
-            output.agreement(row.runs)
+            title = f"LSTM, {row.method}, length {row.length}, seed {row.seed}"
+            output(f"{title}:")
+            output.agreement(row.runs, title)
             values = {backend: row.accuracy(backend, 200) for backend in row.runs}
             output.threshold("accuracy of 200 steps", values, at_least=LEARNED)
     draw(rows, output.picture)
-    output.close("Accuracy against position")
+    return output.close("Accuracy against position")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -165,7 +166,7 @@ def translate(model: nn.Module, written: Sequence[str]) -> list[str]:
     return ["".join(characters[i] for i in column).rstrip("$") for column in tokens.t().tolist()]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = common.Parser("seq2seq", __doc__, FULL, QUICK).options(arguments)
     output = common.Output("seq2seq", options)
     backends = common.BACKENDS[options.backend]
@@ -187,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             title = "sampled" if sampled else "greedy"
             output.row(f"exact matches, {title}", list(exact.values()))
         output.times(runs, options.batch, "dates")
-        output.agreement(runs)
+        output.agreement(runs, f"teacher forcing {forcing:g}")
         if forcing == PROBABILITIES[0]:
             torch.manual_seed(options.seed)
             written, _ = pairs(8, held_out=True)
@@ -199,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for forcing, exact in greedy.items():
         name = f"exact matches, teacher forcing {forcing:g}"
         output.threshold(name, exact, at_least=LEARNED)
-    output.close()
+    return output.close()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -130,7 +131,7 @@ def draw(model: nn.Module, length: int, seed: int, path: Path) -> None:
         figure.suptitle("Every second frame: which way it moves; at the left: how often it turned")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = common.Parser("video", __doc__, FULL, QUICK).options(arguments)
     output = common.Output("video", options)
     output(
@@ -154,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         values = {backend: accuracy[name] for backend, accuracy in accuracies.items()}
         output.threshold(f"accuracy of {name}", values, at_least=limit)
     draw(list(runs.values())[-1].model, options.length, options.seed, output.picture)
-    output.close("Clips and what is said of them")
+    return output.close("Clips and what is said of them")
 
 
 if __name__ == "__main__":
