@@ -126,6 +126,7 @@ struct Panels {
   std::vector<const void*> sources;  // the weights' memory: elsewhere are other weights
   Memory memory{nullptr, &std::free};
   const void* directions[2]{};
+  mutable int64_t calls = 0;  // that have used them
 };
 
 // One layer's inputs. A view's memory belongs to the object it was read from, to a copy in `copies`
@@ -245,7 +246,7 @@ struct Layer {
       I = input.shape[input.dims - 1];
       N = T * B;
     }
-    if (one_step && object != Py_None) return false;
+    if (one_step && (mask != Py_None || cells)) return false;
     return mask == Py_None || read_reset(mask);
   }
 
@@ -295,6 +296,7 @@ struct Layer {
     if (p->cell_index == cell_index && p->dtype == dtype() && p->bf16 == bf16_products() &&
         p->I == I && p->H == H && p->P == P && p->D == D && p->sources == sources()) {
       panels = p;
+      ++p->calls;
     }
   }
 
@@ -408,12 +410,19 @@ struct Layer {
 };
 
 template <class T>
-const KernelsOf<T>& kernels_for(const Layer& layer, int64_t groups = 0) {
+const KernelsOf<T>& kernels_of() {
   if constexpr (std::is_same_v<T, double>) {
     return kernels().f64;
   } else {
-    return layer.bf16_products() && groups == 0 ? *kernels().bf16_products : kernels().f32;
+    return kernels().f32;
   }
+}
+template <class T>
+const KernelsOf<T>& kernels_for(const Layer& layer) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (layer.bf16_products()) return *kernels().bf16_products;
+  }
+  return kernels_of<T>();
 }
 
 // What forward and plan are asked with: the layer, and nothing to write to.
@@ -521,8 +530,12 @@ void run_backward(const Layer& layer, int num_threads, int64_t groups, const voi
     args.grad_bias_hh[d]   = static_cast<T*>(grads.weights[d][3]);
     args.grad_weight_hr[d] = static_cast<T*>(grads.weights[d][4]);
   }
+  // A short call multiplies in float32: as forward did, so that gates are computed again as they were.
+  const KernelsOf<T>* kernels = &kernels_for<T>(layer);
+  const auto plan             = kernels->plan[layer.cell_index];
+  if (groups > 0 || !plan(forward_args<T>(layer, num_threads)).packed) kernels = &kernels_of<T>();
   const GilRelease no_gil;
-  if (!kernels_for<T>(layer, groups).backward[layer.cell_index](args)) throw std::bad_alloc();
+  if (!kernels->backward[layer.cell_index](args)) throw std::bad_alloc();
   if (args.grad_input[1]) {
     const int64_t n = layer.N * layer.I;
     for (int64_t i = 0; i < n; ++i) args.grad_input[0][i] += args.grad_input[1][i];
@@ -637,6 +650,8 @@ py::object pack(PyObject* const* arguments) {
                   Items(arguments[3]), Py_None, false)) {
     return py::none();
   }
+  // A weight's copy will be gone, and another one may come to lie where it was.
+  if (!layer.copies.empty()) return py::none();
   auto panels =
       std::make_unique<Panels>(Panels{layer.cell_index, layer.dtype(), layer.bf16_products(),
                                       layer.I, layer.H, layer.P, layer.D, layer.sources()});
@@ -646,20 +661,23 @@ py::object pack(PyObject* const* arguments) {
   return py::cast(std::move(panels));
 }
 
-// plan(cell, num_threads, bf16, input, initial, weights, options) -> (threads, row_shards, unit_shards,
-// packed, chunk, whether products are bfloat16's) or None.
+// plan(cell, num_threads, bf16, given, input, initial, weights, options) -> (threads, row_shards,
+// unit_shards, packed, chunk, whether products are bfloat16's) or None. given: with panels.
 py::object plan(PyObject* const* arguments) {
   Layer layer;
   layer.check_only = true;
   layer.bf16       = arguments[2] == Py_True;
-  if (!layer.read(int(PyLong_AsLong(arguments[0])), arguments[3], Items(arguments[4]),
-                  Items(arguments[5]), arguments[6], false)) {
+  const bool given = arguments[3] == Py_True;
+  if (!layer.read(int(PyLong_AsLong(arguments[0])), arguments[4], Items(arguments[5]),
+                  Items(arguments[6]), arguments[7], false)) {
     return py::none();
   }
   const int num_threads = int(PyLong_AsLong(arguments[1]));
   const auto planned    = [&](auto zero) {
-    using T = decltype(zero);
-    return kernels_for<T>(layer).plan[layer.cell_index](forward_args<T>(layer, num_threads));
+    using T   = decltype(zero);
+    auto args = forward_args<T>(layer, num_threads);
+    if (given) args.panels[0] = args.weight_hh[0];  // any
+    return kernels_for<T>(layer).plan[layer.cell_index](args);
   };
   const Plan made = layer.wide_dtype() == Dtype::kFloat32 ? planned(0.0f) : planned(0.0);
   return py::make_tuple(made.threads, made.row_shards, made.unit_shards, made.packed, made.chunk,
@@ -721,11 +739,12 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("cuda") = "";
 #endif
-  py::class_<Panels>(m, "Panels", "One layer's weights as the kernels read them.");
+  py::class_<Panels>(m, "Panels", "One layer's weights as the kernels read them.")
+      .def_readonly("calls", &Panels::calls, "How many calls have used them.");
   m.def("release_threads", release_threads, "Ends this thread's idle OpenMP threads.");
   static PyMethodDef methods[] = {
       definition<forward, 9>("forward"), definition<backward, 11>("backward"),
       definition<takes, 5>("takes"),     definition<pack, 4>("pack"),
-      definition<plan, 7>("plan"),       {nullptr, nullptr, 0, nullptr}};
+      definition<plan, 8>("plan"),       {nullptr, nullptr, 0, nullptr}};
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }

@@ -147,8 +147,8 @@ struct Kernels {
   const char* isa;
   KernelsOf<float> f32;
   KernelsOf<double> f64;
-  // Of numbers rounded to bfloat16, summed in float32: every product whose terms are as many as steps
-  // or units (not for a projection, nor for groups). Null where the CPU has no instruction for it.
+  // With the factors of all products, but for grad_h0's, rounded to bfloat16, and sums in float32. Not
+  // for a projection, nor for groups. Null where the CPU has no instruction for it.
   const KernelsOf<float>* bf16_products;
   // Conversion of n numbers; num_threads as above.
   void (*widen)(Narrow, const uint16_t* from, float* to, int64_t n, int num_threads);

@@ -10,7 +10,8 @@ compiler: str  # that built this file
 isas: str  # that it has kernels for, best first: "avx512_bf16, avx512, avx2, generic"
 cuda: str  # CUDA architectures, likewise
 
-class Panels: ...
+class Panels:
+    calls: int  # that have used them
 
 def isa() -> str: ...
 def has_bf16_products() -> bool: ...
@@ -22,6 +23,7 @@ def plan(
     cell: int,
     num_threads: int,
     bf16: bool,
+    given: bool,
     input: Tensor,
     initial: Tensors,
     weights: Weights,

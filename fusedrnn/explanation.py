@@ -16,7 +16,7 @@ from torch._C import (
 )
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import cuda, modules, ops
+from fusedrnn import cuda, modules, ops, prepacking
 from fusedrnn.extensions import from_jagged, is_jagged
 from fusedrnn.functional import autocast_dtype, autocast_options, converted
 
@@ -77,10 +77,11 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
         if ops.only_transformed() and first.dtype in ops.DTYPES and first.device.type == "cpu":
             return "kernels: through an operator that has rules for torch.func (library.py)."
         return "reference: its operations have the rules of torch.func and forward-mode AD."
+    kept = prepacking.keeps(module)
     if first.is_cuda:
         plans: list[Any] = [cuda.choice(*layer, alone=len(layers) == 1) for layer in layers]
     else:
-        plans = [ops.plan(*layer) for layer in layers]
+        plans = [ops.plan(*layer, kept=kept) for layer in layers]
     if None in plans:
         try:
             for layer in layers:
@@ -100,7 +101,7 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
     lines = [f"kernels: {'CUDA' if on_cuda else ops.isa()}, {arithmetic}."]
     for i, (layer, plan) in enumerate(zip(layers, plans, strict=True)):
         where = f"Layer {i}: " if len(layers) > 1 else ""
-        words = f"{plan.path} path: {plan.why}." if on_cuda else _plan_in_words(plan, *layer)
+        words = f"{plan.path} path: {plan.why}." if on_cuda else _plan_in_words(plan, kept, *layer)
         lines.append(where + words)
     return "\n".join(lines)
 
@@ -212,6 +213,7 @@ def _arithmetic(dtype: torch.dtype, plan: ops.Plan, weights: Any) -> str:
 
 def _plan_in_words(
     plan: ops.Plan,
+    kept: bool,
     cell: str,
     input: Tensor,
     initial: Any,
@@ -223,8 +225,9 @@ def _plan_in_words(
         steps = len(options.batch_sizes)
     if plan.packed:
         words = (
-            "weights laid out anew for the call, so that a register tile holds all gates of its "
-            f"units; input projected {plan.chunk} step{'s' * (plan.chunk > 1)} at a time"
+            f"weights laid out {'once, by prepacked' if kept else 'anew for the call'}, so that a "
+            "register tile holds all gates of its units; input projected "
+            f"{plan.chunk} step{'s' * (plan.chunk > 1)} at a time"
         )
     else:
         words = f"weights read as they lie in memory: {steps} step(s) do not pay for another layout"

@@ -216,11 +216,13 @@ def converted(
 
 
 def autocast_options(input: Tensor, options: ops.Options | None) -> ops.Options | None:
-    """The options with bf16, for a layer (not one step) under autocast to bfloat16 on the CPU."""
-    one_step = input.dim() == 2 and (options is None or options.batch_sizes is None)
-    if one_step or not autocast_is_bf16() or input.device.type != "cpu":
+    """The options with bf16, under autocast to bfloat16 on the CPU."""
+    if not autocast_is_bf16() or input.device.type != "cpu":
         return options
-    return (options or ops.Options())._replace(bf16=True)
+    return _BF16 if options is None else options._replace(bf16=True)
+
+
+_BF16 = ops.Options(bf16=True)
 
 
 def autocast_is_bf16() -> bool:
@@ -319,6 +321,7 @@ class _SequenceFunction(Function):
         results, saved = result
         ctx.cell = cell
         ctx.num_states = num_states
+        ctx.bf16 = ops.bf16_allowed()
         ctx.flags = None if options is None else options[2:]
         ctx.set_materialize_grads(False)
         if options is None:
@@ -344,7 +347,8 @@ class _SequenceFunction(Function):
             return (None,) * (3 + len(tensors))
         found: Sequence[Tensor | None] | None = None
         if not (torch.is_grad_enabled() or ops.transformed()):
-            found = ops.backward(cell, *_unpack(num_states, tensors), saved, grads, needed, options)
+            arguments = (*_unpack(num_states, tensors), saved, grads, needed, options)
+            found = ops.backward(cell, *arguments, bf16=ctx.bf16)
         if found is None:
             found = _reference_backward(cell, num_states, options, tensors, grads, needed)
         return None, None, None, *found

@@ -184,10 +184,18 @@ class Plan(NamedTuple):
 
 
 def plan(
-    cell: str, input: Tensor, initial: Tensors, weights: Weights, options: Options | None = None
+    cell: str,
+    input: Tensor,
+    initial: Tensors,
+    weights: Weights,
+    options: Options | None = None,
+    kept: bool = False,
 ) -> Plan | None:
-    """How `forward` would run, or None if not `takes`. Computes nothing."""
-    first = (CELLS[cell].number, torch.get_num_threads(), bf16_allowed())
+    """How `forward` would run, or None if not `takes`. Computes nothing.
+
+    kept: with what `pack` has laid out.
+    """
+    first = (CELLS[cell].number, torch.get_num_threads(), bf16_allowed(), kept)
     made = _C.plan(*first, input, initial, weights, options)
     return None if made is None else Plan(*made)
 
@@ -259,15 +267,18 @@ def backward(
     needed: tuple[bool, ...],
     options: Options | None = None,
     groups: int = 0,
+    bf16: bool | None = None,
 ) -> tuple[Tensor | None, ...] | None:
     """The gradients of (input, *initial, *weights) as far as `needed`, from what `forward` saved.
 
-    grads: of each result, None for zero. groups: 0, or N for a batch of N samples of B / N rows
+    grads: of each result, None for zero. bf16: what bf16_allowed was in `forward`; None: as it is
+    now. groups: 0, or N for a batch of N samples of B / N rows
     each, all of one length; those of the weights are then each sample's own, [N, ...]. Returns None
     if one of `grads` is no ordinary tensor.
     RuntimeError if another argument is not as `forward` took or gave it.
     """
-    first: tuple[Any, ...] = (CELLS[cell].number, torch.get_num_threads(), bf16_allowed())
+    bf16 = bf16_allowed() if bf16 is None else bf16
+    first: tuple[Any, ...] = (CELLS[cell].number, torch.get_num_threads(), bf16)
     call: Callable[..., Any] = _C.backward
     if input.is_cuda:
         first, call = (cell,), _cuda().backward

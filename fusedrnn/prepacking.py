@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from operator import is_
-from typing import TYPE_CHECKING, NamedTuple
+from threading import Lock
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import ops
 from .functional import autocast_is_bf16
@@ -23,15 +26,23 @@ if TYPE_CHECKING:
 
 
 class _Kept(NamedTuple):
-    """One layer's weights, their versions, and their layout."""
+    """One layer's weights and, from the second call with them on, their layout."""
 
     weights: tuple[Tensor | None, ...]
     memory: list[Tensor]  # theirs, held so that nothing else comes to lie there
     versions: list[int]
+    seen_before: bool
     panels: Panels | None
 
 
-_kept: WeakKeyDictionary[nn.Module, dict[int, _Kept]] = WeakKeyDictionary()
+@dataclass
+class _Module:
+    contexts: int = 0
+    layers: dict[tuple[int, bool], _Kept] = field(default_factory=dict)  # by number, and bf16
+
+
+_modules: WeakKeyDictionary[nn.Module, _Module] = WeakKeyDictionary()
+_lock = Lock()  # of _modules' keys and `contexts`
 active = 0  # contexts: modules look here first
 
 
@@ -39,15 +50,17 @@ active = 0  # contexts: modules look here first
 def prepacked(model: nn.Module) -> Iterator[None]:
     """Inside, calls of `model` under no_grad read weights that are laid out once, not in each call.
 
-    For inference in many short calls: a cell or one time step at a time, beams, streams, small
-    sequences. `model` is one of fusedrnn's modules or holds some; each of its layers is laid out at
-    its first call, which takes as much memory again as its weights. Results may differ by roundings
-    from those outside, where a short call reads the weights as they are.
+    For inference in many short calls (decoding, beams, streams). It pays from a few rows and hidden
+    sizes of about 100 on, and for bfloat16 and float16 always. `model` is one of fusedrnn's modules
+    or holds some; each of its layers is laid out at its second call with the same weights, which
+    takes as much memory again as they do. Short calls read weights as they are outside, and results
+    differ by roundings; at reduced precision (torch.set_float32_matmul_precision("medium"),
+    autocast, bfloat16) their products are bfloat16's inside and float32's outside.
 
-    Weights that torch counts as changed (optimizer steps, load_state_dict, in-place operations) or
-    that are other tensors than before are laid out anew; those that have moved (`.data = ...`) are
-    read as outside. Changes that nothing shows are not seen: do not write to a weight through
-    `.data`, numpy or another process inside.
+    Weights that torch counts as changed (in-place operations, load_state_dict), that are other
+    tensors than before, or that a step of an optimizer may have changed, are laid out anew; those
+    that have moved (`.data = ...`) are read as outside. Changes that nothing shows are not seen: do
+    not write to a weight through `.data`, numpy or another process inside.
 
     Calls with gradients enabled, compiled ones and those on other devices go on as outside. Raises
     ValueError if `model` has none of fusedrnn's modules.
@@ -61,30 +74,51 @@ def prepacked(model: nn.Module) -> Iterator[None]:
             f"{type(model).__name__} has no LSTM, GRU or RNN of fusedrnn's, nor one of their "
             "cells: call fusedrnn.replace(model) first"
         )
-    new = [m for m in modules if m not in _kept]  # a context outside may have the others
-    _kept.update((m, {}) for m in new)
-    active += 1
+    # Fused optimizers change weights without counting.
+    hook = register_optimizer_step_post_hook(_forget)
+    with _lock:
+        active += 1
+        for module in modules:
+            _modules.setdefault(module, _Module()).contexts += 1
     try:
         yield
     finally:
-        active -= 1
-        for module in new:
-            del _kept[module]
+        hook.remove()
+        with _lock:
+            active -= 1
+            for module in modules:
+                _modules[module].contexts -= 1
+                if not _modules[module].contexts:
+                    del _modules[module]
+
+
+def _forget(*arguments: Any) -> None:
+    with _lock:
+        for module in _modules.values():
+            module.layers.clear()
+
+
+def keeps(module: nn.Module) -> bool:
+    """Whether calls of the module now are inside `prepacked`, without gradients."""
+    return module in _modules and not torch.is_grad_enabled()
 
 
 def panels(module: nn.Module, layer: int, cell: str, weights: ops.Weights) -> Panels | None:
-    """The layout of one layer's weights; None outside `prepacked`, or where there is none."""
-    layers = None if torch.is_grad_enabled() else _kept.get(module)
-    if layers is None:
+    """The layout of one layer's weights; None outside `prepacked`, or where there is none yet."""
+    kept_module = None if torch.is_grad_enabled() else _modules.get(module)
+    if kept_module is None:
         return None
     try:
         versions = [w._version for w in weights if w is not None]
     except RuntimeError:  # tensors made in inference mode have none
         return None
-    kept = layers.get(layer)
-    if kept is None or kept.versions != versions or not all(map(is_, kept.weights, weights)):
-        memory = [w.detach() for w in weights if w is not None]
-        packed = ops.pack(cell, weights, bf16=autocast_is_bf16())
-        kept = _Kept(tuple(weights), memory, versions, packed)
-        layers[layer] = kept
-    return kept.panels
+    bf16 = ops.bf16_allowed() or autocast_is_bf16()
+    kept = kept_module.layers.get((layer, bf16))
+    same = kept is not None and kept.versions == versions and all(map(is_, kept.weights, weights))
+    if kept is not None and same and kept.seen_before:
+        return kept.panels
+    # Not at the first call: parametrized weights are other ones each time.
+    memory = [w.detach() for w in weights if w is not None]
+    packed = ops.pack(cell, weights, bf16) if same else None
+    kept_module.layers[layer, bf16] = _Kept(tuple(weights), memory, versions, same, packed)
+    return packed

@@ -241,6 +241,42 @@ def test_autocast_in_a_graph_has_the_same_products(cell):
     assert all(map(torch.equal, *found))
 
 
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+def test_short_calls_are_not_rounded_back_or_forth(cell):
+    inputs = layer_inputs(cell, 2, 3, 40, 64, 1, torch.float32)
+    grads = [torch.randn_like(r) for r in functional.layer(cell, *inputs)]
+    exact = run(functional.layer, cell, inputs, grads)
+    with matmul_precision("medium"):
+        medium = run(functional.layer, cell, inputs, grads)
+    for a, b in zip((*exact[0], *exact[1]), (*medium[0], *medium[1]), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+def test_gates_of_a_short_call_computed_again(cell):
+    inputs = layer_inputs(cell, 3, 2, 40, 64, 1, torch.float32)
+    grads = [torch.randn_like(r) for r in functional.layer(cell, *inputs)]
+    _, kept = run(functional.layer, cell, inputs, grads, ops.Options(bf16=True))
+    _, again = run(functional.layer, cell, inputs, grads, ops.Options(bf16=True, recompute=True))
+    for a, b in zip(kept, again, strict=True):
+        assert distance(a, b.double()) <= 1e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize("forward", ["medium", "highest"])
+def test_backward_multiplies_as_forward_did(forward):
+    backward = {"medium": "highest", "highest": "medium"}[forward]
+    inputs = layer_inputs("lstm", 20, 3, 9, 33, 1, torch.float32)
+    leaves = [inputs[0], *inputs[1], *inputs[2]]
+    found = []
+    for precision in (forward, backward):
+        with matmul_precision(forward):
+            output = functional.layer("lstm", *inputs)[0]
+        with matmul_precision(precision):
+            found.append(torch.autograd.grad(output.sum(), leaves, allow_unused=True))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_an_output_that_is_not_finite():
     x, initial, weights = layer_inputs("rnn_relu", 20, 3, 8, 33, 1, torch.bfloat16)
     with torch.no_grad():

@@ -23,12 +23,15 @@ def not_torchs(monkeypatch):
 
 @pytest.fixture
 def packs(monkeypatch):
-    """The cells whose weights have been laid out, one by one."""
+    """What has been laid out, one by one: each with `calls`, the number of those that used it."""
     seen = []
-    pack = ops.pack
-    monkeypatch.setattr(
-        ops, "pack", lambda cell, *others, **k: (seen.append(cell), pack(cell, *others, **k))[1]
-    )
+
+    def pack(*arguments):
+        seen.append(original(*arguments))
+        return seen[-1]
+
+    original = ops.pack
+    monkeypatch.setattr(ops, "pack", pack)
     return seen
 
 
@@ -60,12 +63,15 @@ def test_layers(kind, dtype, options, steps, packs):
     x = torch.randn(steps, 3, I, dtype=dtype)
     outside = call(module, x)
     with fusedrnn.prepacked(module):
-        inside = [call(module, x) for _ in range(3)]
-    assert len(packs) == options.get("num_layers", 1)
-    close(inside[0], outside, dtype)
-    assert torch.equal(inside[0], inside[2])
+        inside = [call(module, x) for _ in range(4)]
+    # Laid out at the second call, and used from then on.
+    assert [p.calls for p in packs] == [3] * options.get("num_layers", 1)
+    for result in inside:
+        close(result, outside, dtype)
+    assert torch.equal(inside[0], outside)
+    assert torch.equal(inside[1], inside[3])
     if steps == 30:  # laid out anew, or once: the same products in the same order
-        assert torch.equal(inside[0], outside)
+        assert torch.equal(inside[1], outside)
     assert torch.equal(call(module, x), outside)
 
 
@@ -78,7 +84,7 @@ def test_cells(kind, dtype, shape, packs):
     outside = call(module, x, hx)
     with fusedrnn.prepacked(module):
         inside = [call(module, x, hx) for _ in range(3)]
-    assert len(packs) == 1
+    assert [p.calls for p in packs] == [2]
     for result in inside:
         close(result, outside, dtype)
 
@@ -95,67 +101,93 @@ def test_projections_boundaries_and_lengths(threads, packs):
         with torch.no_grad():
             outside = [module(x, **k)[0] for k in keywords]
             with fusedrnn.prepacked(module):
+                module(x)
                 inside = [module(x, **k)[0] for k in keywords]
     finally:
         torch.set_num_threads(before)
-    assert len(packs) == 1
+    assert [p.calls for p in packs] == [3]
     assert all(map(torch.equal, inside, outside))
 
 
 CHANGES = {
     "an operation in place": lambda m: m.weight_hh_l0.mul_(2),
     "load_state_dict": lambda m: m.load_state_dict({k: 2 * v for k, v in m.state_dict().items()}),
-    "an optimizer": lambda m: step(m),
+    "an optimizer": lambda m: step(m, torch.optim.SGD(m.parameters(), 0.1)),
+    "a fused optimizer": lambda m: step(m, torch.optim.AdamW(m.parameters(), 0.1, fused=True)),
     "another parameter": lambda m: setattr(m, "weight_hh_l0", nn.Parameter(2 * m.weight_hh_l0)),
     "other data": lambda m: setattr(m.weight_hh_l0, "data", 2 * m.weight_hh_l0.data),
-    "another dtype and back": lambda m: m.double().mul_all().float(),
+    "transposed data": lambda m: transpose(m.weight_hh_l0),
+    "another dtype and back": lambda m: doubled(m.double()).float(),
 }
 
 
-def step(module):
-    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+def step(module, optimizer):
     with torch.enable_grad():
         module(torch.randn(3, 2, I))[0].sum().backward()
     optimizer.step()
 
 
-class Scaled(fusedrnn.GRU):
-    def mul_all(self):
-        for p in self.parameters():
-            p.mul_(2)
-        return self
+def transpose(weight):
+    weight.data = 2 * weight.data.T.contiguous().T
+
+
+def doubled(module):
+    for p in module.parameters():
+        p.mul_(2)
+    return module
 
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("steps", [1, 30])
-def test_changed_weights_are_seen(change, steps):
-    module = Scaled(I, H)
-    x = torch.randn(steps, 3, I)
+def test_changed_weights_are_seen(change, steps, packs):
+    module = made("GRU")
+    x, hx = torch.randn(steps, 3, I), torch.randn(1, 3, H)
     with fusedrnn.prepacked(module), torch.no_grad():
-        before = call(module, x)
-        CHANGES[change](module)
-        inside = [call(module, x) for _ in range(2)]
-        dtype = module.weight_hh_l0.dtype
-        twin = fusedrnn.GRU(I, H, dtype=dtype)
-        twin.load_state_dict(module.state_dict())
-    outside = call(twin, x)
-    assert not torch.equal(before, outside)
-    for result in inside:
-        close(result, outside, dtype)
+        before = [call(module, x, hx) for _ in range(2)]
+        assert packs[0].calls == 1
+        for _ in range(4):  # memory that a copy leaves may be the next one's
+            CHANGES[change](module)
+            after = [call(module, x, hx) for _ in range(3)]
+            twin = fusedrnn.GRU(I, H)
+            twin.load_state_dict(module.state_dict())
+            outside = call(twin, x, hx)
+            assert (before[1] - outside).abs().max() > 1e-3
+            for result in after:
+                close(result, outside, torch.float32)
+    moved = change in ("other data", "transposed data")
+    assert packs[0].calls == 1
+    assert sum(p is not None and p.calls > 0 for p in packs) == (1 if moved else 5)
 
 
-def test_another_precision_inside():
-    module = made("LSTM")
-    x = torch.randn(30, 3, I)
+def test_other_weights_each_time(packs):
+    module = made("GRU")
+    nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
+    x = torch.randn(3, 2, I)
+    outside = call(module, x)
     with fusedrnn.prepacked(module):
-        exact = call(module, x)
-        with matmul_precision("medium"):
-            rounded = call(module, x)
-        again = call(module, x)
+        for _ in range(3):
+            assert torch.equal(call(module, x), outside)
+    assert packs == []
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
+def test_another_precision_inside(kind, packs):
+    module = made(kind)
+    x = torch.randn(30, 3, I) if kind == "LSTM" else torch.randn(40, I)
+    outside = call(module, x)
     with matmul_precision("medium"):
-        assert torch.equal(rounded, call(module, x))
-    assert torch.equal(exact, again)
-    assert torch.equal(exact, call(module, x))
+        rounded = call(module, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = call(module, x)
+    with fusedrnn.prepacked(module):
+        for _ in range(3):
+            assert torch.equal(call(module, x), outside)
+            with matmul_precision("medium"):
+                assert torch.equal(call(module, x), rounded)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert torch.equal(call(module, x), autocast)
+    assert [p.calls for p in packs] == [5, 2]
+    assert torch.equal(rounded, outside) == (not ops.BF16_PRODUCTS)
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
@@ -167,10 +199,10 @@ def test_autocast(low, packs):
         with fusedrnn.prepacked(module):
             assert torch.equal(call(module, x), outside)
             assert torch.equal(call(module, x), outside)
-    assert len(packs) == 1
+    assert [p.calls for p in packs] == [1]
 
 
-def test_gradients_inside_are_those_outside():
+def test_gradients_inside_are_those_outside(packs):
     module = made("GRU")
     x = torch.randn(5, 3, I)
 
@@ -182,8 +214,10 @@ def test_gradients_inside_are_those_outside():
 
     outside = gradient()
     with fusedrnn.prepacked(module):
-        call(module, x)
+        for _ in range(2):
+            call(module, x)
         assert torch.equal(gradient(), outside)
+    assert [p.calls for p in packs] == [1]
 
 
 def test_a_model_with_several_and_contexts_in_contexts(packs):
@@ -195,16 +229,34 @@ def test_a_model_with_several_and_contexts_in_contexts(packs):
         with fusedrnn.prepacked(model["a"]):
             call(model["a"], x)
         call(model["a"], x)
-        call(model["b"], x)
-        assert packs == ["gru", "lstm"]
+        for _ in range(2):
+            call(model["b"], x)
+        assert [p.calls for p in packs] == [1, 1]
         twin = copy.deepcopy(model)  # is not of this context
-        close(call(twin["a"], x), call(model["a"], x), torch.float32)
-        assert len(packs) == 2
-    call(model["a"], x)
-    assert len(packs) == 2
-    with fusedrnn.prepacked(model):
+        for _ in range(2):
+            close(call(twin["a"], x), call(model["a"], x), torch.float32)
+        assert [p.calls for p in packs] == [3, 1]
+    for _ in range(2):
         call(model["a"], x)
-    assert len(packs) == 3
+    assert [p.calls for p in packs] == [3, 1]
+    with fusedrnn.prepacked(model):
+        for _ in range(2):
+            call(model["a"], x)
+    assert [p.calls for p in packs] == [3, 1, 1]
+
+
+def test_contexts_that_overlap(packs):
+    module = made("GRU")
+    x = torch.randn(3, 2, I)
+    first, second = fusedrnn.prepacked(module), fusedrnn.prepacked(module)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    for _ in range(3):
+        call(module, x)
+    second.__exit__(None, None, None)
+    assert [p.calls for p in packs] == [2]
+    assert fusedrnn.prepacking.active == 0
 
 
 def test_what_stays_as_it_is_outside(packs):
@@ -233,7 +285,7 @@ def test_a_model_without_any():
         fusedrnn.prepacked(nn.Linear(1, 1)).__enter__()
 
 
-def test_several_threads():
+def test_several_threads(packs):
     module = made("LSTM")
     x = torch.randn(40, 2, I)
     outside = call(module, x)
@@ -252,3 +304,4 @@ def test_several_threads():
         for worker in workers:
             worker.join()
     assert not wrong
+    assert sum(p.calls for p in packs) > 100

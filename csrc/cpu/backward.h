@@ -80,9 +80,9 @@ struct BackwardLayout {
         rows_terms   = max64(rows_terms, kBlockRows * gate_lanes);
         input_weight = gate_lanes * a.I;
       }
-      gates_terms = row_lanes * gate_size;
-      input_terms = row_lanes * a.I;
-      if (h_prev) h_terms = row_lanes * a.P;
+      if (a.grad_weight_ih[0] || a.grad_weight_ih[1]) input_terms = row_lanes * a.I;
+      if (a.grad_weight_hh[0] || a.grad_weight_hh[1]) h_terms = row_lanes * a.P;
+      if (input_terms || h_terms) gates_terms = row_lanes * gate_size;
     }
   }
   int64_t elements() const {
@@ -327,7 +327,7 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
         }
       }
     }
-    if (layout.kConverts) {
+    if (layout.kConverts && i > 0) {
       const Part part = part_of_c(count);
       gates_to_terms<Terms>(part, H, step.grad_gates, E * H, step_terms + i % 2 * s.B * grad_h.K,
                             G);
@@ -344,8 +344,8 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
       to_columns_of_terms<Terms>(from + begin * columns, columns,
                                  to + begin / Terms::kInLane * columns, end - begin, columns);
     };
-    convert(grad_gates, gates_terms, rows, E * H);
-    convert(a.input, input_terms, rows, a.I);
+    if (layout.gates_terms) convert(grad_gates, gates_terms, rows, E * H);
+    if (layout.input_terms) convert(a.input, input_terms, rows, a.I);
     if (layout.h_terms) convert(all_h_prev, h_terms, rows, P);
     for (int g = 0; a.grad_input[d] && g < G; ++g) {
       convert(a.weight_ih[d] + g * H * a.I, input_weight + g * lanes<Terms>(H) * a.I, H, a.I);

@@ -1,4 +1,4 @@
-// The weights, laid out once per call in the order in which the register tiles of step.h read them: panels of V hidden units (V lanes of one vector), each dense, so that a step
+// The weights, laid out in the order in which the register tiles of step.h read them: panels of V hidden units (V lanes of one vector), each dense, so that a step
 // streams them front to back.
 //
 //   forward   [H/V] x { bias row [G][V], then [K] rows of [G][V] }: all gates of V units
@@ -8,7 +8,7 @@
 // Pairs of terms (vec.h) share a lane: then there are half as many rows.
 //
 // Units beyond H are zero. Not a cache: a packed copy lives as long as the call (weights change in
-// ways that no version counter shows).
+// ways that no version counter shows), unless the caller keeps it (ForwardArgs::panels).
 #pragma once
 
 #include "vec.h"
