@@ -59,7 +59,7 @@ ORDINARY = (None, None, *NO_FLAGS)
 def operator_tensors(cell, dtype, directions=1, bias=True, proj_size=0, options=ORDINARY):
     """(tensors, grads of the results) of the operators of a cell."""
     x, initial, weights = layer_inputs(cell, 3, 4, 2, 3, directions, dtype)
-    batch_sizes, reset, _, cells, _ = options
+    batch_sizes, reset, _, cells, *_ = options
     size = proj_size or 3
     if batch_sizes is not None:
         x = x.detach().flatten(0, 1)[: batch_sizes.sum()].requires_grad_()
