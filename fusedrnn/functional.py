@@ -348,7 +348,7 @@ class _SequenceFunction(Function):
         found: Sequence[Tensor | None] | None = None
         if not (torch.is_grad_enabled() or ops.transformed()):
             arguments = (*_unpack(num_states, tensors), saved, grads, needed, options)
-            found = ops.backward(cell, *arguments, bf16=ctx.bf16)
+            found = ops.backward(cell, *arguments, 0, ctx.bf16)
         if found is None:
             found = _reference_backward(cell, num_states, options, tensors, grads, needed)
         return None, None, None, *found

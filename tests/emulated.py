@@ -91,11 +91,11 @@ class _Kernels:
     def plan(self, *_):
         return None
 
-    def forward(self, cell, save, threads, *layer):
-        name = _NAMES[cell]
+    def forward(self, cell, save, threads, bf16, *layer_and_panels):
+        name, layer = _NAMES[cell], layer_and_panels[:-1]
         return cuda.forward(name, save, *layer) if cuda._fits(name, *layer) else None
 
-    def backward(self, cell, threads, *arguments):
+    def backward(self, cell, threads, bf16, *arguments):
         return cuda.backward(_NAMES[cell], *arguments)
 
 
