@@ -117,6 +117,8 @@ class Onnx:
         model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        # Else its threads go on spinning after a call, on a core that the other side's turn needs.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         self.session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
