@@ -20,8 +20,8 @@ NOTES = """\
   to its input and state as well
 - before its timing each row was checked against torch.nn in float64
 - ratio: how many times faster fusedrnn is; quartiles: of its ratio to torch.nn. loop: the cells in
-  plain torch operations (fusedrnn/reference.py). Its weights laid out once before, onnxruntime
-  leaves threads spinning for a while after a call, so on several threads its ratio is rough
+  plain torch operations (fusedrnn/reference.py). onnxruntime has its weights laid out once before,
+  and its threads are told to stop spinning between its calls
 - of GEMM: of torch.mm's GFLOP/s in the row's dtype, counting the products only
 - of L2, B = 1: the bytes of weight_hh, every step and every step back, per second, of what
   torch.sum reads there. A weight_hh that stays in L1 can be read faster
@@ -186,12 +186,12 @@ def missing(content: Content) -> list[str]:
     return ["", f"Peers that are missing: {len(found)}.", *found]
 
 
-def numbers(content: Content) -> list[str]:
-    """README's table: float32 layers over torch.nn, and a column of threads in each."""
+def numbers(content: Content, dtype: str) -> list[str]:
+    """README's table: layers over torch.nn, the numbers of threads beside each other."""
     found = {
         (row["cell"], row["mode"], shape_of(row), row["threads"]): row["peers"]["torch.nn"]["ratio"]
         for row in content["rows"]
-        if (row["dtype"], row["threads"] is None) == ("float32", False)
+        if (row["dtype"], row["threads"] is None) == (dtype, False)
         and row["steps"] > 1
         and "failed" not in row
     }
@@ -209,7 +209,7 @@ def numbers(content: Content) -> list[str]:
         return []
     threads = " / ".join(map(str, content["environment"]["threads"]))
     head = f"Threads: {threads}. The first three columns are inference, the others training."
-    title = "## Over torch.nn, float32"
+    title = f"## Over torch.nn, {dtype}"
     return ["", title, "", head, "", *table(["B, T, H", *common.CELLS * 2], 1, lines)]
 
 
@@ -289,7 +289,9 @@ def summary(content: Content) -> list[str]:
 def report(content: Content) -> str:
     lines = [f"# fusedrnn's benchmark suite: {content['suite']}", *incomplete(content), ""]
     lines += [*suite.start_lines(content), *NOTES.split("\n"), *cuda_lines(content)]
-    lines += [*numbers(content), *row_tables(content), *memory_table(content)]
+    for dtype in dict.fromkeys(row["dtype"] for row in content["rows"]):
+        lines += numbers(content, dtype)
+    lines += [*row_tables(content), *memory_table(content)]
     lines += [*workload_tables(content), *summary(content)]
     return "\n".join(lines) + "\n"
 
