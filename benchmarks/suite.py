@@ -3,8 +3,8 @@ and the JSON file that grows with every row.
 
 A row is a layer or cell, a dtype, a shape, a number of threads and a mode. In it each peer takes
 turns with fusedrnn alone, in one process: idle threads of one runtime may still spin in another's
-turn, and a third would be timed on what cores that leaves. A layer is a model's first: its input needs no
-gradient. A cell is one in the middle of a loop: all its arguments do.
+turn, and a third would be timed on what cores that leaves. A layer is a model's first: its input
+needs no gradient. A cell is one in the middle of a loop: all its arguments do.
 """
 
 from __future__ import annotations

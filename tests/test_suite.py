@@ -421,7 +421,7 @@ def test_numbers_are_the_readmes(finished):
     """The head of README's table is what the report prints."""
     from benchmarks import report
 
-    head = report.numbers(finished[1])[5:6]
+    head = report.numbers(finished[1], "float32")[5:6]
     assert head[0] in (ROOT / "README.md").read_text().splitlines()
 
 
