@@ -3,7 +3,7 @@
 #
 #   make demo      train a character-level language model with torch.nn, then with fusedrnn
 #   make test      the test suite
-#   make bench     fusedrnn against torch.nn and others, the quick suite: some four minutes
+#   make bench     fusedrnn against torch.nn and others, the quick suite: some three minutes
 #   make lint      formatting, types and static checks
 #   make sanitize  the test suite with AddressSanitizer and UBSan (gcc)
 #   make clean     remove .venv and everything built
