@@ -530,10 +530,13 @@ void run_backward(const Layer& layer, int num_threads, int64_t groups, const voi
     args.grad_bias_hh[d]   = static_cast<T*>(grads.weights[d][3]);
     args.grad_weight_hr[d] = static_cast<T*>(grads.weights[d][4]);
   }
-  // A short call multiplies in float32: as forward did, so that gates are computed again as they were.
   const KernelsOf<T>* kernels = &kernels_for<T>(layer);
-  const auto plan             = kernels->plan[layer.cell_index];
-  if (groups > 0 || !plan(forward_args<T>(layer, num_threads)).packed) kernels = &kernels_of<T>();
+  if (kernels != &kernels_of<T>()) {
+    // A short call multiplies in float32: as forward did, so that gates are computed again as they
+    // were.
+    const auto plan = kernels->plan[layer.cell_index];
+    if (groups > 0 || !plan(forward_args<T>(layer, num_threads)).packed) kernels = &kernels_of<T>();
+  }
   const GilRelease no_gil;
   if (!kernels->backward[layer.cell_index](args)) throw std::bad_alloc();
   if (args.grad_input[1]) {
