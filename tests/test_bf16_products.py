@@ -4,7 +4,7 @@ reference in float64 with the operands of every product rounded, and nothing els
 
 import pytest
 import torch
-from helpers import build, matmul_precision, ran
+from helpers import build, matmul_precision, num_threads, ran
 from layers import LAYER_CELLS, layer_inputs
 
 from fusedrnn import functional, modules, ops, reference
@@ -143,15 +143,11 @@ def test_bfloat16_tensors_are_multiplied_as_they_are(cell):
 def test_the_same_bits_on_any_number_of_threads(cell, size):
     inputs = layer_inputs(cell, *size, torch.bfloat16)
     grads = [torch.randn(r.shape).bfloat16() for r in functional.layer(cell, *inputs)]
-    before = torch.get_num_threads()
-    try:
-        found = []
-        for threads in (1, 2, 3, 5):
-            torch.set_num_threads(threads)
+    found = []
+    for threads in (1, 2, 3, 5):
+        with num_threads(threads):
             results, gradients = run(functional.layer, cell, inputs, grads)
-            found.append((*results, *gradients))
-    finally:
-        torch.set_num_threads(before)
+        found.append((*results, *gradients))
     for others in found[1:]:
         assert all(map(torch.equal, found[0], others))
 

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from helpers import CELLS, LAYERS, build, matmul_precision, ran, states
+from helpers import CELLS, LAYERS, build, matmul_precision, num_threads, ran, states
 from torch import nn
 
 import fusedrnn
@@ -91,20 +91,15 @@ def test_cells(kind, dtype, shape, packs):
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_projections_boundaries_and_lengths(threads, packs):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        module = made("LSTM", proj_size=17, bidirectional=True)
-        x = torch.randn(20, 8, I)
-        reset = torch.rand(20, 8) < 0.1
-        keywords = [{}, {"lengths": [20, 1, 7, 7, 20, 3, 2, 19]}, {"reset_mask": reset}]
-        with torch.no_grad():
-            outside = [module(x, **k)[0] for k in keywords]
-            with fusedrnn.prepacked(module):
-                module(x)
-                inside = [module(x, **k)[0] for k in keywords]
-    finally:
-        torch.set_num_threads(before)
+    module = made("LSTM", proj_size=17, bidirectional=True)
+    x = torch.randn(20, 8, I)
+    reset = torch.rand(20, 8) < 0.1
+    keywords = [{}, {"lengths": [20, 1, 7, 7, 20, 3, 2, 19]}, {"reset_mask": reset}]
+    with num_threads(threads), torch.no_grad():
+        outside = [module(x, **k)[0] for k in keywords]
+        with fusedrnn.prepacked(module):
+            module(x)
+            inside = [module(x, **k)[0] for k in keywords]
     assert [p.calls for p in packs] == [3]
     assert all(map(torch.equal, inside, outside))
 

@@ -6,7 +6,7 @@ again under every instruction set that the machine has.
 
 import pytest
 import torch
-from helpers import matmul_precision, ran
+from helpers import matmul_precision, num_threads, ran
 from layers import LAYER_CELLS, layer_inputs, relative_error
 
 from fusedrnn import functional, ops, reference
@@ -157,14 +157,9 @@ def test_the_same_bits_for_every_thread_count(cell, dtype, size):
     inputs = layer_inputs(cell, *size, dtype)
     grads = [torch.randn_like(r) for r in functional.layer(cell, *inputs)]
     runs = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3, 5):
-            torch.set_num_threads(threads)
-            with ran("kernel_forward", "kernel_backward"):
-                runs.append(run(functional.layer, cell, inputs, grads))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3, 5):
+        with num_threads(threads), ran("kernel_forward", "kernel_backward"):
+            runs.append(run(functional.layer, cell, inputs, grads))
     for other in runs[1:]:
         for a, b in zip(runs[0], other, strict=True):
             assert torch.equal(a, b)
