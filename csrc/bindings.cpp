@@ -73,12 +73,9 @@ class Items {
 bool is_narrow(Dtype dtype) { return dtype == Dtype::kFloat16 || dtype == Dtype::kBfloat16; }
 Narrow narrow_of(Dtype dtype) { return dtype == Dtype::kFloat16 ? kFloat16 : kBfloat16; }
 
-using Memory = std::unique_ptr<void, decltype(&std::free)>;
-
 Memory allocate(size_t bytes) {
-  Memory memory(std::malloc(bytes + 1), &std::free);
-  if (!memory) throw std::bad_alloc();
-  advise_large_pages(memory.get(), bytes);
+  Memory memory(bytes + 1);
+  if (!memory.data()) throw std::bad_alloc();
   return memory;
 }
 
@@ -94,7 +91,7 @@ struct NewTensor {
     if (is_narrow(type)) {
       narrow_ = static_cast<uint16_t*>(data);
       floats_ = allocate(size_t(elements_) * sizeof(float));
-      data    = floats_.get();
+      data    = floats_.data();
     } else {
       advise_large_pages(data, size_t(elements_) * sizeof(float));
     }
@@ -114,7 +111,7 @@ struct NewTensor {
   Dtype dtype_      = Dtype::kFloat32;
   int64_t elements_ = 1;
   uint16_t* narrow_ = nullptr;
-  Memory floats_{nullptr, &std::free};
+  Memory floats_;
 };
 
 // One layer's weights as the kernels read them, and what they were laid out from.
@@ -124,7 +121,7 @@ struct Panels {
   bool bf16;
   int64_t I, H, P, D;
   std::vector<const void*> sources;  // the weights' memory: elsewhere are other weights
-  Memory memory{nullptr, &std::free};
+  Memory memory{};
   const void* directions[2]{};
   mutable int64_t calls = 0;  // that have used them
 };
@@ -147,14 +144,17 @@ struct Layer {
   std::vector<int64_t> offsets;  // empty: sequences of one length
   std::vector<py::object> copies;
   std::vector<Memory> memory;
-  bool zero_states     = false;
-  bool check_only      = false;    // nothing will be computed: no copies
-  const Panels* panels = nullptr;  // of these weights, if there are any
+  const uint16_t *input_bf16 = nullptr, *weight_ih_bf16[2]{}, *weight_hh_bf16[2]{};
+  bool zero_states           = false;
+  bool check_only            = false;    // nothing will be computed: no copies
+  const Panels* panels       = nullptr;  // of these weights, if there are any
 
   Dtype dtype() const { return input.dtype; }
   // Of what the kernels compute, and of what forward saves for backward.
   Dtype wide_dtype() const { return is_narrow(dtype()) ? Dtype::kFloat32 : dtype(); }
   int64_t weights_of_direction() const { return projects ? 5 : 4; }
+  // Whether forward reads bfloat16 tensors as they are.
+  bool stored_as_terms() const { return bf16_products() && dtype() == Dtype::kBfloat16; }
   bool bf16_products() const {
     return kernels().bf16_products && !projects &&
            (dtype() == Dtype::kBfloat16 || (bf16 && dtype() == Dtype::kFloat32));
@@ -192,7 +192,7 @@ struct Layer {
     H = projects ? weight_hh.shape[0] / cell.gates : P;
     if (!read_sequences(options)) return false;
     if (T == 0 || H == 0 || P == 0) return false;
-    dense_input |= is_narrow(dtype());  // it will be widened
+    dense_input |= is_narrow(dtype()) && !stored_as_terms();  // it will be widened
     if (dense_input ? !input.is_dense() : I > 1 && input.strides[input.dims - 1] != 1) {
       if (!copy(input_object, &input)) return false;
     }
@@ -258,8 +258,8 @@ struct Layer {
     }
     if (check_only) return true;
     memory.push_back(allocate(size_t(N)));
-    if (N > 0) std::memcpy(memory.back().get(), reset.data, size_t(N));
-    reset.data = memory.back().get();
+    if (N > 0) std::memcpy(memory.back().data(), reset.data, size_t(N));
+    reset.data = memory.back().data();
     return true;
   }
 
@@ -330,6 +330,21 @@ struct Layer {
     return groups ? NewTensor(like, dtype(), {groups, rows, columns})
                   : NewTensor(like, dtype(), {rows, columns});
   }
+  // For kernels that read bfloat16's input and weights: nothing that widen_all would widen.
+  // but_recurrent: also weight_hh's numbers are wanted.
+  void give_bits(bool but_recurrent = false) {
+    const auto bits = [](const TensorView& view) {
+      return static_cast<const uint16_t*>(view.data);
+    };
+    input_bf16 = bits(input);
+    input.data = nullptr;
+    for (int64_t d = 0; d < D; ++d) {
+      weight_ih_bf16[d]  = bits(weights[d][0]);
+      weight_hh_bf16[d]  = bits(weights[d][1]);
+      weights[d][0].data = nullptr;
+      if (!but_recurrent) weights[d][1].data = nullptr;
+    }
+  }
   // Gives the kernels arrays that they can compute on: floats for narrow tensors, and zeros for
   // states that were not given.
   void widen_all(int num_threads) {
@@ -341,8 +356,8 @@ struct Layer {
     if (zero_states) {
       const size_t bytes = sizeof(double) * size_t(D * B * std::max(H, P));
       memory.push_back(allocate(bytes));
-      std::memset(memory.back().get(), 0, bytes);
-      for (TensorView& state : states) state.data = memory.back().get();
+      std::memset(memory.back().data(), 0, bytes);
+      for (TensorView& state : states) state.data = memory.back().data();
     } else {
       for (TensorView& state : states) widen(&state, num_threads);
     }
@@ -351,7 +366,7 @@ struct Layer {
     if (!view->data || !is_narrow(view->dtype)) return;
     const int64_t n = view->elements();
     memory.push_back(allocate(size_t(n) * sizeof(float)));
-    auto* const floats = static_cast<float*>(memory.back().get());
+    auto* const floats = static_cast<float*>(memory.back().data());
     const GilRelease no_gil;
     kernels().widen(narrow_of(view->dtype), static_cast<const uint16_t*>(view->data), floats, n,
                     num_threads);
@@ -393,12 +408,15 @@ struct Layer {
     args->h0        = of(states[0]);
     args->c0        = of(states[1]);
     for (int64_t d = 0; d < D; ++d) {
-      args->weight_ih[d] = of(weights[d][0]);
-      args->weight_hh[d] = of(weights[d][1]);
-      args->bias_ih[d]   = of(weights[d][2]);
-      args->bias_hh[d]   = of(weights[d][3]);
-      args->weight_hr[d] = of(weights[d][4]);
+      args->weight_ih[d]      = of(weights[d][0]);
+      args->weight_hh[d]      = of(weights[d][1]);
+      args->bias_ih[d]        = of(weights[d][2]);
+      args->bias_hh[d]        = of(weights[d][3]);
+      args->weight_hr[d]      = of(weights[d][4]);
+      args->weight_ih_bf16[d] = weight_ih_bf16[d];
+      args->weight_hh_bf16[d] = weight_hh_bf16[d];
     }
+    args->input_bf16 = input_bf16;
   }
 
  private:
@@ -410,19 +428,12 @@ struct Layer {
 };
 
 template <class T>
-const KernelsOf<T>& kernels_of() {
+const KernelsOf<T>& kernels_for(const Layer& layer) {
   if constexpr (std::is_same_v<T, double>) {
     return kernels().f64;
   } else {
-    return kernels().f32;
+    return layer.bf16_products() ? *kernels().bf16_products : kernels().f32;
   }
-}
-template <class T>
-const KernelsOf<T>& kernels_for(const Layer& layer) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (layer.bf16_products()) return *kernels().bf16_products;
-  }
-  return kernels_of<T>();
 }
 
 // What forward and plan are asked with: the layer, and nothing to write to.
@@ -454,7 +465,7 @@ void run_forward(Layer& layer, int num_threads, const Results& results) {
   const int64_t H = layer.H, N = layer.N, D = layer.D;
   if (results.cells && !results.saved) {
     layer.memory.push_back(allocate(sizeof(T) * size_t(D * N * H)));
-    args.extra = static_cast<T*>(layer.memory.back().get());
+    args.extra = static_cast<T*>(layer.memory.back().data());
   }
   const GilRelease no_gil;
   if (!kernels_for<T>(layer).forward[layer.cell_index](args)) throw std::bad_alloc();
@@ -481,6 +492,7 @@ py::object forward(PyObject* const* arguments) {
     return py::none();
   }
   layer.take(arguments[8]);
+  if (layer.stored_as_terms()) layer.give_bits();
   layer.widen_all(num_threads);
   const bool cell_state  = layer.cell.has_cell_state;
   const NewTensor output = layer.new_rows(like, layer.D * layer.P);
@@ -509,8 +521,8 @@ struct Gradients {
 };
 
 template <class T>
-void run_backward(const Layer& layer, int num_threads, int64_t groups, const void* saved,
-                  const Gradients& grads) {
+void run_backward(const Layer& layer, const KernelsOf<T>& kernels, int num_threads, int64_t groups,
+                  const void* saved, const Gradients& grads) {
   BackwardArgs<T> args{};
   layer.fill(&args);
   args.num_threads = num_threads;
@@ -530,15 +542,8 @@ void run_backward(const Layer& layer, int num_threads, int64_t groups, const voi
     args.grad_bias_hh[d]   = static_cast<T*>(grads.weights[d][3]);
     args.grad_weight_hr[d] = static_cast<T*>(grads.weights[d][4]);
   }
-  const KernelsOf<T>* kernels = &kernels_for<T>(layer);
-  if (kernels != &kernels_of<T>()) {
-    // A short call multiplies in float32: as forward did, so that gates are computed again as they
-    // were.
-    const auto plan = kernels->plan[layer.cell_index];
-    if (groups > 0 || !plan(forward_args<T>(layer, num_threads)).packed) kernels = &kernels_of<T>();
-  }
   const GilRelease no_gil;
-  if (!kernels->backward[layer.cell_index](args)) throw std::bad_alloc();
+  if (!kernels.backward[layer.cell_index](args)) throw std::bad_alloc();
   if (args.grad_input[1]) {
     const int64_t n = layer.N * layer.I;
     for (int64_t i = 0; i < n; ++i) args.grad_input[0][i] += args.grad_input[1][i];
@@ -581,21 +586,29 @@ py::object backward(PyObject* const* arguments) {
     return py::reinterpret_borrow<py::object>(Py_NotImplemented);
   }
 
+  const auto wanted    = [&](int64_t i) { return needed[i] == Py_True; };
+  const int64_t states = initial.size();
+  // A short call multiplies float32 numbers as they are: as forward did, so that gates are computed
+  // again as they were.
+  const bool bf16_products = layer.bf16_products() && groups == 0 &&
+                             (layer.stored_as_terms() ||
+                              kernels_for<float>(layer)
+                                  .plan[layer.cell_index](forward_args<float>(layer, num_threads))
+                                  .packed);
+  if (bf16_products && layer.stored_as_terms()) layer.give_bits(states > 0 && wanted(1));
   layer.widen_all(num_threads);
   for (TensorView* grad : {&gradients.output, &gradients.h_n, &gradients.c_n, &gradients.cells}) {
     layer.widen(grad, num_threads);
   }
 
-  const int64_t states = initial.size();
   py::tuple results(size_t(1 + states + weights.size()));
-  const auto wanted = [&](int64_t i) { return needed[i] == Py_True; };
   std::vector<NewTensor> made(results.size());  // as the results
   if (wanted(0)) {
     made[0]            = layer.new_rows(like, layer.I);
     gradients.input[0] = made[0].data;
     if (D == 2) {
       layer.memory.push_back(allocate(sizeof(double) * size_t(N * layer.I)));
-      gradients.input[1] = layer.memory.back().get();
+      gradients.input[1] = layer.memory.back().data();
     }
   }
   for (int64_t i = 0; i < states; ++i) {
@@ -611,9 +624,12 @@ py::object backward(PyObject* const* arguments) {
     weight            = layer.new_weight(like, i % of_direction, groups);
     gradients.weights[i / of_direction][i % of_direction] = weight.data;
   }
-  (layer.wide_dtype() == Dtype::kFloat32
-       ? run_backward<float>
-       : run_backward<double>)(layer, num_threads, groups, saved.data, gradients);
+  if (layer.wide_dtype() == Dtype::kFloat32) {
+    run_backward<float>(layer, bf16_products ? *kernels().bf16_products : kernels().f32,
+                        num_threads, groups, saved.data, gradients);
+  } else {
+    run_backward<double>(layer, kernels().f64, num_threads, groups, saved.data, gradients);
+  }
   for (size_t i = 0; i < made.size(); ++i) results[i] = made[i].finish(num_threads);
   return std::move(results);
 }
@@ -628,17 +644,14 @@ py::object takes(PyObject* const* arguments) {
 
 template <class T>
 void pack_weights(const Layer& layer, Panels* panels) {
-  const auto args = forward_args<T>(layer, 1);
-  const auto pack = kernels_for<T>(layer).pack[layer.cell_index];
-  const auto size = size_t(pack(args, 0, nullptr)) * sizeof(T);
-  // aligned_alloc takes multiples of the alignment.
+  const auto args     = forward_args<T>(layer, 1);
+  const auto pack     = kernels_for<T>(layer).pack[layer.cell_index];
+  const auto size     = size_t(pack(args, 0, nullptr)) * sizeof(T);
   const size_t stride = (size + 63) / 64 * 64;
-  panels->memory.reset(std::aligned_alloc(64, std::max<size_t>(64, stride * size_t(layer.D))));
-  if (!panels->memory) throw std::bad_alloc();
-  advise_large_pages(panels->memory.get(), stride * size_t(layer.D));
+  panels->memory      = allocate(stride * size_t(layer.D));
   const GilRelease no_gil;
   for (int64_t d = 0; d < layer.D; ++d) {
-    char* const at        = static_cast<char*>(panels->memory.get()) + size_t(d) * stride;
+    char* const at        = static_cast<char*>(panels->memory.data()) + size_t(d) * stride;
     panels->directions[d] = at;
     pack(args, d, reinterpret_cast<T*>(at));
   }
@@ -658,6 +671,7 @@ py::object pack(PyObject* const* arguments) {
   auto panels =
       std::make_unique<Panels>(Panels{layer.cell_index, layer.dtype(), layer.bf16_products(),
                                       layer.I, layer.H, layer.P, layer.D, layer.sources()});
+  if (layer.stored_as_terms()) layer.give_bits();
   layer.widen_all(1);
   (layer.wide_dtype() == Dtype::kFloat32 ? pack_weights<float>
                                          : pack_weights<double>)(layer, panels.get());
@@ -676,15 +690,16 @@ py::object plan(PyObject* const* arguments) {
     return py::none();
   }
   const int num_threads = int(PyLong_AsLong(arguments[1]));
-  const auto planned    = [&](auto zero) {
-    using T   = decltype(zero);
+  if (layer.stored_as_terms()) layer.give_bits();
+  const auto planned = [&](auto any) {
+    using T   = decltype(any);
     auto args = forward_args<T>(layer, num_threads);
-    if (given) args.panels[0] = args.weight_hh[0];  // any
+    if (given) args.panels[0] = &any;
     return kernels_for<T>(layer).plan[layer.cell_index](args);
   };
   const Plan made = layer.wide_dtype() == Dtype::kFloat32 ? planned(0.0f) : planned(0.0);
   return py::make_tuple(made.threads, made.row_shards, made.unit_shards, made.packed, made.chunk,
-                        made.packed && layer.bf16_products());
+                        layer.stored_as_terms() || (made.packed && layer.bf16_products()));
 }
 
 // As a Python function of n positional arguments. pybind11's own would convert each argument with a

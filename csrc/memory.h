@@ -1,31 +1,28 @@
-// Large pages for large arrays. Their first touch costs a page fault for every 4 KB otherwise: for 64
-// MB, 25 ms on the virtual machine where 2 MB pages take 5 (and freeing 4 where it takes 0.2).
+// Memory of the calls: for scratch, and for numbers that are converted to float.
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace fusedrnn {
-namespace {
-
-constexpr size_t kLargePage = size_t(2) << 20;
 
 // Asks for large pages in [data, data + bytes), as far as whole ones fit; only advice.
-inline void advise_large_pages(void* data, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (bytes < 2 * kLargePage) return;
-  const auto address = reinterpret_cast<uintptr_t>(data);
-  const size_t skip  = (kLargePage - address % kLargePage) % kLargePage;
-  const size_t whole = (bytes - skip) / kLargePage * kLargePage;
-  madvise(static_cast<char*>(data) + skip, whole, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
+void advise_large_pages(void* data, size_t bytes);
 
-}  // namespace
+// Not cleared, on the boundary of a cache line; where it is large, of a large page. What is given back
+// a thread keeps for its next calls, up to 64 MB.
+class Memory {
+ public:
+  Memory() = default;
+  explicit Memory(size_t bytes);
+  ~Memory();
+  Memory(Memory&& other) noexcept;
+  Memory& operator=(Memory&& other) noexcept;
+
+  void* data() const;  // null if there was none
+
+ private:
+  void* data_  = nullptr;
+  size_t size_ = 0;
+};
+
 }  // namespace fusedrnn

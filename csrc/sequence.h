@@ -62,6 +62,8 @@ struct ForwardArgs {
   const scalar_t* weight_hh[2];  // [G*H, P]
   const scalar_t* bias_hh[2];    // [G*H], or null
   const scalar_t* weight_hr[2];  // [P, H], LSTM only, or null: then P = H
+  // In place of the above, for kernels of bf16_products: bfloat16's bits; null: there are none.
+  const uint16_t *input_bf16, *weight_ih_bf16[2], *weight_hh_bf16[2];
   // The same weights and biases as KernelsOf::pack has laid them out; null: done for the call. With
   // them, only whether weight_hr is null is read.
   const scalar_t* panels[2];
@@ -100,8 +102,10 @@ struct BackwardArgs {
   const scalar_t* weight_hh[2];  // [G*H, P]
   const scalar_t* bias_hh[2];    // [G*H], or null; not read with gates
   const scalar_t* weight_hr[2];  // [P, H], or null
-  const scalar_t* h0;            // [D, B, P]
-  const scalar_t* c0;            // [D, B, H], LSTM only
+  // In place of the above, as in ForwardArgs; but for weight_hh where grad_h0 is wanted.
+  const uint16_t *input_bf16, *weight_ih_bf16[2], *weight_hh_bf16[2];
+  const scalar_t* h0;  // [D, B, P]
+  const scalar_t* c0;  // [D, B, H], LSTM only
 
   const scalar_t* grad_output;  // [N, D*P], or null for zero
   const scalar_t* grad_h_n;     // [D, B, P], or null for zero

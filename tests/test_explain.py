@@ -95,12 +95,10 @@ def test_autocast(kind, low, monkeypatch):
         dtype = str((module(x)[0][0] if kind in LAYERS else module(x)[0]).dtype)[6:]
         said, said_of_low = says(module, x), says(module.to(low), x.to(low))
         assert f" under autocast, results in {dtype}." in said
-        if low is torch.bfloat16 and kind in LAYERS and ops.BF16_PRODUCTS:
-            assert "multiplied as bfloat16" in said
-            assert "multiplied as bfloat16" in said_of_low
-        else:
-            assert ", float32 " in said
-            assert f", {str(low)[6:]} widened" in said_of_low
+        products = low is torch.bfloat16 and ops.BF16_PRODUCTS
+        multiplied = "multiplied as bfloat16"
+        assert (multiplied if products and kind in LAYERS else ", float32 ") in said
+        assert (multiplied if products else f", {str(low)[6:]} widened") in said_of_low
         assert ", float64." in says(module.double(), x.double())
         assert "several dtypes" in fusedrnn.explain(module, x)
     if kind == "LSTM":

@@ -188,15 +188,22 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     // The gates, of all rows at once: what a step begins with is known.
     for (int64_t i = 0; Cell::kHasCell && i < s.T; ++i) copy_c_prev(i, c_prev + walk.offset(i) * H);
     const int64_t blocks = blocks_of<T>(H);
-    pack_forward<Cell, T, Terms>(forward_input, a.weight_ih[d], a.bias_ih[d], H, a.I, mine(blocks),
-                                 next(blocks));
-    pack_forward<Cell, T, Terms>(forward_recurrent, a.weight_hh[d], a.bias_hh[d], H, P,
-                                 mine(blocks), next(blocks));
+    as_stored<Terms>(a.weight_ih[d], a.weight_ih_bf16[d], [&](const auto* weight) {
+      pack_forward<Cell, T, Terms>(forward_input, weight, a.bias_ih[d], H, a.I, mine(blocks),
+                                   next(blocks));
+    });
+    as_stored<Terms>(a.weight_hh[d], a.weight_hh_bf16[d], [&](const auto* weight) {
+      pack_forward<Cell, T, Terms>(forward_recurrent, weight, a.bias_hh[d], H, P, mine(blocks),
+                                   next(blocks));
+    });
     direction_barrier.wait();
-    const auto terms_of = [&](const T* numbers, T* to, int64_t columns, int64_t count) {
-      if (!layout.kConverts) return numbers;
-      to_terms<Terms>(numbers, columns, to, lanes<Terms>(columns), count, columns);
-      return static_cast<const T*>(to);
+    const auto terms_of = [&](const T* numbers, const uint16_t* bf16, int64_t row, T* to,
+                              int64_t columns, int64_t count) -> const T* {
+      if (!layout.kConverts) return numbers + row * columns;
+      as_stored<Terms>(numbers, bf16, [&](const auto* from) {
+        to_terms<Terms>(from + row * columns, columns, to, lanes<Terms>(columns), count, columns);
+      });
+      return to;
     };
     T* const h_rows = rows_terms + kChunkRows * lanes<Terms>(a.I);
     ProjectStep<T> project{};
@@ -214,9 +221,9 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     step.panels        = forward_recurrent;
     for (int64_t row = mine(rows); row < next(rows); row += kChunkRows) {
       const int64_t count = min64(next(rows) - row, kChunkRows);
-      project.input       = terms_of(a.input + row * a.I, rows_terms, a.I, count);
+      project.input       = terms_of(a.input, a.input_bf16, row, rows_terms, a.I, count);
       project.gates       = gates_again + row * G * H;
-      step.h_prev         = terms_of(all_h_prev + row * P, h_rows, P, count);
+      step.h_prev         = terms_of(all_h_prev, nullptr, row, h_rows, P, count);
       step.prev           = (Cell::kHasCell ? c_prev : all_h_prev) + row * H;
       step.gates          = project.gates;
       step.extra          = layout.extra ? own_extra + row * H : nullptr;
@@ -235,7 +242,9 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
 
   if (s.T > 1) {
     pack_shared(shard, blocks_of<T>(P), direction_barrier, [&](int64_t begin, int64_t end) {
-      pack_backward<Cell, T, Terms>(recurrent, a.weight_hh[d], H, P, begin, end);
+      as_stored<Terms>(a.weight_hh[d], a.weight_hh_bf16[d], [&](const auto* weight) {
+        pack_backward<Cell, T, Terms>(recurrent, weight, H, P, begin, end);
+      });
     });
   }
   if (projects) {
@@ -338,17 +347,22 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   // Once grad_gates and h_prev are whole, each thread takes some rows of every gradient.
   direction_barrier.wait();
   if (layout.kConverts) {
-    const auto convert = [&](const T* from, T* to, int64_t all, int64_t columns) {
+    const auto convert = [&](const auto* from, T* to, int64_t all, int64_t columns) {
       const int64_t begin = mine(lanes<Terms>(all)) * Terms::kInLane;
       const int64_t end   = min64(all, next(lanes<Terms>(all)) * Terms::kInLane);
       to_columns_of_terms<Terms>(from + begin * columns, columns,
                                  to + begin / Terms::kInLane * columns, end - begin, columns);
     };
     if (layout.gates_terms) convert(grad_gates, gates_terms, rows, E * H);
-    if (layout.input_terms) convert(a.input, input_terms, rows, a.I);
+    if (layout.input_terms) {
+      as_stored<Terms>(a.input, a.input_bf16,
+                       [&](const auto* input) { convert(input, input_terms, rows, a.I); });
+    }
     if (layout.h_terms) convert(all_h_prev, h_terms, rows, P);
     for (int g = 0; a.grad_input[d] && g < G; ++g) {
-      convert(a.weight_ih[d] + g * H * a.I, input_weight + g * lanes<Terms>(H) * a.I, H, a.I);
+      as_stored<Terms>(a.weight_ih[d], a.weight_ih_bf16[d], [&](const auto* weight) {
+        convert(weight + g * H * a.I, input_weight + g * lanes<Terms>(H) * a.I, H, a.I);
+      });
     }
     direction_barrier.wait();
   }

@@ -2,8 +2,6 @@
 // forward.h's and backward.h's.
 #pragma once
 
-#include <cstdlib>
-
 #include "../cells/rnn.h"
 #include "../memory.h"
 #include "plan.h"
@@ -23,21 +21,13 @@ class Scratch {
       : elements_((elements + 63) / 64 * 64), threads_(threads) {
     const size_t counters = sizeof(BarrierCounter) * size_t(directions * (threads + 1));
     const size_t numbers  = sizeof(T) * size_t(elements_ * directions);
-    const size_t bytes    = counters + numbers;
-    // From 2 large pages on, a multiple of them.
-    const size_t alignment = bytes < 2 * kLargePage ? 64 : kLargePage;
-    const size_t rounded   = (bytes + alignment - 1) / alignment * alignment;
-    memory_                = static_cast<char*>(std::aligned_alloc(alignment, rounded));
-    if (!memory_) return;
-    advise_large_pages(memory_, rounded);
-    std::memset(memory_, 0, counters);
-    numbers_ = reinterpret_cast<T*>(memory_ + counters);
+    memory_               = Memory(counters + numbers);
+    if (!ok()) return;
+    std::memset(memory_.data(), 0, counters);
+    numbers_ = reinterpret_cast<T*>(static_cast<char*>(memory_.data()) + counters);
   }
-  ~Scratch() { std::free(memory_); }
-  Scratch(const Scratch&)            = delete;
-  Scratch& operator=(const Scratch&) = delete;
 
-  bool ok() const { return memory_ != nullptr; }
+  bool ok() const { return memory_.data() != nullptr; }
   T* numbers(int64_t direction) const { return numbers_ + direction * elements_; }
 
   // The barrier of all threads of a direction.
@@ -51,13 +41,13 @@ class Scratch {
 
  private:
   BarrierCounter* counter(int64_t direction, int i) const {
-    return reinterpret_cast<BarrierCounter*>(memory_) + direction * (threads_ + 1) + i;
+    return static_cast<BarrierCounter*>(memory_.data()) + direction * (threads_ + 1) + i;
   }
 
   int64_t elements_;
   int threads_;
-  char* memory_ = nullptr;
-  T* numbers_   = nullptr;
+  Memory memory_;
+  T* numbers_ = nullptr;
 };
 
 // A thread's part of so many blocks of units; of H units they are shard.block_begin and so on.

@@ -35,12 +35,12 @@ struct ForwardLayout {
     const int64_t rows  = rows_before(s, s.T);
     const auto round_up = [](int64_t elements) { return (elements + 15) / 16 * 16; };
     if (!all_alike(s)) started = round_up(2 * s.B * a.P);
+    const bool stored = stored_as_terms(a);
+    if (stored) h_terms = round_up(2 * s.B * lanes<Terms>(a.P));
     const int64_t passes  = s.T * ((s.B + kUnpackedRows - 1) / kUnpackedRows);
-    const int64_t weights = Cell::kGates * a.H * (a.I + a.P) * int64_t(sizeof(T));
-    if (!given && !a.weight_hr[0] &&
-        passes <= (weights <= l2_bytes() ? kMaxUnpackedPasses : 2 * kMaxUnpackedPasses)) {
-      return;
-    }
+    const int64_t size    = stored ? sizeof(typename Terms::Stored) : sizeof(T);
+    const int64_t weights = Cell::kGates * a.H * (a.I + a.P) * size;
+    if (!given && !a.weight_hr[0] && passes <= max_unpacked_passes(weights, l2_bytes())) return;
     const auto panels = [&](int64_t K) {
       return round_up(blocks_of<T>(a.H) * forward_panel_size<Cell, T>(lanes<Terms>(K)));
     };
@@ -59,6 +59,8 @@ struct ForwardLayout {
       h_terms     = round_up(2 * s.B * lanes<Terms>(a.P));
     }
   }
+  // Whether even unpacked weights are what the products take, and not numbers.
+  static bool stored_as_terms(const ForwardArgs<T>& a) { return kConverts && a.weight_hh_bf16[0]; }
   int64_t elements() const {
     return !given * panels() + unprojected + started + h_terms + threads * input_terms + gates;
   }
@@ -81,8 +83,12 @@ void pack_direction(const ForwardArgs<T>& a, int64_t d, const ForwardLayout<Cell
   T* const input      = panels + layout.recurrent;
   T* const projection = input + layout.input;
   share(blocks_of<T>(a.H), [&](int64_t begin, int64_t end) {
-    pack_forward<Cell, T, Terms>(panels, a.weight_hh[d], a.bias_hh[d], a.H, a.P, begin, end);
-    pack_forward<Cell, T, Terms>(input, a.weight_ih[d], a.bias_ih[d], a.H, a.I, begin, end);
+    as_stored<Terms>(a.weight_hh[d], a.weight_hh_bf16[d], [&](const auto* weight) {
+      pack_forward<Cell, T, Terms>(panels, weight, a.bias_hh[d], a.H, a.P, begin, end);
+    });
+    as_stored<Terms>(a.weight_ih[d], a.weight_ih_bf16[d], [&](const auto* weight) {
+      pack_forward<Cell, T, Terms>(input, weight, a.bias_ih[d], a.H, a.I, begin, end);
+    });
   });
   if (a.weight_hr[d]) {
     share(blocks_of<T>(a.P), [&](int64_t begin, int64_t end) {
@@ -113,10 +119,9 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   T* const input_terms = h_terms + layout.h_terms + shard.direction_rank * layout.input_terms;
   T* const chunk_gates = h_terms + layout.h_terms + layout.threads * layout.input_terms;
 
-  UnpackedStep<T> unpacked{};
-  ForwardStep<T>& step       = unpacked.step;
+  ForwardStep<T> step{};
   step.H                     = H;
-  step.K                     = layout.packed() ? lanes<Terms>(P) : P;
+  step.K                     = lanes<Terms>(P);
   step.save                  = a.gates != nullptr;
   const int64_t input_stride = s.B == 1 && !s.offsets ? a.input_stride_t : a.input_stride_b;
   ProjectStep<T> project{};
@@ -138,20 +143,12 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
     step.panels      = layout.given ? a.panels[d] : panels;
     project.panels   = step.panels + layout.recurrent;
     project_h.panels = project.panels + layout.input;
-  } else {
-    unpacked.I            = a.I;
-    unpacked.input_stride = a.input_stride_b;
-    unpacked.weight_ih    = a.weight_ih[d];
-    unpacked.bias_ih      = a.bias_ih[d];
-    unpacked.weight_hh    = a.weight_hh[d];
-    unpacked.bias_hh      = a.bias_hh[d];
   }
 
   const auto part_of_h = [&](int64_t count) { return own_part<T>(shard, count, P); };
   const auto part_of_c = [&](int64_t count) { return own_part<T>(shard, count, H); };
-  const auto input_of  = [&](int64_t i) {
-    return a.input +
-           (s.offsets ? walk.offset(i) * a.input_stride_b : walk.time(i) * a.input_stride_t);
+  const auto input_at  = [&](int64_t i) {  // of row 0, in elements
+    return s.offsets ? walk.offset(i) * a.input_stride_b : walk.time(i) * a.input_stride_t;
   };
   const auto output_of = [&](int64_t i) { return a.output + walk.offset(i) * DP + d * P; };
 
@@ -176,7 +173,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
     step.h_prev_stride = uniform && i > 0 ? DP : P;
     step.prev          = Cell::kPrevIsH ? step.h_prev : uniform ? c_from : c_n;
     step.prev_stride   = Cell::kPrevIsH ? step.h_prev_stride : H;
-    if (!layout.kConverts || !layout.packed()) return uniform;
+    if (!layout.h_terms) return uniform;
     T* const terms  = h_terms + i % 2 * s.B * step.K;
     const Part part = part_of_h(count);
     to_terms<Terms>(step.h_prev + part.row_begin * step.h_prev_stride + part.column,
@@ -187,12 +184,22 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
     step.h_prev_stride = step.K;
     return false;
   };
-  // The input of rows [begin, end), row 0 at `from`, for project.
-  const auto project_input = [&](const T* from, int64_t begin, int64_t end) {
-    if (!layout.kConverts) return from;
-    to_terms<Terms>(from + begin * input_stride, input_stride, input_terms + begin * project.K,
-                    project.K, end - begin, a.I);
-    return static_cast<const T*>(input_terms);
+  // The input of rows [begin, end) from step i's first row on, for project.
+  const auto project_input = [&](int64_t i, int64_t begin, int64_t end) -> const T* {
+    if (!layout.kConverts) return a.input + input_at(i);
+    as_stored<Terms>(a.input, a.input_bf16, [&](const auto* input) {
+      to_terms<Terms>(input + input_at(i) + begin * input_stride, input_stride,
+                      input_terms + begin * project.K, project.K, end - begin, a.I);
+    });
+    return input_terms;
+  };
+  // Unpacked weights, as Terms_ take them.
+  const auto run_short = [&](auto terms, int64_t i, const auto* input, const auto* weight_ih,
+                             const auto* weight_hh, int64_t begin, int64_t end) {
+    using Terms_ = decltype(terms);
+    run_unpacked<Cell, T, Terms_>({step, a.I, P, input + input_at(i), a.input_stride_b, weight_ih,
+                                   weight_hh, a.bias_ih[d], a.bias_hh[d]},
+                                  begin, end, shard.block_begin, shard.block_end);
   };
 
   Barrier barrier = scratch.step_barrier(d, shard);
@@ -220,7 +227,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
       if (all_rows) {
         const int64_t in_memory_last = d == 0 ? chunk_end - 1 : begin;
         const int64_t end = walk.offset(in_memory_last) + walk.count(in_memory_last) - chunk_first;
-        project.input     = project_input(input_of(in_memory_first), 0, end);
+        project.input     = project_input(in_memory_first, 0, end);
         project.gates     = gates_of(chunk_first);
         run_tiles<ProjectTiles<Cell, T, Terms>>(project, 0, end, shard.block_begin, shard.block_end,
                                                 false);
@@ -228,7 +235,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
         for (int64_t j = begin; j < chunk_end; ++j) {
           const int64_t row = min64(shard.row_begin, walk.count(j));
           const int64_t end = min64(shard.row_end, walk.count(j));
-          project.input     = project_input(input_of(j), row, end);
+          project.input     = project_input(j, row, end);
           project.gates     = gates_of(walk.offset(j));
           run_tiles<ProjectTiles<Cell, T, Terms>>(project, row, end, shard.block_begin,
                                                   shard.block_end, false);
@@ -249,9 +256,13 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
     if (layout.packed()) {
       run_tiles<ForwardTiles<Cell, T, Terms>>(step, row_begin, row_end, shard.block_begin,
                                               shard.block_end, i % 2 == 1);
+    } else if (layout.h_terms) {
+      if constexpr (layout.kConverts) {
+        run_short(Terms{}, i, a.input_bf16, a.weight_ih_bf16[d], a.weight_hh_bf16[d], row_begin,
+                  row_end);
+      }
     } else {
-      unpacked.input = input_of(i);
-      run_unpacked<Cell, T>(unpacked, row_begin, row_end, shard.block_begin, shard.block_end);
+      run_short(Numbers<T>{}, i, a.input, a.weight_ih[d], a.weight_hh[d], row_begin, row_end);
     }
     if (projects) {
       barrier.wait();
@@ -303,7 +314,8 @@ bool forward(const ForwardArgs<T>& a) {
 template <class Cell, class T, class Terms>
 int64_t pack(const ForwardArgs<T>& a, int64_t d, T* panels) {
   ForwardArgs<T> args = a;
-  args.panels[0]      = a.weight_hh[0];  // any: of a call that is given its panels
+  const T any{};
+  args.panels[0] = &any;  // of a call that is given its panels
   const ForwardLayout<Cell, T, Terms> layout(args);
   if (panels) {
     pack_direction(a, d, layout, panels,

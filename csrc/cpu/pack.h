@@ -48,9 +48,18 @@ constexpr int64_t forward_panel_size(int64_t K) {
   return (K + 1) * Cell::kGates * kLanes<T>;
 }
 
+// read(array), of bfloat16's bits if that is how it is stored: then there are no numbers.
+template <class Terms, class T, class Read>
+FUSEDRNN_INLINE void as_stored(const T* numbers, const uint16_t* bf16, const Read& read) {
+  if constexpr (Terms::kInLane > 1) {
+    if (bf16) return read(bf16);
+  }
+  read(numbers);
+}
+
 // Rows of `columns` numbers to rows of terms, lanes of them; `to` begins where `from` does.
-template <class Terms, class T>
-void to_terms(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows,
+template <class Terms, class From, class T>
+void to_terms(const From* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows,
               int64_t columns) {
   constexpr int V = kLanes<T>;
   for (int64_t row = 0; row < rows; ++row, from += from_stride, to += to_stride) {
@@ -65,12 +74,13 @@ void to_terms(const T* from, int64_t from_stride, T* to, int64_t to_stride, int6
 
 // Columns of terms: a row of `to` [lanes, columns] has those of as many rows of `from` as a lane holds,
 // of `rows` in all.
-template <class Terms, class T>
-void to_columns_of_terms(const T* from, int64_t from_stride, T* to, int64_t rows, int64_t columns) {
+template <class Terms, class From, class T>
+void to_columns_of_terms(const From* from, int64_t from_stride, T* to, int64_t rows,
+                         int64_t columns) {
   constexpr int V = kLanes<T>;
   for (int64_t row = 0; row < rows; row += Terms::kInLane, to += columns) {
-    const T* const a = from + row * from_stride;
-    const T* const b = row + 1 < rows ? a + from_stride : nullptr;
+    const From* const a = from + row * from_stride;
+    const From* const b = row + 1 < rows ? a + from_stride : nullptr;
     for (int64_t j = 0; j < columns; j += V) {
       const int n = int(columns - j < V ? columns - j : V);
       store(to + j, Terms::above_each_other(a + j, b ? b + j : nullptr, n), n);
@@ -79,8 +89,8 @@ void to_columns_of_terms(const T* from, int64_t from_stride, T* to, int64_t rows
 }
 
 // The panels of blocks [begin, end), from weight [G*H, K] and bias [G*H] (or null).
-template <class Cell, class T, class Terms = Numbers<T>>
-void pack_forward(T* panels, const T* weight, const T* bias, int64_t H, int64_t K, int64_t begin,
+template <class Cell, class T, class Terms = Numbers<T>, class From = T>
+void pack_forward(T* panels, const From* weight, const T* bias, int64_t H, int64_t K, int64_t begin,
                   int64_t end) {
   constexpr int G = Cell::kGates, V = kLanes<T>;
   for (int64_t block = begin; block < end; ++block) {
@@ -108,15 +118,15 @@ void pack_forward(T* panels, const T* weight, const T* bias, int64_t H, int64_t 
 
 // The same for the backward product, from weight [G*H, columns]. Its row blocks begin with
 // Cell::kRecurrentRow, in the order of grad_gates (sequence.h); a lane's terms are of one block.
-template <class Cell, class T, class Terms = Numbers<T>>
-void pack_backward(T* panels, const T* weight, int64_t H, int64_t columns, int64_t begin,
+template <class Cell, class T, class Terms = Numbers<T>, class From = T>
+void pack_backward(T* panels, const From* weight, int64_t H, int64_t columns, int64_t begin,
                    int64_t end) {
   constexpr int G = Cell::kGates, V = kLanes<T>;
   for (int64_t block = begin; block < end; ++block) {
     T* out         = panels + block * G * lanes<Terms>(H) * V;
     const int left = int(columns - block * V < V ? columns - block * V : V);
     for (int g = 0; g < G; ++g) {
-      const T* in = weight + (g + Cell::kRecurrentRow) % G * H * columns + block * V;
+      const From* in = weight + (g + Cell::kRecurrentRow) % G * H * columns + block * V;
       for (int64_t k = 0; k < H; k += Terms::kInLane, in += Terms::kInLane * columns, out += V) {
         store(out, Terms::above_each_other(in, k + 1 < H ? in + columns : nullptr, left));
       }

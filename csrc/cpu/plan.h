@@ -41,10 +41,18 @@ inline int64_t l2_bytes() {
 constexpr int64_t kChunkRows = 48;
 
 // Passes over the weights up to which a forward call reads them as they lie in memory instead of
-// packing them. Packed against unpacked, LSTM on a Zen 4 core, 4 rows a pass: 1 pass 1.1 (H=32), 1.9
-// (128), 3.7 (512); 4 passes 1.0 (32), 1.3 (128), 1.5 (512); 16 passes 0.9 throughout. Twice as many
-// where packing would pass through the next cache (H=512: 8 passes 1.1 and 1.2).
-constexpr int64_t kMaxUnpackedPasses = 4;
+// packing them: more, the further packing has to go. An LSTM cell's time packed over unpacked, on a
+// Zen 4 core, 4 rows a pass, float32 / bfloat16:
+//   H        1 pass       2            4            8            16
+//   32       1.08, 1.05   0.91, 0.84   0.82, 0.76
+//   128      2.04, 1.63   1.20, 1.03   1.02, 0.89   0.95, 0.81
+//   256                   1.36, 1.21   1.16, 1.07   1.03, 0.91   1.02, 0.85
+//   512                   2.02, 1.54   1.48, 1.31   1.21, 1.13   1.07, 0.97
+//   1024                  2.48, 1.64   2.01, 1.42   1.55, 1.30   1.22, 1.10
+inline int64_t max_unpacked_passes(int64_t weight_bytes, int64_t l2_bytes) {
+  if (weight_bytes <= l2_bytes / 4) return 2;
+  return weight_bytes <= l2_bytes ? 4 : weight_bytes <= 4 * l2_bytes ? 8 : 16;
+}
 
 struct Shape {
   Sequences sequences;

@@ -28,30 +28,32 @@ FUSEDRNN_INLINE Vec<T> lane_sums(Vec<T> (&rows)[kLanes<T>]) {
 constexpr int kUnpackedRows = kAccumulators / 6;
 
 // out[m] = bias + a W^T for M rows of a and the `units` rows of weight and bias (or null) given.
-template <class T, int M>
-void affine_unpacked(Vec<T> (&out)[M], const T* a, int64_t lda, int64_t K, const T* weight,
-                     const T* bias, int units) {
+template <class T, class Terms, int M>
+void affine_unpacked(Vec<T> (&out)[M], const typename Terms::Stored* a, int64_t lda, int64_t K,
+                     const typename Terms::Stored* weight, const T* bias, int units) {
   constexpr int V = kLanes<T>;
   constexpr int U = M == 1 ? (V < 8 ? V : 8) : (V < 4 ? V : 4);  // weight rows: to hide latency
   Vec<T> sums[M][V];
   unroll<V / U>([&](auto part) FUSEDRNN_LAMBDA {
-    const T* rows[U];
+    const typename Terms::Stored* rows[U];
     unroll<U>([&](auto u) FUSEDRNN_LAMBDA {
       const int unit = part * U + u;
       rows[u]        = weight + (unit < units ? unit : units - 1) * K;  // any, for lanes not stored
     });
     Vec<T> acc[U][M] = {};
-    const auto step  = [&](int64_t k, int lanes) FUSEDRNN_LAMBDA {
+    const auto step  = [&](int64_t k, int64_t numbers) FUSEDRNN_LAMBDA {
       Vec<T> a_k[M];
-      unroll<M>([&](auto m) FUSEDRNN_LAMBDA { a_k[m] = load(a + m * lda + k, lanes); });
+      unroll<M>([&](auto m) FUSEDRNN_LAMBDA { a_k[m] = Terms::load(a + m * lda + k, numbers); });
       unroll<U>([&](auto u) FUSEDRNN_LAMBDA {
-        const Vec<T> w = load(rows[u] + k, lanes);
-        unroll<M>([&](auto m) FUSEDRNN_LAMBDA { acc[u][m] = fma(a_k[m], w, acc[u][m]); });
+        const Vec<T> w = Terms::load(rows[u] + k, numbers);
+        unroll<M>([&](auto m)
+                      FUSEDRNN_LAMBDA { acc[u][m] = Terms::multiply_add(a_k[m], w, acc[u][m]); });
       });
     };
-    int64_t k = 0;
-    for (; k + V <= K; k += V) step(k, V);
-    if (k < K) step(k, int(K - k));
+    constexpr int64_t kNumbers = V * Terms::kInLane;
+    int64_t k                  = 0;
+    for (; k + kNumbers <= K; k += kNumbers) step(k, kNumbers);
+    if (k < K) step(k, K - k);
     unroll<U * M>([&](auto um)
                       FUSEDRNN_LAMBDA { sums[um % M][part * U + um / M] = acc[um / M][um % M]; });
   });
@@ -59,31 +61,36 @@ void affine_unpacked(Vec<T> (&out)[M], const T* a, int64_t lda, int64_t K, const
   unroll<M>([&](auto m) FUSEDRNN_LAMBDA { out[m] = lane_sums<T>(sums[m]) + b; });
 }
 
-template <class T>
+template <class T, class Terms>
 struct UnpackedStep {
+  using Stored = typename Terms::Stored;
   ForwardStep<T> step;
-  int64_t I;
-  const T* input;  // rows of I
+  int64_t I, P;
+  const Stored* input;  // rows of I
   int64_t input_stride;
-  const T *weight_ih, *bias_ih, *weight_hh, *bias_hh;
+  const Stored *weight_ih, *weight_hh;
+  const T *bias_ih, *bias_hh;
 };
 
-template <class Cell, class T, int M>
-void unpacked_tile(const UnpackedStep<T>& s, int64_t row, int64_t block) {
+template <class Cell, class T, class Terms, int M>
+void unpacked_tile(const UnpackedStep<T, Terms>& s, int64_t row, int64_t block) {
   constexpr int G    = Cell::kGates;
   const int64_t H    = s.step.H;
-  const int64_t P    = s.step.K;
+  const int64_t P    = s.P;
   const int64_t unit = block * kLanes<T>;
   const int units    = lanes_of<T>(H, unit);
+  // Its rows are of lanes.
+  const int64_t h_stride = s.step.h_prev_stride * Terms::kInLane;
+  const auto* const h =
+      reinterpret_cast<const typename Terms::Stored*>(s.step.h_prev) + row * h_stride;
   Vec<T> gates_x[G][M], gates_h[G][M];
   for (int g = 0; g < G; ++g) {
     const int64_t first = g * H + unit;
-    affine_unpacked<T, M>(gates_x[g], s.input + row * s.input_stride, s.input_stride, s.I,
-                          s.weight_ih + first * s.I, s.bias_ih ? s.bias_ih + first : nullptr,
-                          units);
-    affine_unpacked<T, M>(gates_h[g], s.step.h_prev + row * s.step.h_prev_stride,
-                          s.step.h_prev_stride, P, s.weight_hh + first * P,
-                          s.bias_hh ? s.bias_hh + first : nullptr, units);
+    affine_unpacked<T, Terms, M>(gates_x[g], s.input + row * s.input_stride, s.input_stride, s.I,
+                                 s.weight_ih + first * s.I, s.bias_ih ? s.bias_ih + first : nullptr,
+                                 units);
+    affine_unpacked<T, Terms, M>(gates_h[g], h, h_stride, P, s.weight_hh + first * P,
+                                 s.bias_hh ? s.bias_hh + first : nullptr, units);
   }
   for (int m = 0; m < M; ++m) {
     Vec<T> x[G], h[G];
@@ -92,16 +99,28 @@ void unpacked_tile(const UnpackedStep<T>& s, int64_t row, int64_t block) {
   }
 }
 
-// All units [block_begin, block_end) of rows [row, row_end).
-template <class Cell, class T, int M = kUnpackedRows>
-void run_unpacked(const UnpackedStep<T>& s, int64_t row, int64_t row_end, int64_t block_begin,
-                  int64_t block_end) {
-  for (; row + M <= row_end; row += M) {
-    for (int64_t block = block_begin; block < block_end; ++block) {
-      unpacked_tile<Cell, T, M>(s, row, block);
-    }
+// Rows [row, row_end), at most M, of one block.
+template <class Cell, class T, class Terms, int M>
+FUSEDRNN_INLINE void last_unpacked_tile(const UnpackedStep<T, Terms>& s, int64_t row,
+                                        int64_t row_end, int64_t block) {
+  if constexpr (M > 0) {
+    row_end - row == M ? unpacked_tile<Cell, T, Terms, M>(s, row, block)
+                       : last_unpacked_tile<Cell, T, Terms, M - 1>(s, row, row_end, block);
   }
-  if constexpr (M > 1) run_unpacked<Cell, T, M - 1>(s, row, row_end, block_begin, block_end);
+}
+
+// All units [block_begin, block_end) of rows [row_begin, row_end). All rows of a block before the next
+// one: its weights are in a cache then, at the second pass.
+template <class Cell, class T, class Terms>
+void run_unpacked(const UnpackedStep<T, Terms>& s, int64_t row_begin, int64_t row_end,
+                  int64_t block_begin, int64_t block_end) {
+  for (int64_t block = block_begin; block < block_end; ++block) {
+    int64_t row = row_begin;
+    for (; row + kUnpackedRows <= row_end; row += kUnpackedRows) {
+      unpacked_tile<Cell, T, Terms, kUnpackedRows>(s, row, block);
+    }
+    last_unpacked_tile<Cell, T, Terms, kUnpackedRows - 1>(s, row, row_end, block);
+  }
 }
 
 }  // namespace

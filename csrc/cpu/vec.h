@@ -197,8 +197,10 @@ FUSEDRNN_INLINE Vec<double> from_bits(Bits64 v) { return (Vec<double>)v; }
 // each other in their sum. The same tiles multiply either; only how operands are laid out differs.
 // A row of n numbers has lanes(n) lanes; load(row, n) are the first V of them, zeros behind the n-th
 // number; above_each_other(a, b, n) are the terms of n columns in the row a and the one below it.
+// An array of Stored is read without a conversion.
 template <class T>
 struct Numbers {
+  using Stored                 = T;
   static constexpr int kInLane = 1;
   static FUSEDRNN_INLINE Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) { return fma(a, b, c); }
   static FUSEDRNN_INLINE Vec<T> load(const T* row, int64_t n) {
@@ -211,6 +213,7 @@ struct Numbers {
 
 #if defined(__AVX512BF16__)
 struct Pairs {
+  using Stored                 = uint16_t;  // a bfloat16's bits
   static constexpr int kInLane = 2;
   static FUSEDRNN_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
@@ -218,9 +221,20 @@ struct Pairs {
   static FUSEDRNN_INLINE Vec<float> load(const float* row, int64_t n) {
     return halves(load_up_to(row, n), load_up_to(row + kLanes<float>, n - kLanes<float>));
   }
+  static FUSEDRNN_INLINE Vec<float> load(const uint16_t* row, int64_t n) {
+    const auto mask = n < 32 ? __mmask32((1u << n) - 1) : ~__mmask32(0);
+    return (Vec<float>)_mm512_maskz_loadu_epi16(mask, row);
+  }
   static FUSEDRNN_INLINE Vec<float> above_each_other(const float* a, const float* b, int n) {
     const Vec<float> high = b ? fusedrnn::load(b, n) : Vec<float>{};
     return alternate(halves(fusedrnn::load(a, n), high), std::make_integer_sequence<int, 32>{});
+  }
+  static FUSEDRNN_INLINE Vec<float> above_each_other(const uint16_t* a, const uint16_t* b, int n) {
+    const auto mask    = __mmask16((1u << n) - 1);
+    const __m256i low  = _mm256_maskz_loadu_epi16(mask, a);
+    const __m256i high = b ? _mm256_maskz_loadu_epi16(mask, b) : __m256i{};
+    return alternate((Vec<float>)__builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7),
+                     std::make_integer_sequence<int, 32>{});
   }
 
  private:
