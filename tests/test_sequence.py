@@ -6,7 +6,7 @@ again under every instruction set that the machine has.
 
 import pytest
 import torch
-from helpers import matmul_precision, num_threads, ran
+from helpers import num_threads, ran
 from layers import LAYER_CELLS, layer_inputs, relative_error
 
 from fusedrnn import functional, ops, reference
