@@ -154,7 +154,7 @@ struct Layer {
   Dtype wide_dtype() const { return is_narrow(dtype()) ? Dtype::kFloat32 : dtype(); }
   int64_t weights_of_direction() const { return projects ? 5 : 4; }
   // Whether forward reads bfloat16 tensors as they are.
-  bool stored_as_terms() const { return bf16_products() && dtype() == Dtype::kBfloat16; }
+  bool reads_bf16() const { return bf16_products() && dtype() == Dtype::kBfloat16; }
   bool bf16_products() const {
     return kernels().bf16_products && !projects &&
            (dtype() == Dtype::kBfloat16 || (bf16 && dtype() == Dtype::kFloat32));
@@ -192,7 +192,7 @@ struct Layer {
     H = projects ? weight_hh.shape[0] / cell.gates : P;
     if (!read_sequences(options)) return false;
     if (T == 0 || H == 0 || P == 0) return false;
-    dense_input |= is_narrow(dtype()) && !stored_as_terms();  // it will be widened
+    dense_input |= is_narrow(dtype()) && !reads_bf16();  // it will be widened
     if (dense_input ? !input.is_dense() : I > 1 && input.strides[input.dims - 1] != 1) {
       if (!copy(input_object, &input)) return false;
     }
@@ -492,7 +492,7 @@ py::object forward(PyObject* const* arguments) {
     return py::none();
   }
   layer.take(arguments[8]);
-  if (layer.stored_as_terms()) layer.give_bits();
+  if (layer.reads_bf16()) layer.give_bits();
   layer.widen_all(num_threads);
   const bool cell_state  = layer.cell.has_cell_state;
   const NewTensor output = layer.new_rows(like, layer.D * layer.P);
@@ -589,13 +589,13 @@ py::object backward(PyObject* const* arguments) {
   const auto wanted    = [&](int64_t i) { return needed[i] == Py_True; };
   const int64_t states = initial.size();
   // A short call multiplies float32 numbers as they are: as forward did, so that gates are computed
-  // again as they were.
-  const bool bf16_products = layer.bf16_products() && groups == 0 &&
-                             (layer.stored_as_terms() ||
-                              kernels_for<float>(layer)
-                                  .plan[layer.cell_index](forward_args<float>(layer, num_threads))
-                                  .packed);
-  if (bf16_products && layer.stored_as_terms()) layer.give_bits(states > 0 && wanted(1));
+  // again as they were (but for groups').
+  const bool bf16_products =
+      layer.bf16_products() && groups == 0 &&
+      (layer.reads_bf16() || kernels_for<float>(layer)
+                                 .plan[layer.cell_index](forward_args<float>(layer, num_threads))
+                                 .packed);
+  if (bf16_products && layer.reads_bf16()) layer.give_bits(states > 0 && wanted(1));
   layer.widen_all(num_threads);
   for (TensorView* grad : {&gradients.output, &gradients.h_n, &gradients.c_n, &gradients.cells}) {
     layer.widen(grad, num_threads);
@@ -671,7 +671,7 @@ py::object pack(PyObject* const* arguments) {
   auto panels =
       std::make_unique<Panels>(Panels{layer.cell_index, layer.dtype(), layer.bf16_products(),
                                       layer.I, layer.H, layer.P, layer.D, layer.sources()});
-  if (layer.stored_as_terms()) layer.give_bits();
+  if (layer.reads_bf16()) layer.give_bits();
   layer.widen_all(1);
   (layer.wide_dtype() == Dtype::kFloat32 ? pack_weights<float>
                                          : pack_weights<double>)(layer, panels.get());
@@ -690,7 +690,7 @@ py::object plan(PyObject* const* arguments) {
     return py::none();
   }
   const int num_threads = int(PyLong_AsLong(arguments[1]));
-  if (layer.stored_as_terms()) layer.give_bits();
+  if (layer.reads_bf16()) layer.give_bits();
   const auto planned = [&](auto any) {
     using T   = decltype(any);
     auto args = forward_args<T>(layer, num_threads);
@@ -699,7 +699,7 @@ py::object plan(PyObject* const* arguments) {
   };
   const Plan made = layer.wide_dtype() == Dtype::kFloat32 ? planned(0.0f) : planned(0.0);
   return py::make_tuple(made.threads, made.row_shards, made.unit_shards, made.packed, made.chunk,
-                        layer.stored_as_terms() || (made.packed && layer.bf16_products()));
+                        layer.reads_bf16() || (made.packed && layer.bf16_products()));
 }
 
 // As a Python function of n positional arguments. pybind11's own would convert each argument with a

@@ -81,7 +81,9 @@ void advise_large_pages(void* data, size_t bytes) {
 #endif
 }
 
-Memory::Memory(size_t bytes) : data_(kept.take(bytes, &size_)) {
+Memory::Memory() = default;
+Memory::Memory(size_t bytes) {
+  data_ = kept.take(bytes, &size_);
   if (data_) return;
   size_ = bytes;
   if (posix_memalign(&data_, bytes < 2 * kLargePage ? 64 : kLargePage, bytes) != 0) data_ = nullptr;

@@ -12,7 +12,7 @@ void advise_large_pages(void* data, size_t bytes);
 // a thread keeps for its next calls, up to 64 MB.
 class Memory {
  public:
-  Memory() = default;
+  Memory();
   explicit Memory(size_t bytes);
   ~Memory();
   Memory(Memory&& other) noexcept;

@@ -417,13 +417,29 @@ def _vmap_forward(
     unfolded = [_unfold(r, size) for r in results[: len(results) - save]]
     dims = [1] * len(unfolded)
     if save:
-        input, _, weights, options = _unpack(cell, flags, folded)
-        rows = _sizes(cell, weights)[0] * input.shape[0]  # D * T
-        parts = torch.split(results[-1], list(_parts(cell, input, weights, options)))
-        each = [p.reshape(rows, size, -1).transpose(0, 1).flatten(1) for p in parts]
-        unfolded.append(torch.cat(each, 1))
-        dims.append(0)
+        rows, widths = _rows_and_widths(cell, flags, folded)
+        parts = _parts_by_rows(results[-1], rows, widths)
+        unfolded.append(torch.cat([p.reshape(rows, size, -1) for p in parts], 2))
+        dims.append(1)
     return tuple(unfolded), tuple(dims)
+
+
+def _rows_and_widths(cell: str, flags: Sequence[bool], tensors: _Optional) -> tuple[int, list[int]]:
+    """D*T, and how many numbers each of the `_parts` has for one of them."""
+    input, _, weights, options = _unpack(cell, flags, tensors)
+    rows = _sizes(cell, weights)[0] * input.shape[0]
+    return rows, [p // rows for p in _parts(cell, input, weights, options)]
+
+
+def _parts_by_rows(saved: Tensor, rows: int, widths: list[int]) -> list[Tensor]:
+    """The parts, each [rows, width], of what the operator saves, or a vmap leaves of it.
+
+    The operator has them one behind the other. A vmap's samples have them side by side, [rows, the
+    sum of widths]: there they are one part of a larger batch's, without being copied twice.
+    """
+    if saved.dim() == 2:
+        return list(torch.split(saved, widths, 1))
+    return [p.view(rows, -1) for p in torch.split(saved, [rows * w for w in widths])]
 
 
 def _vmap_backward(
@@ -445,13 +461,19 @@ def _vmap_backward(
         t if states <= i < count - 1 or i == count else _fold(t, d, size)
         for i, (t, d) in enumerate(zip(arguments, in_dims, strict=True))
     ]
-    input, _, weights, options = _unpack(cell, flags, folded[:count])
-    rows = _sizes(cell, weights)[0] * input.shape[0]  # D * T
+    rows, all_widths = _rows_and_widths(cell, flags, folded[:count])
+    widths = [w // size for w in all_widths]
     dim = in_dims[count]
-    saved = saved.expand(size, -1) if dim is None else saved.movedim(dim, 0)
-    one = [p // size for p in _parts(cell, input, weights, options)]
-    parts = [p.reshape(size, rows, -1) for p in torch.split(saved, one, 1)]
-    folded[count] = torch.cat([p.transpose(0, 1).flatten() for p in parts])
+    if dim is None:
+        parts = [p.unsqueeze(1).expand(-1, size, -1) for p in _parts_by_rows(saved, rows, widths)]
+    elif saved.dim() == 3:
+        parts = list(torch.split(saved.movedim(dim, 1), widths, 2))
+    else:
+        each = torch.split(saved.movedim(dim, 0), [rows * w for w in widths], 1)
+        parts = [p.reshape(size, rows, -1).transpose(0, 1) for p in each]
+    folded[count] = flat = saved.new_empty(rows * sum(all_widths))
+    for part, to in zip(parts, _parts_by_rows(flat, rows, all_widths), strict=True):
+        to.view(part.shape).copy_(part)
     found = apply(max(groups, 1) * size, needed, flags, *folded)
     results, dims = [], []
     for i, result in zip((i for i in range(count) if needed[i]), found, strict=True):

@@ -51,11 +51,12 @@ def prepacked(model: nn.Module) -> Iterator[None]:
     """Inside, calls of `model` under no_grad read weights that are laid out once, not in each call.
 
     For inference in many short calls (decoding, beams, streams). It pays from a few rows and hidden
-    sizes of about 100 on, and for bfloat16 and float16 always. `model` is one of fusedrnn's modules
-    or holds some; each of its layers is laid out at its second call with the same weights, which
-    takes as much memory again as they do. Short calls read weights as they are outside, and results
-    differ by roundings; at reduced precision (torch.set_float32_matmul_precision("medium"),
-    autocast, bfloat16) their products are bfloat16's inside and float32's outside.
+    sizes of about 100 on, and for float16 always. `model` is one of fusedrnn's modules or holds
+    some; each of its layers is laid out at its second call with the same weights, which takes as
+    much memory again as they do. Short calls read weights as they are outside, and results differ
+    by roundings; of float32 weights at reduced precision (autocast,
+    torch.set_float32_matmul_precision("medium")) their products are bfloat16's inside and float32's
+    outside.
 
     Weights that torch counts as changed (in-place operations, load_state_dict), that are other
     tensors than before, or that a step of an optimizer may have changed, are laid out anew; those

@@ -10,6 +10,7 @@ import functools
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import statistics
 import subprocess
@@ -518,3 +519,20 @@ def test_weights_replaced_during_a_call_live_until_it_ends(cell):
         result, _ = in_threads(call, replace)
         # A call that began too late saw zeros.
         assert torch.equal(result, before) or torch.equal(result, module(x)[0])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts Linux's page faults")
+def test_working_memory_is_kept_from_call_to_call():
+    # float16: 16 MB of weights as floats, and as much laid out for the tiles; no large result.
+    layer = layer_inputs("lstm", 20, 8, 512, 512, 1, torch.float16)
+
+    def faults(calls):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(calls):
+            with torch.no_grad(), ran("kernel_forward"):
+                functional.layer("lstm", *layer)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    first = faults(2)
+    assert first >= 16  # of pages of 2 MB
+    assert faults(20) <= 20

@@ -44,7 +44,8 @@ struct BackwardLayout {
   int64_t gates_terms  = 0;  // [lanes, E*H], [lanes, I], [lanes, P]: of all rows, with one row's
   int64_t input_terms  = 0;  // number above the next one's, grad_gates, input and h_prev
   int64_t h_terms      = 0;
-  int64_t threads;  // at most
+  int64_t group_rows   = 0;  // of each thread: what a sample's gradients are products of
+  int64_t threads;           // at most
 
   explicit BackwardLayout(const BackwardArgs<T>& a) : threads(a.num_threads) {
     const Sequences& s       = a.sequences;
@@ -72,6 +73,9 @@ struct BackwardLayout {
     if (Cell::kHasCarry) carry = initial_carry = s.B * a.H;
     if (a.grad_h0) initial_gates = s.B * gate_size;
     grad_gates = rows * gate_size;
+    if (a.groups) {
+      group_rows = rows / a.groups * (gate_size + a.I + a.P + (a.weight_hr[0] ? a.P + a.H : 0));
+    }
     if (kConverts) {
       const int64_t row_lanes = lanes<Terms>(rows);
       step_terms              = 2 * s.B * gate_lanes;
@@ -88,7 +92,8 @@ struct BackwardLayout {
   int64_t elements() const {
     return forward_input + forward_recurrent + gates + extra + recurrent + projection + h_prev +
            c_prev + carry + initial_carry + initial_gates + grad_gates + grad_h + unprojected +
-           step_terms + threads * rows_terms + input_weight + gates_terms + input_terms + h_terms;
+           step_terms + threads * (rows_terms + group_rows) + input_weight + gates_terms +
+           input_terms + h_terms;
   }
 };
 
@@ -138,7 +143,10 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   T* const gates_terms       = input_weight + layout.input_weight;
   T* const input_terms       = gates_terms + layout.gates_terms;
   T* const h_terms           = input_terms + layout.input_terms;
-  T* const rows_terms        = h_terms + layout.h_terms + shard.direction_rank * layout.rows_terms;
+  T* const thread_memory     = h_terms + layout.h_terms;
+  T* const rows_terms        = thread_memory + shard.direction_rank * layout.rows_terms;
+  T* const group_rows =
+      thread_memory + layout.threads * layout.rows_terms + shard.direction_rank * layout.group_rows;
 
   T* const gates_again = kShareGates<Cell> ? grad_gates : own_gates;
   const T* const gates = again ? gates_again : a.gates + d * rows * G * H;
@@ -413,50 +421,69 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
                 sizeof(T) * size_t((B_end - B_begin) * H));
   }
   // grad_weight_ih = grad_gates_x^T input, grad_weight_hh = grad_gates_h^T h_prev, the biases' are the
-  // sums of grad_gates_x and _h. The terms of a weight's gradient: all rows, or of a group all t, one b after the other.
-  const int64_t groups = max64(a.groups, 1);
-  const int64_t series = a.groups ? s.B / groups : 1;
-  const int64_t stride = a.groups ? s.B : 1;
-  const int64_t terms  = a.groups ? (series ? s.T : 0) : rows;
-  // What is multiplied: terms of all rows, without groups, or the numbers themselves.
-  const T* const left    = layout.kConverts ? gates_terms : grad_gates;
-  const T* const input_b = layout.kConverts ? input_terms : a.input;
-  const T* const h_b     = layout.kConverts ? h_terms : all_h_prev;
-  for (int64_t i = 0; i < groups * max64(series, 1); ++i) {
-    const int64_t n        = series ? i / series : i;
-    const bool more        = series && i % series != 0;
-    const T* const grads   = grad_gates + i * E * H;
-    const int64_t distance = stride * E * H;
+  // sums of grad_gates_x and _h, grad_weight_hr = grad_h^T unprojected. Of `count` rows, to the n-th
+  // place of each gradient, for units [begin, end) and its rows of weight_hr.
+  struct Factors {
+    const T *grad_gates, *input, *h_prev, *grad_h, *unprojected;
+    const T* grad_gates_terms;  // what is multiplied, as input and h_prev are
+    int64_t count;
+  };
+  const auto weight_grads = [&](const Factors& f, int64_t n, Blocks units, Blocks rows_of_hr) {
     for (int g = 0; g < G; ++g) {
       // The columns of grad_gates that belong to row block g of weight_ih, and of weight_hh.
       const int64_t of_ih = (E - G + g) * H;
       const int64_t of_hh = (g - Cell::kRecurrentRow + G) % G * H;
       const int64_t row   = (n * G + g) * H;
       const auto product  = [&](int64_t column, const T* b, int64_t columns, T* out) {
-        matrix_product<T, Terms>(
-            {lanes<Terms>(terms), left + i * E * H + column, 1, distance, b + i * columns,
-             stride * columns, out + row * columns, columns, more},
-            mine(H), next(H));
+        matrix_product<T, Terms>({lanes<Terms>(f.count), f.grad_gates_terms + column, 1, E * H, b,
+                                  columns, out + row * columns, columns, false},
+                                 units.begin, units.end);
       };
-      if (T* const out = a.grad_weight_ih[d]) product(of_ih, input_b, a.I, out);
-      if (T* const out = a.grad_weight_hh[d]) product(of_hh, h_b, P, out);
-      if (T* const out = a.grad_bias_ih[d]) {
-        column_sums(out + row, grads + of_ih, distance, terms, mine(H), next(H), more);
-      }
+      if (T* const out = a.grad_weight_ih[d]) product(of_ih, f.input, a.I, out);
+      if (T* const out = a.grad_weight_hh[d]) product(of_hh, f.h_prev, P, out);
+      const auto sums = [&](int64_t column, T* out) {
+        column_sums(out + row, f.grad_gates + column, E * H, f.count, units.begin, units.end);
+      };
+      if (T* const out = a.grad_bias_ih[d]) sums(of_ih, out);
       if (T* const out = a.grad_bias_hh[d]) {
         if (E == G && a.grad_bias_ih[d]) {  // the same columns
-          std::memcpy(out + row + mine(H), a.grad_bias_ih[d] + row + mine(H),
-                      sizeof(T) * size_t(next(H) - mine(H)));
+          std::memcpy(out + row + units.begin, a.grad_bias_ih[d] + row + units.begin,
+                      sizeof(T) * size_t(units.end - units.begin));
         } else {
-          column_sums(out + row, grads + of_hh, distance, terms, mine(H), next(H), more);
+          sums(of_hh, out);
         }
       }
     }
-    if (T* const out = a.grad_weight_hr[d]) {  // = grad_h^T unprojected
-      matrix_product<T>({terms, all_grad_h + i * P, 1, stride * P, unprojected + i * H, stride * H,
-                         out + n * P * H, H, more},
-                        mine(P), next(P));
+    if (T* const out = a.grad_weight_hr[d]) {
+      matrix_product<T>({f.count, f.grad_h, 1, P, f.unprojected, H, out + n * P * H, H, false},
+                        rows_of_hr.begin, rows_of_hr.end);
     }
+  };
+  if (!a.groups) {
+    weight_grads({grad_gates, layout.kConverts ? input_terms : a.input,
+                  layout.kConverts ? h_terms : all_h_prev, all_grad_h, unprojected,
+                  layout.kConverts ? gates_terms : grad_gates, rows},
+                 0, {mine(H), next(H)}, {mine(P), next(P)});
+    return;
+  }
+  // A sample's rows, one behind the other: steps apart, they would all fall into the same few lines of
+  // the caches.
+  const int64_t series = s.B / a.groups;
+  for (int64_t n = mine(a.groups); n < next(a.groups); ++n) {
+    T* to             = group_rows;
+    const auto gather = [&](const T* from, int64_t columns) {
+      T* const gathered = to;
+      for (int64_t t = 0; from && t < s.T; ++t, to += series * columns) {
+        std::memcpy(to, from + (t * s.B + n * series) * columns,
+                    sizeof(T) * size_t(series * columns));
+      }
+      return static_cast<const T*>(gathered);
+    };
+    const T* const own_gates = gather(grad_gates, E * H);
+    weight_grads({own_gates, gather(a.input, a.I), gather(layout.h_prev ? all_h_prev : nullptr, P),
+                  gather(projects ? all_grad_h : nullptr, P),
+                  gather(projects ? unprojected : nullptr, H), own_gates, s.T * series},
+                 n, {0, H}, {0, P});
   }
 }
 
@@ -464,7 +491,8 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
 template <class Cell, class T, class Terms>
 bool backward(const BackwardArgs<T>& a) {
   const BackwardLayout<Cell, T, Terms> layout(a);
-  const Shape shape = shape_of<Cell, T>(a, layout.recurrent + layout.projection, kMaxRows<1>);
+  const Shape shape = shape_of<Cell, T>(
+      a, int64_t(sizeof(T)) * (layout.recurrent + layout.projection), kMaxRows<1>);
   return run_call<T>(shape, layout.elements(), a.num_threads,
                      [&](int64_t d, const Shard& shard, const Scratch<T>& scratch) {
                        backward_direction<Cell, T, Terms>(a, d, shard, scratch);

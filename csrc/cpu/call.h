@@ -123,10 +123,12 @@ struct States {
 };
 
 template <class Cell, class T, class Args>
-Shape shape_of(const Args& a, int64_t weight_elements, int max_rows) {
-  return {
-      a.sequences, rows_before(a.sequences, a.sequences.T), a.H,        a.P,     a.D, Cell::kGates,
-      kLanes<T>,   int64_t(sizeof(T)) * weight_elements,    l2_bytes(), max_rows};
+Shape shape_of(const Args& a, int64_t weight_bytes, int max_rows) {
+  return {a.sequences, rows_before(a.sequences, a.sequences.T),
+          a.H,         a.P,
+          a.D,         Cell::kGates,
+          kLanes<T>,   weight_bytes,
+          l2_bytes(),  max_rows};
 }
 
 // body(direction, shard, scratch) for all of a call, in one parallel region; false, with nothing

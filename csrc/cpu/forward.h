@@ -24,10 +24,12 @@ struct ForwardLayout {
   int64_t gates      = 0;  // gates_x of a chunk, unless it goes to the saved gates
   int64_t chunk_rows = 0;  // at most
   int64_t threads;         // at most
+  int64_t weight_bytes;    // of the weights, packed or not
   bool given;              // the packed weights are the caller's
+  bool stored;             // even unpacked weights are what products take, and not numbers
 
   bool packed() const { return recurrent > 0; }
-  int64_t panels() const { return recurrent + input + projection; }
+  int64_t panels_size() const { return recurrent + input + projection; }
 
   explicit ForwardLayout(const ForwardArgs<T>& a)
       : threads(a.num_threads), given(a.panels[0] != nullptr) {
@@ -35,12 +37,14 @@ struct ForwardLayout {
     const int64_t rows  = rows_before(s, s.T);
     const auto round_up = [](int64_t elements) { return (elements + 15) / 16 * 16; };
     if (!all_alike(s)) started = round_up(2 * s.B * a.P);
-    const bool stored = stored_as_terms(a);
-    if (stored) h_terms = round_up(2 * s.B * lanes<Terms>(a.P));
-    const int64_t passes  = s.T * ((s.B + kUnpackedRows - 1) / kUnpackedRows);
-    const int64_t size    = stored ? sizeof(typename Terms::Stored) : sizeof(T);
-    const int64_t weights = Cell::kGates * a.H * (a.I + a.P) * size;
-    if (!given && !a.weight_hr[0] && passes <= max_unpacked_passes(weights, l2_bytes())) return;
+    stored               = kConverts && a.weight_hh_bf16[0];
+    const int64_t passes = s.T * ((s.B + kUnpackedRows - 1) / kUnpackedRows);
+    weight_bytes         = Cell::kGates * a.H * (a.I + a.P) *
+                           int64_t(stored ? sizeof(typename Terms::Stored) : sizeof(T));
+    const bool unpacked =
+        !given && !a.weight_hr[0] && passes <= max_unpacked_passes(weight_bytes, l2_bytes());
+    if (kConverts && (stored || !unpacked)) h_terms = round_up(2 * s.B * lanes<Terms>(a.P));
+    if (unpacked) return;
     const auto panels = [&](int64_t K) {
       return round_up(blocks_of<T>(a.H) * forward_panel_size<Cell, T>(lanes<Terms>(K)));
     };
@@ -50,19 +54,15 @@ struct ForwardLayout {
       projection  = round_up(blocks_of<T>(a.P) * forward_panel_size<Projection, T>(a.H));
       unprojected = round_up(s.B * a.H);
     }
+    weight_bytes = panels_size() * int64_t(sizeof(T));
     // Rows of consecutive steps are one matrix: then a chunk is one product.
     const bool one_matrix = s.offsets || s.B == 1 || a.input_stride_t == s.B * a.input_stride_b;
     chunk_rows            = one_matrix ? max64(s.B, min64(rows, kChunkRows)) : s.B;
     if (!a.gates) gates = chunk_rows * Cell::kGates * a.H;
-    if (kConverts) {
-      input_terms = round_up(chunk_rows * lanes<Terms>(a.I));
-      h_terms     = round_up(2 * s.B * lanes<Terms>(a.P));
-    }
+    if (kConverts) input_terms = round_up(chunk_rows * lanes<Terms>(a.I));
   }
-  // Whether even unpacked weights are what the products take, and not numbers.
-  static bool stored_as_terms(const ForwardArgs<T>& a) { return kConverts && a.weight_hh_bf16[0]; }
   int64_t elements() const {
-    return !given * panels() + unprojected + started + h_terms + threads * input_terms + gates;
+    return !given * panels_size() + unprojected + started + h_terms + threads * input_terms + gates;
   }
 
   // Steps of the chunk that begins with the i-th.
@@ -113,7 +113,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   const ForwardLayout<Cell, T, Terms> layout(a);
 
   T* const panels      = scratch.numbers(d);
-  T* const unprojected = panels + !layout.given * layout.panels();
+  T* const unprojected = panels + !layout.given * layout.panels_size();
   T* const started     = unprojected + layout.unprojected;
   T* const h_terms     = started + layout.started;
   T* const input_terms = h_terms + layout.h_terms + shard.direction_rank * layout.input_terms;
@@ -256,7 +256,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
     if (layout.packed()) {
       run_tiles<ForwardTiles<Cell, T, Terms>>(step, row_begin, row_end, shard.block_begin,
                                               shard.block_end, i % 2 == 1);
-    } else if (layout.h_terms) {
+    } else if (layout.stored) {
       if constexpr (layout.kConverts) {
         run_short(Terms{}, i, a.input_bf16, a.weight_ih_bf16[d], a.weight_hh_bf16[d], row_begin,
                   row_end);
@@ -297,8 +297,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
 
 template <class Cell, class T, class Terms>
 Shape forward_shape(const ForwardArgs<T>& a, const ForwardLayout<Cell, T, Terms>& layout) {
-  return shape_of<Cell, T>(a, layout.recurrent + layout.input + layout.projection,
-                           kMaxRows<Cell::kGates>);
+  return shape_of<Cell, T>(a, layout.weight_bytes, kMaxRows<Cell::kGates>);
 }
 
 // With Pairs not for a projection.
@@ -321,7 +320,7 @@ int64_t pack(const ForwardArgs<T>& a, int64_t d, T* panels) {
     pack_direction(a, d, layout, panels,
                    [](int64_t blocks, const auto& pack_blocks) { pack_blocks(0, blocks); });
   }
-  return layout.panels();
+  return layout.panels_size();
 }
 
 template <class Cell, class T, class Terms>

@@ -95,11 +95,10 @@ void matrix_product(const ProductStep<T>& s, int64_t begin, int64_t end) {
   }
 }
 
-// out[0..] (+)= sum_r a[r][0..] for N vectors of columns, the last of `lanes` lanes. Sums of 16 rows, then
+// out[0..] = sum_r a[r][0..] for N vectors of columns, the last of `lanes` lanes. Sums of 16 rows, then
 // of kPartialRows, then of all: as for products, sums of sums lose less.
 template <class T, int N>
-void column_sums_strip(T* out, const T* a, int64_t a_stride, int64_t rows, int lanes,
-                       bool accumulate) {
+void column_sums_strip(T* out, const T* a, int64_t a_stride, int64_t rows, int lanes) {
   constexpr int V = kLanes<T>;
   const auto n    = [&](int j) FUSEDRNN_LAMBDA { return j < N - 1 ? V : lanes; };
   Vec<T> sum[N]{};
@@ -115,23 +114,20 @@ void column_sums_strip(T* out, const T* a, int64_t a_stride, int64_t rows, int l
     }
     unroll<N>([&](auto j) FUSEDRNN_LAMBDA { sum[j] = sum[j] + part[j]; });
   }
-  unroll<N>([&](auto j) FUSEDRNN_LAMBDA {
-    if (accumulate) sum[j] = sum[j] + load(out + j * V, n(j));
-    store(out + j * V, sum[j], n(j));
-  });
+  unroll<N>([&](auto j) FUSEDRNN_LAMBDA { store(out + j * V, sum[j], n(j)); });
 }
 
-// out[u] (+)= sum_r a[r][u] for u in [u_begin, u_end), in strips of columns: rows are far apart.
+// out[u] = sum_r a[r][u] for u in [u_begin, u_end), in strips of columns: rows are far apart.
 template <class T>
-void column_sums(T* out, const T* a, int64_t a_stride, int64_t rows, int64_t u_begin, int64_t u_end,
-                 bool accumulate) {
+void column_sums(T* out, const T* a, int64_t a_stride, int64_t rows, int64_t u_begin,
+                 int64_t u_end) {
   constexpr int64_t V = kLanes<T>;
   int64_t u           = u_begin;
   for (; u + 4 * V <= u_end; u += 4 * V) {
-    column_sums_strip<T, 4>(out + u, a + u, a_stride, rows, int(V), accumulate);
+    column_sums_strip<T, 4>(out + u, a + u, a_stride, rows, int(V));
   }
   for (; u < u_end; u += V) {
-    column_sums_strip<T, 1>(out + u, a + u, a_stride, rows, lanes_of<T>(u_end, u), accumulate);
+    column_sums_strip<T, 1>(out + u, a + u, a_stride, rows, lanes_of<T>(u_end, u));
   }
 }
 

@@ -60,7 +60,7 @@ struct Shape {
   int64_t H, P, D;
   int64_t gates;         // G
   int64_t lanes;         // V
-  int64_t weight_bytes;  // of one direction, packed
+  int64_t weight_bytes;  // of one direction, as the steps read them
   int64_t l2_bytes;      // asked once: all threads of a call must plan alike
   int max_rows;          // of a tile
 };
