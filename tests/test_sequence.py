@@ -4,6 +4,8 @@ One layer at a time, through functional.py; modules have their own tests. test_i
 again under every instruction set that the machine has.
 """
 
+import os
+
 import pytest
 import torch
 from helpers import num_threads, ran
@@ -299,3 +301,34 @@ def test_unknown_nonlinearity():
     x, initial, weights = layer_inputs("rnn_tanh", 2, 3, 5, 4, 1, torch.float32)
     with pytest.raises(ValueError, match="'tanh' or 'relu', got 'sigmoid'"):
         functional.rnn(x, initial[0], weights, "sigmoid")
+
+
+L2_BYTES = os.sysconf("SC_LEVEL2_CACHE_SIZE") if "SC_LEVEL2_CACHE_SIZE" in os.sysconf_names else 0
+
+
+# One sequence alone, whose input is projected ahead of its steps (csrc/cpu/ahead.h): T with and
+# without a last and smaller tile, I that the steps keep up with and not, sums of several parts.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("size", [(20, 64, 64), (21, 300, 70), (24, 33, 130), (38, 1, 97)], ids=str)
+def test_a_sequence_alone_has_the_bits_that_it_has_in_a_batch(size, directions, dtype):
+    steps, features, hidden = size
+    x, initial, weights = layer_inputs("lstm", steps, 2, features, hidden, directions, dtype)
+    alone = [t[:, :1].detach().contiguous() for t in (x, *initial)]
+    for threads in (1, 2):
+        with num_threads(threads), torch.no_grad(), ran("kernel_forward"):
+            both = functional.layer("lstm", x, initial, weights)
+            one = functional.layer("lstm", alone[0], tuple(alone[1:]), weights)
+        assert all(torch.equal(a, b[:, :1]) for a, b in zip(one, both, strict=True))
+        if size == (24, 33, 130) and dtype is torch.float32 and L2_BYTES in (1 << 20, 2 << 20):
+            assert ops.plan("lstm", alone[0], tuple(alone[1:]), weights).chunk <= 5  # or it did not
+        with num_threads(threads), ran("kernel_forward"):
+            saved = functional.layer("lstm", alone[0], tuple(alone[1:]), weights)
+        assert all(map(torch.equal, saved, one))
+        grads = torch.autograd.grad(saved[0].sum(), weights)
+        with num_threads(threads):
+            again = functional.layer(
+                "lstm", alone[0], tuple(alone[1:]), weights, ops.Options(recompute=True)
+            )
+        for a, b in zip(torch.autograd.grad(again[0].sum(), weights), grads, strict=True):
+            assert torch.equal(a, b)

@@ -1,6 +1,7 @@
 // WHEN: a layer's forward pass over all time steps.
 #pragma once
 
+#include "ahead.h"
 #include "call.h"
 #include "step.h"
 #include "unpacked.h"
@@ -27,6 +28,7 @@ struct ForwardLayout {
   int64_t weight_bytes;    // of the weights, packed or not
   bool given;              // the packed weights are the caller's
   bool stored;             // even unpacked weights are what products take, and not numbers
+  bool ahead = false;      // the input is projected ahead, beside the steps, and not by chunks
 
   bool packed() const { return recurrent > 0; }
   int64_t panels_size() const { return recurrent + input + projection; }
@@ -58,7 +60,12 @@ struct ForwardLayout {
     // Rows of consecutive steps are one matrix: then a chunk is one product.
     const bool one_matrix = s.offsets || s.B == 1 || a.input_stride_t == s.B * a.input_stride_b;
     chunk_rows            = one_matrix ? max64(s.B, min64(rows, kChunkRows)) : s.B;
-    if (!a.gates) gates = chunk_rows * Cell::kGates * a.H;
+    // Weights in L1 do not wait, those beyond L2 come too slowly to be read more often. The other
+    // cells' steps have too few accumulators of one panel.
+    ahead = Cell::kGates == 4 && s.B == 1 && !s.offsets && s.T > kAheadRows &&
+            weight_bytes > l2_bytes() / 8 && weight_bytes <= l2_bytes();
+    if (ahead) chunk_rows = kAheadRows;
+    if (!a.gates) gates = (1 + ahead) * chunk_rows * Cell::kGates * a.H;
     if (kConverts) input_terms = round_up(chunk_rows * lanes<Terms>(a.I));
   }
   int64_t elements() const {
@@ -202,6 +209,37 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
                                   begin, end, shard.block_begin, shard.block_end);
   };
 
+  // gates_x of step i, and of the next ones a signed stride apart: those of two tiles in turns, or all.
+  const int64_t time_sign = d == 0 ? 1 : -1;
+  const auto ahead_gates  = [&](int64_t i) {
+    return layout.gates ? chunk_gates + i % (2 * kAheadRows) * G * H
+                        : a.gates + (first + walk.offset(i)) * G * H;
+  };
+  Ahead<Cell, T, Terms> ahead(shard.block_begin, shard.block_end);
+  // Begins the projection of the tile of steps from i on; a last and smaller one is done at once.
+  const auto start_ahead = [&](int64_t i) {
+    ProjectStep<T> tile = project;
+    const int64_t count = min64(kAheadRows, s.T - i);
+    tile.input_stride   = time_sign * input_stride;
+    tile.gates          = ahead_gates(i);
+    tile.gates_stride   = (layout.gates ? 1 : time_sign) * G * H;
+    if (layout.kConverts) {
+      as_stored<Terms>(a.input, a.input_bf16, [&](const auto* input) {
+        to_terms<Terms>(input + input_at(i), tile.input_stride, input_terms, project.K, count, a.I);
+      });
+      tile.input        = input_terms;
+      tile.input_stride = project.K;
+    } else {
+      tile.input = a.input + input_at(i);
+    }
+    if (count == kAheadRows) {
+      ahead.start(tile);
+    } else {
+      run_tiles<ProjectTiles<Cell, T, Terms>>(tile, 0, count, shard.block_begin, shard.block_end,
+                                              false);
+    }
+  };
+
   Barrier barrier = scratch.step_barrier(d, shard);
   if (!start(0)) barrier.wait();
   int64_t chunk_end   = 0;  // steps
@@ -216,7 +254,12 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
       return layout.gates ? chunk_gates + (row - chunk_first) * G * H
                           : a.gates + (first + row) * G * H;
     };
-    if (layout.packed() && i == chunk_end) {
+    if (layout.ahead && i % kAheadRows == 0) {
+      if (i == 0) start_ahead(0);
+      ahead.finish();
+      if (i + kAheadRows < s.T) start_ahead(i + kAheadRows);
+    }
+    if (layout.packed() && !layout.ahead && i == chunk_end) {
       const int64_t begin = i;
       const bool all_rows = shard.row_begin == 0 && shard.row_end == s.B;
       // Row shards may be in different chunks, and share the memory for gates_x: row b of every chunk
@@ -246,14 +289,25 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
     T* const h    = output_of(i);
     step.h        = projects ? unprojected : h;
     step.h_stride = projects ? H : DP;
-    step.gates    = a.gates || layout.gates ? gates_of(offset) : nullptr;
+    step.gates    = layout.ahead              ? ahead_gates(i)
+                    : a.gates || layout.gates ? gates_of(offset)
+                                              : nullptr;
     if constexpr (Cell::kHasCell) {  // c passes through extra if there is one, else in place in c_n
       step.extra = a.extra ? a.extra + (first + offset) * H : c_n;
     } else if constexpr (Cell::kHasExtra) {
       step.extra = a.extra ? a.extra + (first + offset) * H : nullptr;
     }
 
-    if (layout.packed()) {
+    if (layout.ahead) {
+      if constexpr (G == 4) {
+        // As in run_tiles, every second step walks back: 0.99 of the time here.
+        const int64_t blocks = shard.block_end - shard.block_begin;
+        for (int64_t j = 0; j < blocks; ++j) {
+          const int64_t block = i % 2 ? shard.block_end - 1 - j : shard.block_begin + j;
+          forward_beside<Cell, T, Terms>(step, block, ahead);
+        }
+      }
+    } else if (layout.packed()) {
       run_tiles<ForwardTiles<Cell, T, Terms>>(step, row_begin, row_end, shard.block_begin,
                                               shard.block_end, i % 2 == 1);
     } else if (layout.stored) {
