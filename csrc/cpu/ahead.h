@@ -12,7 +12,12 @@ namespace {
 // Rows that are projected at once, with the recurrent product's accumulators beside theirs; and terms
 // of that product to each term of theirs, so that they come faster than the steps that need them.
 constexpr int kAheadRows = kAccumulators / 4 - 1;
-constexpr int kAheadUnit = kAheadRows > 2 ? kAheadRows - 1 : 1;
+constexpr int kAheadUnit = kAheadRows - 1;
+
+// With 12 accumulators the projection would be of 2 rows: 1.1 times as long on AVX2, for all that is
+// read anew. The other cells' steps have too few accumulators of one panel.
+template <class Cell>
+constexpr bool kCanGoAhead = kAccumulators == 24 && Cell::kGates == 4;
 
 // The sum of a product's terms in the order of step.h's `product`: parts of kPartialTerms.
 template <class T, int N>

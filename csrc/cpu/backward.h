@@ -38,14 +38,15 @@ struct BackwardLayout {
   int64_t grad_h      = 0;  // [N, P], of the projection's result
   int64_t unprojected = 0;  // [N, H]: what weight_hr was multiplied with
   // Where products take other than numbers, the terms of:
-  int64_t step_terms   = 0;  // [2, B, lanes]: grad_gates of a step,
-  int64_t rows_terms   = 0;  // of each thread: of the rows it works on,
-  int64_t input_weight = 0;  // [lanes, I]: weight_ih,
-  int64_t gates_terms  = 0;  // [lanes, E*H], [lanes, I], [lanes, P]: of all rows, with one row's
-  int64_t input_terms  = 0;  // number above the next one's, grad_gates, input and h_prev
-  int64_t h_terms      = 0;
-  int64_t group_rows   = 0;  // of each thread: what a sample's gradients are products of
-  int64_t threads;           // at most
+  int64_t step_terms    = 0;  // [2, B, lanes]: grad_gates of a step,
+  int64_t rows_terms    = 0;  // of each thread: of the rows it works on,
+  int64_t input_weight  = 0;  // [lanes, I]: weight_ih,
+  int64_t gates_terms   = 0;  // [lanes, E*H], [lanes, I], [lanes, P]: of all rows, with one row's
+  int64_t input_terms   = 0;  // number above the next one's, grad_gates, input and h_prev
+  int64_t h_terms       = 0;
+  int64_t group_rows    = 0;  // of each of group_threads: what a sample's gradients are products of
+  int64_t group_threads = 0;
+  int64_t threads;  // at most
 
   explicit BackwardLayout(const BackwardArgs<T>& a) : threads(a.num_threads) {
     const Sequences& s       = a.sequences;
@@ -73,8 +74,9 @@ struct BackwardLayout {
     if (Cell::kHasCarry) carry = initial_carry = s.B * a.H;
     if (a.grad_h0) initial_gates = s.B * gate_size;
     grad_gates = rows * gate_size;
-    if (a.groups) {
-      group_rows = rows / a.groups * (gate_size + a.I + a.P + (a.weight_hr[0] ? a.P + a.H : 0));
+    if (a.groups > 1) {
+      group_threads = min64(threads, a.groups);
+      group_rows    = rows / a.groups * (gate_size + a.I + a.P + (a.weight_hr[0] ? a.P + a.H : 0));
     }
     if (kConverts) {
       const int64_t row_lanes = lanes<Terms>(rows);
@@ -92,8 +94,8 @@ struct BackwardLayout {
   int64_t elements() const {
     return forward_input + forward_recurrent + gates + extra + recurrent + projection + h_prev +
            c_prev + carry + initial_carry + initial_gates + grad_gates + grad_h + unprojected +
-           step_terms + threads * (rows_terms + group_rows) + input_weight + gates_terms +
-           input_terms + h_terms;
+           step_terms + threads * rows_terms + group_threads * group_rows + input_weight +
+           gates_terms + input_terms + h_terms;
   }
 };
 
@@ -145,8 +147,7 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   T* const h_terms           = input_terms + layout.input_terms;
   T* const thread_memory     = h_terms + layout.h_terms;
   T* const rows_terms        = thread_memory + shard.direction_rank * layout.rows_terms;
-  T* const group_rows =
-      thread_memory + layout.threads * layout.rows_terms + shard.direction_rank * layout.group_rows;
+  T* const all_group_rows    = thread_memory + layout.threads * layout.rows_terms;
 
   T* const gates_again = kShareGates<Cell> ? grad_gates : own_gates;
   const T* const gates = again ? gates_again : a.gates + d * rows * G * H;
@@ -459,7 +460,7 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
                         rows_of_hr.begin, rows_of_hr.end);
     }
   };
-  if (!a.groups) {
+  if (a.groups <= 1) {
     weight_grads({grad_gates, layout.kConverts ? input_terms : a.input,
                   layout.kConverts ? h_terms : all_h_prev, all_grad_h, unprojected,
                   layout.kConverts ? gates_terms : grad_gates, rows},
@@ -469,6 +470,9 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   // A sample's rows, one behind the other: steps apart, they would all fall into the same few lines of
   // the caches.
   const int64_t series = s.B / a.groups;
+  T* const group_rows  = all_group_rows + layout.group_rows * (a.groups < shard.direction_threads
+                                                                   ? mine(a.groups)
+                                                                   : shard.direction_rank);
   for (int64_t n = mine(a.groups); n < next(a.groups); ++n) {
     T* to             = group_rows;
     const auto gather = [&](const T* from, int64_t columns) {

@@ -60,9 +60,8 @@ struct ForwardLayout {
     // Rows of consecutive steps are one matrix: then a chunk is one product.
     const bool one_matrix = s.offsets || s.B == 1 || a.input_stride_t == s.B * a.input_stride_b;
     chunk_rows            = one_matrix ? max64(s.B, min64(rows, kChunkRows)) : s.B;
-    // Weights in L1 do not wait, those beyond L2 come too slowly to be read more often. The other
-    // cells' steps have too few accumulators of one panel.
-    ahead = Cell::kGates == 4 && s.B == 1 && !s.offsets && s.T > kAheadRows &&
+    // Weights in L1 do not wait, those beyond L2 come too slowly to be read more often.
+    ahead = kCanGoAhead<Cell> && s.B == 1 && !s.offsets && s.T > 2 * kAheadRows &&
             weight_bytes > l2_bytes() / 8 && weight_bytes <= l2_bytes();
     if (ahead) chunk_rows = kAheadRows;
     if (!a.gates) gates = (1 + ahead) * chunk_rows * Cell::kGates * a.H;
@@ -299,11 +298,8 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
     }
 
     if (layout.ahead) {
-      if constexpr (G == 4) {
-        // As in run_tiles, every second step walks back: 0.99 of the time here.
-        const int64_t blocks = shard.block_end - shard.block_begin;
-        for (int64_t j = 0; j < blocks; ++j) {
-          const int64_t block = i % 2 ? shard.block_end - 1 - j : shard.block_begin + j;
+      if constexpr (kCanGoAhead<Cell>) {
+        for (int64_t block = shard.block_begin; block < shard.block_end; ++block) {
           forward_beside<Cell, T, Terms>(step, block, ahead);
         }
       }
