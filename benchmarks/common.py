@@ -166,6 +166,7 @@ def commit() -> str:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
+    """torch.set_num_threads(count), inside."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -107,17 +107,6 @@ def ran(*expected):
 
 
 @contextmanager
-def num_threads(count):
-    """torch.set_num_threads(count), inside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
 def matmul_precision(precision):
     """torch.set_float32_matmul_precision(precision), inside."""
     before = torch.get_float32_matmul_precision()

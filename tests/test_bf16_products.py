@@ -4,9 +4,10 @@ reference in float64 with the operands of every product rounded, and nothing els
 
 import pytest
 import torch
-from helpers import build, matmul_precision, num_threads, ran
+from helpers import build, matmul_precision, ran
 from layers import LAYER_CELLS, layer_inputs
 
+from benchmarks.common import threads as num_threads
 from fusedrnn import functional, modules, ops, reference
 
 pytestmark = pytest.mark.skipif(not ops.BF16_PRODUCTS, reason="no bfloat16 products here")

@@ -5,10 +5,11 @@ import threading
 
 import pytest
 import torch
-from helpers import CELLS, LAYERS, build, matmul_precision, num_threads, ran, states
+from helpers import CELLS, LAYERS, build, matmul_precision, ran, states
 from torch import nn
 
 import fusedrnn
+from benchmarks.common import threads as num_threads
 from fusedrnn import modules, ops
 
 I, H = 9, 33  # noqa: E741

@@ -8,9 +8,10 @@ import os
 
 import pytest
 import torch
-from helpers import num_threads, ran
+from helpers import ran
 from layers import LAYER_CELLS, layer_inputs, relative_error
 
+from benchmarks.common import threads as num_threads
 from fusedrnn import functional, ops, reference
 
 # T, B, I, H, D: below, at and above the vector widths (2 to 16 lanes) and tile heights (1 to 8

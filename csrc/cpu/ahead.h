@@ -91,12 +91,12 @@ class Ahead {
     unroll<R * G>([&](auto i) FUSEDRNN_LAMBDA { bias[i] = load(panel() + i % G * V); });
     sums_.start(bias);
     k_        = 0;
-    part_end_ = step_.K < kPartialTerms ? step_.K : kPartialTerms;
+    part_end_ = part_end(0, step_.K);
   }
   void end_part() {
     sums_.end_part();
     if (k_ < step_.K) {
-      part_end_ = step_.K - k_ < kPartialTerms ? step_.K : k_ + kPartialTerms;
+      part_end_ = part_end(k_, step_.K);
       return;
     }
     const int64_t unit = block_ * V;
@@ -134,15 +134,15 @@ void forward_beside(const ForwardStep<T>& s, int64_t block, Ahead<Cell, T, Terms
     });
   };
   while (k < s.K) {
-    const int64_t part_end = s.K - k < kPartialTerms ? s.K : k + kPartialTerms;
+    const int64_t end = part_end(k, s.K);
     unroll<G>([&](auto g) FUSEDRNN_LAMBDA { acc[g] = sums.part[g]; });
-    while (const int64_t n = min64(ahead.terms_left(), (part_end - k) / kAheadUnit)) {
+    while (const int64_t n = min64(ahead.terms_left(), (end - k) / kAheadUnit)) {
       ahead.beside(n, [&](int64_t i) FUSEDRNN_LAMBDA {
         unroll<kAheadUnit>([&](auto u) FUSEDRNN_LAMBDA { term(k + i * kAheadUnit + u); });
       });
       k += n * kAheadUnit;
     }
-    for (; k < part_end; ++k) term(k);
+    for (; k < end; ++k) term(k);
     unroll<G>([&](auto g) FUSEDRNN_LAMBDA { sums.part[g] = acc[g]; });
     sums.end_part();
   }

@@ -191,11 +191,12 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
     return false;
   };
   // The input of rows [begin, end) from step i's first row on, for project.
-  const auto project_input = [&](int64_t i, int64_t begin, int64_t end) -> const T* {
+  const auto project_input = [&](int64_t i, int64_t begin, int64_t end,
+                                 int64_t stride) -> const T* {
     if (!layout.kConverts) return a.input + input_at(i);
     as_stored<Terms>(a.input, a.input_bf16, [&](const auto* input) {
-      to_terms<Terms>(input + input_at(i) + begin * input_stride, input_stride,
-                      input_terms + begin * project.K, project.K, end - begin, a.I);
+      to_terms<Terms>(input + input_at(i) + begin * stride, stride, input_terms + begin * project.K,
+                      project.K, end - begin, a.I);
     });
     return input_terms;
   };
@@ -219,18 +220,10 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   const auto start_ahead = [&](int64_t i) {
     ProjectStep<T> tile = project;
     const int64_t count = min64(kAheadRows, s.T - i);
-    tile.input_stride   = time_sign * input_stride;
+    tile.input          = project_input(i, 0, count, time_sign * input_stride);
+    tile.input_stride   = (layout.kConverts ? 1 : time_sign) * project.input_stride;
     tile.gates          = ahead_gates(i);
     tile.gates_stride   = (layout.gates ? 1 : time_sign) * G * H;
-    if (layout.kConverts) {
-      as_stored<Terms>(a.input, a.input_bf16, [&](const auto* input) {
-        to_terms<Terms>(input + input_at(i), tile.input_stride, input_terms, project.K, count, a.I);
-      });
-      tile.input        = input_terms;
-      tile.input_stride = project.K;
-    } else {
-      tile.input = a.input + input_at(i);
-    }
     if (count == kAheadRows) {
       ahead.start(tile);
     } else {
@@ -269,7 +262,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
       if (all_rows) {
         const int64_t in_memory_last = d == 0 ? chunk_end - 1 : begin;
         const int64_t end = walk.offset(in_memory_last) + walk.count(in_memory_last) - chunk_first;
-        project.input     = project_input(in_memory_first, 0, end);
+        project.input     = project_input(in_memory_first, 0, end, input_stride);
         project.gates     = gates_of(chunk_first);
         run_tiles<ProjectTiles<Cell, T, Terms>>(project, 0, end, shard.block_begin, shard.block_end,
                                                 false);
@@ -277,7 +270,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
         for (int64_t j = begin; j < chunk_end; ++j) {
           const int64_t row = min64(shard.row_begin, walk.count(j));
           const int64_t end = min64(shard.row_end, walk.count(j));
-          project.input     = project_input(j, row, end);
+          project.input     = project_input(j, row, end, input_stride);
           project.gates     = gates_of(walk.offset(j));
           run_tiles<ProjectTiles<Cell, T, Terms>>(project, row, end, shard.block_begin,
                                                   shard.block_end, false);
