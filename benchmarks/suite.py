@@ -423,7 +423,7 @@ def run_rows(
     backends = [name for name in backends if name not in content["missing"]]
     costs = [estimate(row, measured[row.threads], backends, seconds) for row in todo]
     done = 0
-    with progress(sum(costs)) as step:
+    with progress(sum(costs)) as step, common.frozen_heap():
         for (cell, dtype, shape), group in itertools.groupby(
             todo, lambda row: (row.cell, row.dtype, row.shape)
         ):

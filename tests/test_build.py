@@ -106,6 +106,12 @@ def test_extension_loads_without_torch():
     assert not [path for path in loaded if "torch" in Path(path).name]
 
 
+def test_import_leaves_dynamo_alone():
+    """It takes as long to import as all else of torch."""
+    source = "import sys, fusedrnn; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", source], check=True)
+
+
 def test_one_openmp_runtime_is_loaded():
     loaded = libraries_after("import fusedrnn")
     runtimes = [path for path in loaded if re.match(r"lib(gomp|i?omp5?)\b", Path(path).name)]
