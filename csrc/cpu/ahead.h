@@ -9,10 +9,16 @@
 namespace fusedrnn {
 namespace {
 
-// Rows that are projected at once, with the recurrent product's accumulators beside theirs; and terms
-// of that product to each term of theirs, so that they come faster than the steps that need them.
-constexpr int kAheadRows = kAccumulators / 4 - 1;
-constexpr int kAheadUnit = kAheadRows - 1;
+// Rows of a tile, with the recurrent product's accumulators beside theirs; and terms of that product
+// to each term of theirs, so that they come faster than the steps that need them.
+constexpr int kAheadTile = kAccumulators / 4 - 1;
+constexpr int kAheadUnit = kAheadTile - 1;
+// Tiles that take turns, a piece of terms each: the second finds its weights in L1. The time of one
+// tile over that of two is 1.03 (H=128), 1.03 (160).
+constexpr int kAheadTiles     = 2;
+constexpr int64_t kAheadPiece = 16;
+constexpr int kAheadRows      = kAheadTiles * kAheadTile;
+static_assert(kPartialTerms % kAheadPiece == 0, "a piece lies in one part");
 
 // With 12 accumulators the projection would be of 2 rows: 1.1 times as long on AVX2, for all that is
 // read anew. The other cells' steps have too few accumulators of one panel.
@@ -22,7 +28,7 @@ constexpr bool kCanGoAhead = kAccumulators == 24 && Cell::kGates == 4;
 // The sum of a product's terms in the order of step.h's `product`: parts of kPartialTerms.
 template <class T, int N>
 struct PartialSums {
-  Vec<T> part[N]{}, sum[N]{};
+  Vec<T> part[N], sum[N];
   bool first = true;
 
   void start(const Vec<T> (&from)[N]) {
@@ -39,32 +45,34 @@ struct PartialSums {
   }
 };
 
-// A projection of kAheadRows rows that goes on a little at a time.
+// A projection of up to kAheadTiles tiles of rows that goes on a little at a time.
 template <class Cell, class T, class Terms>
 class Ahead {
  public:
-  static constexpr int G = Cell::kGates, V = kLanes<T>, R = kAheadRows;
+  static constexpr int G = Cell::kGates, V = kLanes<T>, R = kAheadTile;
 
-  // For blocks [begin, end) of units; step.input and step.gates are of the next rows, `start`'s.
+  // For blocks [begin, end) of units; step.input and step.gates are of the rows that `start` begins.
   Ahead(int64_t begin, int64_t end) : begin_(begin), end_(end), block_(end) {}
 
-  void start(const ProjectStep<T>& step) {
+  void start(const ProjectStep<T>& step, int tiles) {
     step_  = step;
+    tiles_ = tiles;
     block_ = begin_;
     start_block();
   }
   void finish() {
     while (block_ < end_) beside(terms_left(), [](int64_t) FUSEDRNN_LAMBDA {});
   }
-  // Terms up to the next end of a part; 0 if all rows are done.
-  int64_t terms_left() const { return block_ < end_ ? part_end_ - k_ : 0; }
+  // Terms up to the end of a tile's turn; 0 if all rows are done.
+  int64_t terms_left() const { return block_ < end_ ? piece_end_ - k_ : 0; }
 
   // The next n terms, n <= terms_left(), and beside the i-th of them other(i).
   template <class Other>
   FUSEDRNN_INLINE void beside(int64_t n, const Other& other) {
     Vec<T> acc[R * G];
-    unroll<R * G>([&](auto i) FUSEDRNN_LAMBDA { acc[i] = sums_.part[i]; });
-    const T* a   = step_.input + k_;
+    auto& part = sums_[tile_].part;
+    unroll<R * G>([&](auto i) FUSEDRNN_LAMBDA { acc[i] = part[i]; });
+    const T* a   = step_.input + tile_ * R * step_.input_stride + k_;
     const T* row = panel() + (1 + k_) * G * V;
     for (int64_t i = 0; i < n; ++i, ++a, row += G * V) {
       other(i);
@@ -77,9 +85,9 @@ class Ahead {
         });
       });
     }
-    unroll<R * G>([&](auto i) FUSEDRNN_LAMBDA { sums_.part[i] = acc[i]; });
+    unroll<R * G>([&](auto i) FUSEDRNN_LAMBDA { part[i] = acc[i]; });
     k_ += n;
-    if (k_ == part_end_) end_part();
+    if (k_ == piece_end_) end_turn();
   }
 
  private:
@@ -89,29 +97,42 @@ class Ahead {
     if (block_ == end_) return;
     Vec<T> bias[R * G];
     unroll<R * G>([&](auto i) FUSEDRNN_LAMBDA { bias[i] = load(panel() + i % G * V); });
-    sums_.start(bias);
-    k_        = 0;
-    part_end_ = part_end(0, step_.K);
+    for (int tile = 0; tile < tiles_; ++tile) sums_[tile].start(bias);
+    start_piece(0);
   }
-  void end_part() {
-    sums_.end_part();
-    if (k_ < step_.K) {
-      part_end_ = part_end(k_, step_.K);
-      return;
+  void start_piece(int64_t k) {
+    tile_        = 0;
+    piece_begin_ = k_ = k;
+    piece_end_        = min64(k + kAheadPiece, step_.K);
+  }
+  void end_turn() {
+    if (piece_end_ == step_.K || piece_end_ % kPartialTerms == 0) sums_[tile_].end_part();
+    if (++tile_ < tiles_) {
+      k_ = piece_begin_;
+    } else if (piece_end_ < step_.K) {
+      start_piece(piece_end_);
+    } else {
+      end_block();
     }
+  }
+  void end_block() {
     const int64_t unit = block_ * V;
     const int lanes    = lanes_of<T>(step_.H, unit);
-    unroll<R * G>([&](auto i) FUSEDRNN_LAMBDA {
-      store(step_.gates + i / G * step_.gates_stride + i % G * step_.H + unit, sums_.sum[i], lanes);
-    });
+    for (int tile = 0; tile < tiles_; ++tile) {
+      T* const gates = step_.gates + tile * R * step_.gates_stride + unit;
+      unroll<R * G>([&](auto i) FUSEDRNN_LAMBDA {
+        store(gates + i / G * step_.gates_stride + i % G * step_.H, sums_[tile].sum[i], lanes);
+      });
+    }
     ++block_;
     start_block();
   }
 
   int64_t begin_, end_, block_;
   ProjectStep<T> step_{};
-  int64_t k_ = 0, part_end_ = 0;
-  PartialSums<T, R * G> sums_;
+  int tiles_ = 0, tile_ = 0;
+  int64_t k_ = 0, piece_begin_ = 0, piece_end_ = 0;
+  PartialSums<T, R * G> sums_[kAheadTiles];
 };
 
 // forward_tile of one row and panel, and as much of the projection ahead as fits beside it.
@@ -120,7 +141,7 @@ void forward_beside(const ForwardStep<T>& s, int64_t block, Ahead<Cell, T, Terms
   constexpr int G = Cell::kGates, V = kLanes<T>;
   const T* const panel = s.panels + block * forward_panel_size<Cell, T>(s.K);
   Vec<T> acc[G];
-  PartialSums<T, G> sums;
+  PartialSums<T, G> sums{};
   unroll<G>([&](auto g) FUSEDRNN_LAMBDA { acc[g] = load(panel + g * V); });
   sums.start(acc);
   int64_t k       = 0;
