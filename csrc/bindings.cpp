@@ -163,9 +163,12 @@ struct Layer {
   // Reads a tensor, dense; false if it is not of this shape and dtype, or not ordinary.
   bool read_dense(PyObject* object, std::initializer_list<int64_t> shape, Dtype type,
                   TensorView* out) {
-    if (!Torch::get().read(object, out) || out->dtype != type || !out->has_shape(shape)) {
-      return false;
-    }
+    return Torch::get().read(object, out) && make_dense(object, shape, type, out);
+  }
+  // The same of a tensor that was read.
+  bool make_dense(PyObject* object, std::initializer_list<int64_t> shape, Dtype type,
+                  TensorView* out) {
+    if (out->dtype != type || !out->has_shape(shape)) return false;
     return out->is_dense() || copy(object, out);
   }
   bool read_dense(PyObject* object, std::initializer_list<int64_t> shape, TensorView* out) {
@@ -176,13 +179,13 @@ struct Layer {
   // be None. options: None, or the fields of ops.Options.
   bool read(int index, PyObject* input_object, const Items& initial, const Items& all_weights,
             PyObject* options, bool dense_input) {
-    const Torch& torch  = Torch::get();
-    cell_index          = index;
-    cell                = kCells[index];
-    projects            = all_weights.size() % 5 == 0;
-    const int64_t count = weights_of_direction();
-    D                   = all_weights.size() / count;
-    TensorView weight_hh;
+    const Torch& torch    = Torch::get();
+    cell_index            = index;
+    cell                  = kCells[index];
+    projects              = all_weights.size() % 5 == 0;
+    const int64_t count   = weights_of_direction();
+    D                     = all_weights.size() / count;
+    TensorView& weight_hh = weights[0][1];  // says how large the others are
     if (D < 1 || D > 2 || all_weights.size() % count != 0 || (projects && !cell.has_cell_state) ||
         !torch.read(input_object, &input) || !is_floating(dtype()) ||
         !torch.read(all_weights[1], &weight_hh) || weight_hh.dims != 2) {
@@ -201,7 +204,8 @@ struct Layer {
     for (int64_t d = 0; d < D; ++d) {
       TensorView* const w = weights[d];
       const auto object   = [&](int64_t i) { return all_weights[d * count + i]; };
-      if (!read_dense(object(0), {rows, I}, &w[0]) || !read_dense(object(1), {rows, P}, &w[1]) ||
+      if (!read_dense(object(0), {rows, I}, &w[0]) || (d > 0 && !torch.read(object(1), &w[1])) ||
+          !make_dense(object(1), {rows, P}, dtype(), &w[1]) ||
           (object(2) != Py_None && !read_dense(object(2), {rows}, &w[2])) ||
           (object(3) != Py_None && !read_dense(object(3), {rows}, &w[3])) ||
           (projects && !read_dense(object(4), {P, H}, &w[4]))) {

@@ -99,13 +99,14 @@ class Torch {
   }
 
   // False, with no Python error set, unless `object` is a torch.Tensor or Parameter (not a
-  // subclass), strided, on the CPU, of one of the Dtypes, with memory of its own.
-  bool read(PyObject* object, TensorView* out) const {
+  // subclass), strided, on the CPU, of one of the Dtypes, with memory of its own. is_new: it cannot be
+  // one that is only noted as negative.
+  bool read(PyObject* object, TensorView* out, bool is_new = false) const {
     if (Py_TYPE(object) != tensor_type_ && Py_TYPE(object) != parameter_type_) return false;
     bool ok = false;
     try {
       ok = (api_ ? read_dlpack(object, out) : read_attributes(object, out)) &&
-           is_false(PyObject_CallMethodNoArgs(object, is_neg_.ptr()));
+           (is_new || is_false(PyObject_CallMethodNoArgs(object, is_neg_.ptr())));
     } catch (const py::error_already_set&) {  // a kind of tensor that has no such attribute
       ok = false;
     } catch (const py::builtin_exception&) {  // or a symbolic one
@@ -131,7 +132,7 @@ class Torch {
     py::object tensor = owned(PyObject_VectorcallMethod(new_empty_.ptr(), args, 1 + n,
                                                         as_like ? nullptr : dtype_keyword_.ptr()));
     TensorView view;
-    if (!read(tensor.ptr(), &view)) throw NotOrdinary();
+    if (!read(tensor.ptr(), &view, true)) throw NotOrdinary();
     *data = view.data;
     return tensor;
   }
