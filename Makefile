@@ -23,7 +23,7 @@ CPP     := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(wildcard tests/cuda_on_cp
 .PHONY: demo test bench lint sanitize clean
 
 demo: .venv/bench.stamp
-	$(PY) -m benchmarks.workloads.char_lm
+	$(PY) -m benchmarks.workloads.char_lm --cell LSTM
 
 test: .venv/test.stamp
 	$(PY) -m pytest

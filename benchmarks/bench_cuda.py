@@ -64,6 +64,7 @@ SECONDS, QUICK_SECONDS = 380, 60  # of all together
 LIMITS_SECONDS = 90
 PACKED = (32, 100, 128)  # B, T, H
 PACKED_SECONDS = 0.3  # of a line
+NOISE_SECONDS = 1.0
 PAUSE_MS = 30.0  # at most: behind it the queue of kernels is full in any case
 TOO_LARGE = "FUSEDRNN_KERNEL=block"  # how cuda.py's error begins
 NOT_REACHED, FAILED = "not reached", "check failed"
@@ -365,7 +366,8 @@ def packed(clock: Clock, cell: str, number: str, mode: str) -> dict[str, Any]:
     with kernels(number == "tf32"), common.grad_mode(mode):
         calls = {THEIRS: call(theirs)}
         calls |= {path: call_by(PATHS[path], call(ours)) for path in ("step", "block")}
-        entry: dict[str, Any] = {"cell": cell, "number": number, "mode": mode, "failures": {}}
+        entry: dict[str, Any] = {"cell": cell, "number": number, "shape": PACKED, "mode": mode}
+        entry["failures"] = {}
         expected = calls[THEIRS]()
         bound = 0.05 if number in ("bfloat16", "float16") else 1e-2
         for path in ("step", "block"):
@@ -376,6 +378,14 @@ def packed(clock: Clock, cell: str, number: str, mode: str) -> dict[str, Any]:
                 if not str(error).startswith(TOO_LARGE):
                     entry["failures"][path] = str(error).splitlines()[0]
         return entry | times(clock, calls, PACKED_SECONDS)
+
+
+def against_itself() -> Timing:
+    """A call of torch.nn and the same call in turns, on the device: how far ratios scatter."""
+    mode = MODES[0]
+    call = Problem("LSTM", 8, 128).cases("float32")[THEIRS].call(mode)
+    with kernels(tf32=False), common.grad_mode(mode):
+        return take_turns(Clock(), {THEIRS: call, "fusedrnn": call}, NOISE_SECONDS)[0]
 
 
 # Limits -------------------------------------------------------------------------------------------
@@ -439,6 +449,23 @@ def table_line(entry: dict[str, Any], shape: str) -> str:
     return f"| {' | '.join(columns)} |"
 
 
+def failures(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """The failed checks of rows and of packed lines, a path each."""
+    return [
+        f"{e['cell']} {e['number']} "
+        + (f"B={e['batch']} H={e['size']}" if "batch" in e else "packed")
+        + f" {e['mode']}, {path}: {failure}"
+        for e in entries
+        for path, failure in e["failures"].items()
+    ]
+
+
+def limit_lines(found: list[dict[str, Any]] | str) -> list[str]:
+    if isinstance(found, str):
+        return [found]
+    return ["- " + ", ".join(f"{k}: {v}" for k, v in each.items()) for each in found]
+
+
 COLUMNS = (
     "| cell | number | B, H | torch.nn, device | step | block | mixed "
     "| torch.nn, wall | step | block | mixed |\n|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"
@@ -491,20 +518,9 @@ class Report:
             lines += ["", f"## Packed: B = {batch}, H = {size}, lengths even from 1 to {steps}"]
             lines += ["", COLUMNS.replace("B, H", "mode")]
             lines += [table_line(entry, entry["mode"]) for entry in self.packed]
-        lines += ["", "## Limits of the GPU", ""]
-        if isinstance(self.limits, str):
-            lines.append(self.limits)
-        else:
-            lines += [
-                "- " + ", ".join(f"{k}: {v}" for k, v in each.items()) for each in self.limits
-            ]
-        failures = [
-            f"{e['cell']} {e['number']} {e.get('batch', 'packed')} {e.get('size', '')} "
-            f"{e['mode']}, {path}: {failure}"
-            for e in self.rows + self.packed
-            for path, failure in e["failures"].items()
-        ]
-        found = {"Failed checks": failures, "Lost": self.lost, "Not reached in time": self.missing}
+        lines += ["", "## Limits of the GPU", "", *limit_lines(self.limits)]
+        failed = failures(self.rows + self.packed)
+        found = {"Failed checks": failed, "Lost": self.lost, "Not reached in time": self.missing}
         for name, texts in found.items():
             lines += ["", f"{name}: {len(texts)}.", *(f"- {text}" for text in texts)]
         return "\n".join(lines) + "\n"
@@ -523,15 +539,14 @@ class Report:
 
 
 def grid(report: Report, todo: list[Row], clock: Clock, end: float) -> None:
-    """Each row gets its share of the time that is left."""
+    """Each row gets its share of the time that is left, and is in the files before the next."""
     problem, made_for = None, None
     for done, row in enumerate(todo):
         left = end - perf_counter()
         report.missing = [f"{r}: {NOT_REACHED}" for r in todo[done:]]
         if left <= 0:
             break
-        if done % 10 == 0:
-            report.write()
+        report.write()
         print(f"{done + 1}/{len(todo)}, {left:.0f} s left: {row}", file=sys.stderr, flush=True)
         what = (row.cell, row.batch, row.size)
         try:
@@ -568,6 +583,7 @@ def measure(report: Report, quick: bool, seconds: int | None = None) -> None:
         for number in NUMBERS if not quick else ("bfloat16",):
             for mode in MODES:
                 report.packed.append(packed(clock, cell, number, mode))
+                report.write()
     grid(report, rows(QUICK_SHAPES if quick else SHAPES), clock, end)
 
 
@@ -585,7 +601,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = Report(directory, description())
     measure(report, options.quick, options.seconds)
     print(report.markdown())
-    return 1 if any(entry["failures"] for entry in report.rows + report.packed) else 0
+    return int(bool(failures(report.rows + report.packed) or report.lost))
 
 
 if __name__ == "__main__":

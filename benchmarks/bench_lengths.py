@@ -1,10 +1,12 @@
-"""Sequences of several lengths, and boundaries within them: fusedrnn's calls against torch.nn's
-PackedSequence, in turns: `python -m benchmarks.bench_lengths`. float32, one layer, B = 32, T = 100,
-H = 128, lengths drawn evenly from 1 to 100; reset_mask is true at every twentieth step or so.
+"""Sequences of several lengths, boundaries within them, and gates that backward computes again:
+fusedrnn's calls against torch.nn's PackedSequence, in turns: `python -m benchmarks.bench_lengths`.
+float32, one layer, B = 32, T = 100, H = 128, lengths drawn evenly from 1 to 100; reset_mask is true
+at every twentieth step or so.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +25,8 @@ def implementations(cell: str, training: bool) -> dict[str, Callable[[], Any]]:
     torch.manual_seed(0)
     theirs, ours = (getattr(IMPLEMENTATIONS[n], cell)(SIZE, SIZE) for n in ("torch.nn", "fusedrnn"))
     ours.load_state_dict(theirs.state_dict())
+    recomputing = copy.deepcopy(ours)
+    recomputing.recompute_gates = True
     lengths = torch.randint(1, STEPS + 1, (BATCH,))
     lengths[0] = STEPS
     padded = torch.randn(STEPS, BATCH, SIZE)
@@ -46,6 +50,7 @@ def implementations(cell: str, training: bool) -> dict[str, Callable[[], Any]]:
         "padded": call(ours, padded),
         "lengths": call(ours, padded, lengths=lengths),
         "reset_mask": call(ours, padded, reset_mask=mask),
+        "recompute_gates": call(recomputing, padded),
     }
 
 
@@ -55,10 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines = [
         f"{machine()}, commit {commit()}",
         "",
-        "ms, and times the packed call of fusedrnn; reset_mask: times the padded call",
+        "ms, and times the packed call of fusedrnn; reset_mask and recompute_gates: times the "
+        "padded call",
         "",
-        "| | threads | packed | torch.nn, packed | padded | lengths | padded, reset_mask |",
-        "|---" * 7 + "|",
+        "| | threads | packed | torch.nn, packed | padded | lengths | padded, reset_mask | padded, "
+        "recompute_gates |",
+        "|---" * 8 + "|",
     ]
     for cell in options.cells:
         for training in (False, True):
@@ -74,8 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     f"{timing.ms(name):.2f} ({timing.speedup(name):.2f}x)"
                     for name in ("torch.nn, packed", "padded", "lengths")
                 ]
-                reset = timing.ms("reset_mask")
-                times.append(f"{reset:.2f} ({reset / timing.ms('padded'):.3f}x)")
+                times += [
+                    f"{timing.ms(name):.2f} ({timing.ms(name) / timing.ms('padded'):.3f}x)"
+                    for name in ("reset_mask", "recompute_gates")
+                ]
                 what = f"{cell}, {'training' if training else 'inference'}"
                 lines.append(f"| {what} | {count} | {' | '.join(times)} |")
                 print(lines[-1], file=sys.stderr)

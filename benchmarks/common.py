@@ -279,7 +279,8 @@ def check_values(cases: dict[str, Case], mode: str, expected: Sequence[Tensor]) 
     dtype = theirs.input.dtype
     floor = torch.finfo(dtype).eps * (FLOAT64_ROUNDINGS if dtype == torch.float64 else 1)
     values, torchs = (cases[name].values(mode) for name in ("fusedrnn", "torch.nn"))
-    for i, (our, their, right) in enumerate(zip(values, torchs, expected, strict=False)):
+    pairs = list(zip(values, torchs, strict=True))
+    for i, ((our, their), right) in enumerate(zip(pairs, expected, strict=False)):
         scale = right.abs().max()
         error, limit = ((t - right).abs().max().item() / scale for t in (our, their))
         if not error <= 2 * limit + floor:

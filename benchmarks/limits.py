@@ -20,7 +20,7 @@ REPEATS = 10
 class Limits:
     """Of one number of threads."""
 
-    gemm: dict[str, float]  # GFLOP/s of torch.mm, by dtype
+    gemm: dict[str, float]  # GFLOP/s of torch.mm, by dtype: the best of two sizes and layouts
     l2: float  # GB/s read
     memory: float  # GB/s read
     l2_bytes: int  # the L2 of all threads
@@ -43,8 +43,12 @@ def measure(threads: int, dtypes: Sequence[str]) -> Limits:
     """To be called while torch uses `threads` threads."""
     gemm = {}
     for name in dtypes:
-        a = torch.randn(GEMM_SIZE, GEMM_SIZE).to(getattr(torch, name))
-        gemm[name] = 2 * GEMM_SIZE**3 / best_seconds(partial(torch.mm, a, a), 1) / 1e9
+        gemm[name] = max(
+            2 * size**3 / best_seconds(partial(torch.mm, a, b), 1) / 1e9
+            for size in (GEMM_SIZE, 2 * GEMM_SIZE)
+            for a in [torch.randn(size, size).to(getattr(torch, name))]
+            for b in (a, a.t())
+        )
     l2 = threads * l2_bytes()
     half, quarter = torch.randn(l2 // 8), torch.randn(l2 // 16)  # of 4 bytes each
     # The difference, so that the price of a call drops out.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from statistics import geometric_mean
 from typing import Any
 
-from . import common, suite
+from . import bench_cuda, common, suite
 from .suite import Mean, ratio
 
 Content = dict[str, Any]
@@ -157,7 +157,7 @@ def losses(content: Content) -> list[str]:
         f"- {record['name']} {training['title']}: {training['speedup']:.2f} of torch.nn"
         for record in content["workloads"]
         for training in record.get("trainings", ())
-        if training["speedup"] < 1
+        if (training["speedup"] or 1) < 1
     ]
     return ["", f"Rows in which fusedrnn is slower: {len(found)}.", *found]
 
@@ -179,6 +179,9 @@ def missing(content: Content) -> list[str]:
             if "missing" in peer:
                 reasons.setdefault((name, peer["missing"]), []).append(suite.name_of(row))
     found = [f"- {name}, in every row: {why}" for name, why in content["missing"].items()]
+    found += [
+        f"- {name}, in every row: left out (--backends)" for name in content.get("left_out", ())
+    ]
     found += [
         f"- {name}, in {len(names)} of {len(content['rows'])} rows, the first {names[0]}: {why}"
         for (name, why), names in reasons.items()
@@ -270,7 +273,24 @@ def cuda_lines(content: Content) -> list[str]:
     lines.append("- times are the GPU's alone, on the path that fusedrnn chooses")
     lines += ["", f"Lost or not reached: {len(found['lost'] + found['not reached'])}."]
     lines += [f"- {text}" for text in found["lost"] + found["not reached"]]
-    return lines
+    lines += ["", "## Limits of the GPU", "", *bench_cuda.limit_lines(found["limits"])]
+    return [*lines, *packed_table(found["packed"])]
+
+
+def packed_table(entries: Sequence[Content]) -> list[str]:
+    """bench_cuda's packed lines: on either path, whatever fusedrnn chooses."""
+    modes = {name: mode for mode, name in suite.MODES.items()}
+    paths = ("step", "block")
+    lines = []
+    for entry in entries:
+        shape = entry.get("shape", bench_cuda.PACKED)  # the first files do not have it
+        columns = [entry["cell"], entry["number"], ", ".join(map(str, shape))]
+        columns += [modes[entry["mode"]], f"{entry['device_ms'][bench_cuda.THEIRS]:.3f}"]
+        columns += [bench_cuda.ratio(entry, path, "device_ms") for path in paths]
+        lines.append(columns)
+    titles = ["cell", "dtype", "B, T, H", "mode", "torch.nn ms", *(f"{p} ms" for p in paths)]
+    head = ["", "## Packed sequences of lengths even from 1 to T", ""]
+    return [*head, *table(titles, 4, lines)] if lines else []
 
 
 def incomplete(content: Content) -> list[str]:

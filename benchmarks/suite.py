@@ -44,6 +44,7 @@ from .workloads import (
     seq2seq,
     video,
 )
+from .workloads.common import missed
 
 SCHEMA = 1  # of the JSON
 DTYPES = ("float32", "float64", "bfloat16")
@@ -210,15 +211,19 @@ def busy_seconds() -> float:
     return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 
 
-def measure_noise() -> dict[str, Any]:
+def against_itself() -> common.Timing:
+    """A call of torch.nn and the same call, in turns."""
+    call = common.make_cases("LSTM", 8, 128, inner=False)["torch.nn"].call("no_grad")
+    with common.grad_mode("no_grad"):
+        return common.interleave({"torch.nn": call, "fusedrnn": call}, NOISE_ROUNDS)
+
+
+def measure_noise(turns: Callable[[], common.Timing] = against_itself) -> dict[str, Any]:
     """The quartiles of the time of a call of torch.nn over that of the same call, in turns, and the
     share of all CPUs that other programs took meanwhile.
     """
-    case = common.make_cases("LSTM", 8, 128, inner=False)["torch.nn"]
-    call = case.call("no_grad")
     busy, own, start = busy_seconds(), time.process_time(), time.perf_counter()
-    with common.grad_mode("no_grad"):
-        timing = common.interleave({"torch.nn": call, "fusedrnn": call}, NOISE_ROUNDS)
+    timing = turns()
     seconds = (time.perf_counter() - start) * (os.cpu_count() or 1)
     used = busy_seconds() - busy - (time.process_time() - own)
     others = None if math.isnan(used) else max(0.0, used / seconds)
@@ -326,6 +331,7 @@ class Results:
             "complete": False,
             "environment": environment(threads),
             "missing": peers.missing(),
+            "left_out": [],  # peers that were not asked for
             "noise": {},
             "limits": {},
             "expected_rows": 0,
@@ -349,7 +355,8 @@ def name_of(row: dict[str, Any]) -> str:
 
 
 def failures(content: dict[str, Any]) -> list[str]:
-    """Failed checks and exceptions of all rows, of peers too, and of workloads."""
+    """Failed checks and exceptions of all rows, of peers too, and of workloads, and thresholds that
+    whole trainings have not reached."""
     found = []
     for row in content["rows"]:
         found += [f"{name_of(row)}: {row['failed']}"] if "failed" in row else []
@@ -358,7 +365,11 @@ def failures(content: dict[str, Any]) -> list[str]:
             for name, peer in row["peers"].items()
             if "failed" in peer
         ]
-    found += [f"{w['name']}: {w['failed']}" for w in content["workloads"] if "failed" in w]
+    for record in content["workloads"]:
+        lines = [record["failed"]] if "failed" in record else missed(record)
+        found += [f"{record['name']}: {line}" for line in lines]
+    if "cuda" in content:  # what has no row
+        found += bench_cuda.failures(content["cuda"]["packed"]) + content["cuda"]["lost"]
     return found
 
 
@@ -412,6 +423,9 @@ def run_rows(
     """Measures all rows; each is in the file before the next begins."""
     content = results.content
     content["expected_rows"] = len(todo)
+    content["left_out"] = [
+        name for name in peers.PEERS if name not in backends and name not in content["missing"]
+    ]
     measured = {}
     for threads in content["environment"]["threads"]:
         with common.threads(threads):
@@ -503,6 +517,11 @@ def cuda_row(entry: dict[str, Any]) -> dict[str, Any]:
     )
     row: dict[str, Any] = dict(zip(KEY, values, strict=True)) | {"peers": {}}
     chosen = entry["chosen"]
+    row["peers"] |= {
+        f"{path} path": {"failed": f"check: {failure}"}
+        for path, failure in entry["failures"].items()
+        if path != chosen
+    }
     if chosen not in entry["device_ms"]:
         return row | {"failed": f"check: {entry['failures'].get(chosen, 'not timed')}"}
     device, wall = entry["device_ms"], entry["wall_ms"]
@@ -514,6 +533,7 @@ def cuda_row(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_cuda(results: Results, quick: bool) -> None:
+    results.content["noise"]["GPU"] = measure_noise(bench_cuda.against_itself)
     print("\n".join(start_lines(results.content)), flush=True)
     report = CudaReport(results)
     bench_cuda.measure(report, quick)
@@ -573,9 +593,10 @@ def start_lines(content: dict[str, Any]) -> list[str]:
             f"L2 {limit['l2']:.0f} GB/s, memory {limit['memory']:.0f} GB/s"
         )
     for count, noise in content["noise"].items():
+        where = f"threads: {count}" if count.isdecimal() else count
         others = "unknown" if noise["others"] is None else f"{noise['others']:.0%}"
         lines.append(
-            f"- noise, threads: {count}: half of the ratios of a call to itself are from "
+            f"- noise, {where}: half of the ratios of a call to itself are from "
             f"{noise['low']:.3f} to {noise['high']:.3f}; others' share of all CPUs: {others}"
         )
     if any(noise["noisy"] for noise in content["noise"].values()):

@@ -211,8 +211,21 @@ class Ragged(NamedTuple):
         return empty.index_copy(0, self.rows, rows)
 
 
-def _rows_of(lengths: Tensor, first: Tensor, stride: int, device: torch.device) -> Ragged:
-    """Of sequences whose t-th row is first + t * stride; lengths and first: CPU, int64 [B]."""
+_CPU = torch.device("cpu")
+
+
+def rows_of(
+    lengths: Tensor, first: Tensor, stride: int, seq_len: int, device: torch.device = _CPU
+) -> Ragged:
+    """Of sequences whose t-th row is first + t * stride; lengths and first: CPU, int64 [B].
+
+    ValueError unless the lengths are from 0 to seq_len. In a graph one operator: see library.py.
+    """
+    if len(lengths) and (int(lengths.min()) < 0 or int(lengths.max()) > seq_len):
+        raise ValueError(
+            f"lengths must be from 0 to {seq_len}, the input's time steps, got "
+            f"{int(lengths.min())} to {int(lengths.max())}; pad the input or clamp the lengths"
+        )
     ordered, order = lengths.sort(descending=True, stable=True)
     order = order[: int((ordered > 0).sum())]
     ordered = ordered[: len(order)]
@@ -244,27 +257,15 @@ def from_lengths(
             f"lengths must be [{batch}], one for each sequence of the batch, got "
             f"{list(lengths.shape)}"
         )
-    if is_compiling():
-        return Ragged(*torch.ops.fusedrnn.ragged(lengths, seq_len, batch_first))
-    return rows_of_lengths(lengths, seq_len, batch_first, device)
-
-
-_CPU = torch.device("cpu")
-
-
-def rows_of_lengths(
-    lengths: Tensor, seq_len: int, batch_first: bool, device: torch.device = _CPU
-) -> Ragged:
-    """`from_lengths` of int64 lengths [B] on the CPU. In a graph one operator: see library.py."""
-    (batch,) = lengths.shape
-    if batch and (int(lengths.min()) < 0 or int(lengths.max()) > seq_len):
-        raise ValueError(
-            f"lengths must be from 0 to {seq_len}, the input's time steps, got "
-            f"{int(lengths.min())} to {int(lengths.max())}; pad the input or clamp the lengths"
-        )
     sequences = torch.arange(batch, device="cpu")
     first = sequences * seq_len if batch_first else sequences
-    return _rows_of(lengths, first, 1 if batch_first else batch, device)
+    arguments = (lengths, first, 1 if batch_first else batch, seq_len)
+    return _in_graph(*arguments) if is_compiling() else rows_of(*arguments, device)
+
+
+def _in_graph(*arguments: Any) -> Ragged:
+    """rows_of(*arguments), while torch.compile builds a graph."""
+    return Ragged(*torch.ops.fusedrnn.ragged(*arguments))
 
 
 def from_jagged(nested: Tensor) -> Ragged:
@@ -281,4 +282,5 @@ def from_jagged(nested: Tensor) -> Ragged:
     if nested.lengths() is not None:  # type: ignore[attr-defined]
         raise ValueError("a jagged input must have no holes; call .contiguous() before")
     offsets = nested.offsets().cpu()  # type: ignore[attr-defined]
-    return _rows_of(offsets.diff(), offsets[:-1], 1, nested.device)
+    arguments = (offsets.diff(), offsets[:-1], 1, nested.values().shape[0])
+    return _in_graph(*arguments) if is_compiling() else rows_of(*arguments, nested.device)

@@ -24,9 +24,10 @@ sample.
 that it records, so that a caller never does. Forward-mode AD and second derivatives are composed of
 torch's operations, from reference.py: a missing rule would be a zero derivative, and no error.
 
-    fusedrnn::ragged(lengths, seq_len, batch_first) -> (rows, batch_sizes, order)
+    fusedrnn::ragged(lengths, first, stride, seq_len) -> (rows, batch_sizes, order)
 
-is extensions.py's Ragged of a padded input. How large its results are is known at run time only.
+is extensions.py's Ragged of a padded or jagged input. How large its results are is known at run
+time only.
 """
 
 from __future__ import annotations
@@ -674,15 +675,16 @@ _FORWARD = {cell: forward for cell, (forward, _) in _OPERATORS.items()}
 _BACKWARD = {cell: backward for cell, (_, backward) in _OPERATORS.items()}
 
 
-def _fake_ragged(lengths: Tensor, seq_len: int, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_ragged(lengths: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     size = custom_operators.get_ctx().new_dynamic_size
     rows, batch_sizes, order = (lengths.new_empty(size()) for _ in range(3))
     return rows, batch_sizes, order
 
 
 _LIBRARY.define(
-    "ragged(Tensor lengths, SymInt seq_len, bool batch_first) -> (Tensor, Tensor, Tensor)",
+    "ragged(Tensor lengths, Tensor first, SymInt stride, SymInt seq_len)"
+    " -> (Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-_LIBRARY.impl("ragged", extensions.rows_of_lengths, "CompositeExplicitAutograd")
+_LIBRARY.impl("ragged", extensions.rows_of, "CompositeExplicitAutograd")
 custom_operators.register_fake("fusedrnn::ragged", _fake_ragged, lib=_LIBRARY)

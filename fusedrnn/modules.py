@@ -235,16 +235,18 @@ class _Layers(_Fused, nn.RNNBase):
         pair = self._num_states == 2 and isinstance(hx, (tuple, list))
         states: States = () if hx is None else tuple(hx) if pair else (hx,)
         fits = hx is None or len(states) == self._num_states
-        packed = isinstance(input, PackedSequence)
+        packed, jagged = isinstance(input, PackedSequence), is_jagged(input)
         tensors = [t for t in input if t is not None] if packed else [input]
+        if jagged:
+            tensors = [input.values(), input.offsets()]
         tensors += [*states, *(getattr(self, name) for name in self._flat_weights_names)]
         tensors += [v for k, v in given.items() if k == "reset_mask" or isinstance(v, Tensor)]
         order = input.sorted_indices if packed else None
-        sizes_known = not ("lengths" in given or (packed and hx is None and order is None))
+        sizes_read = jagged or "lengths" in given or (packed and hx is None and order is None)
         if (
             fits
             and library.fits_a_graph(tensors)
-            and (sizes_known or library.sizes_may_be_unknown())
+            and (not sizes_read or library.sizes_may_be_unknown())
         ):
             if packed and hx is None:
                 # For all layers: a number that is read from a tensor twice is two to a graph.

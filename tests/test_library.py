@@ -15,6 +15,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jvp, vmap
+from torch.nested import nested_tensor_from_jagged
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -137,7 +138,8 @@ def test_opcheck_of_options_and_projections(cell, proj_size, given):
 
 @pytest.mark.parametrize("lengths", [[4, 0, 6, 1, 4], [0, 0], []], ids=str)
 def test_opcheck_of_ragged(lengths):
-    arguments = (torch.tensor(lengths, dtype=torch.int64), 6, True)
+    first = torch.arange(0, 6 * len(lengths), 6)
+    arguments = (torch.tensor(lengths, dtype=torch.int64), first, 1, 6)
     custom_operators.opcheck(torch.ops.fusedrnn.ragged.default, arguments)
 
 
@@ -403,10 +405,18 @@ def pack(input, lengths=UNSORTED, sort=True):
     return pack_padded_sequence(input, torch.as_tensor(lengths), enforce_sorted=not sort)
 
 
+def jagged(input, lengths=LENGTHS):
+    """The first steps of padded input, as many as `lengths` say."""
+    values = torch.cat([input[:n, b] for b, n in enumerate(lengths.tolist())])
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    return nested_tensor_from_jagged(values, offsets)
+
+
 def tensors_of(result):
-    """Those of a module's result, which may have a PackedSequence for its output."""
+    """Those of a module's result, with the rows of a PackedSequence or a jagged tensor."""
     output, *rest = result
-    return [output.data if isinstance(output, PackedSequence) else output, *flat(rest)]
+    first = output.data if isinstance(output, PackedSequence) else output
+    return [r.values() if r.layout is torch.jagged else r for r in (first, *flat(rest))]
 
 
 # Calls of a module with an input [6, 5, I], each one graph.
@@ -423,6 +433,8 @@ CALLS = {
     "packed, hx": lambda m, x, hx: m(pack(x), hx),
     "packed, sorted": lambda m, x, hx: m(pack(x, SORTED, False)),
     "packed, sorted, hx": lambda m, x, hx: m(pack(x, SORTED, False), hx),
+    "jagged": lambda m, x, hx: m(jagged(x)),
+    "jagged, hx": lambda m, x, hx: m(jagged(x), hx),
     "cells": lambda m, x, hx: m(x, hx, return_cell_states=True),
     "cells and lengths": lambda m, x, hx: m(x, lengths=LENGTHS, return_cell_states=True),
 }
@@ -495,7 +507,9 @@ def test_one_graph_that_recomputes_gates(name, call):
     assert_one_graph(name, call, True)
 
 
-@pytest.mark.parametrize("call", ["lengths and reset", "cells and lengths", "packed, sorted"])
+@pytest.mark.parametrize(
+    "call", ["lengths and reset", "cells and lengths", "packed, sorted", "jagged, hx"]
+)
 def test_one_graph_by_inductor(call):
     name = "LSTM, projected"
     module = build(modules, "LSTM", I, H, **BUILDS[name])
@@ -509,15 +523,23 @@ def test_one_graph_by_inductor(call):
 
 
 @pytest.mark.parametrize(
-    ("kind", "steps"), [("lengths", 3), ("reset", 3), ("packed", 3), ("packed, sorted", 2)]
+    ("kind", "graphs"),
+    [
+        ("lengths", [1, 2, 3, 3, 3]),
+        ("reset", [1, 2, 3, 3, 3]),
+        ("packed", [1, 2, 3, 3, 3]),
+        ("packed, sorted", [1, 2, 2, 2, 2]),
+        ("jagged", [1, 1, 2, 2, 2]),
+    ],
 )
-def test_sizes_of_every_kind_compile_once(kind, steps):
-    """Anew when the length first differs, and when the batch does, of which a sorted packed
-    sequence's graph knows nothing."""
+def test_sizes_of_every_kind_compile_once(kind, graphs):
+    """Anew when the length first differs, of which a jagged tensor's graph knows nothing, and when
+    the batch does, of which a sorted packed sequence's does not."""
     calls = {
         "lengths": lambda m, x, n: m(x, lengths=n),
         "reset": lambda m, x, n: m(x, reset_mask=torch.arange(len(x)).unsqueeze(1) == n),
         "packed": lambda m, x, n: m(pack(x, n.clamp(min=1))),
+        "jagged": lambda m, x, n: m(jagged(x, n)),
         "packed, sorted": lambda m, x, n: m(
             pack(x, n.clamp(min=1).sort(descending=True)[0], sort=False)
         ),
@@ -533,7 +555,7 @@ def test_sizes_of_every_kind_compile_once(kind, steps):
             actual[0].sum().backward()
         assert all(map(torch.equal, actual, tensors_of(calls[kind](module, x, n))))
         found.append(counter.frame_count)
-    assert found == [1, 2, steps, steps, steps]
+    assert found == graphs
 
 
 @pytest.mark.parametrize("call", ["lengths", "packed, sorted", "mask of numpy"])

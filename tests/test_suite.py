@@ -417,12 +417,24 @@ def test_report_has_readmes_table_and_every_loss(finished, tmp_path, capsys):
     assert f"| {saved:.0f} |" in memory_row
 
 
-def test_numbers_are_the_readmes(finished):
-    """The head of README's table is what the report prints."""
+RESULTS = ROOT / "benchmarks/results/zen4-avx512-2cores-cpu.json"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_numbers_are_the_readmes(dtype):
+    """README's tables are what the report prints of the results that are kept."""
     from benchmarks import report
 
-    head = report.numbers(finished[1], "float32")[5:6]
-    assert head[0] in (ROOT / "README.md").read_text().splitlines()
+    lines = report.numbers(json.loads(RESULTS.read_text()), dtype)
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) > 5
+    assert "\n".join(table) in (ROOT / "README.md").read_text()
+
+
+def test_what_readme_shows_is_there():
+    paths = re.findall(r"\]\(([\w-]+(?:[./][\w-]+)+)\)", (ROOT / "README.md").read_text())
+    assert paths
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 def test_compare(finished, tmp_path, capsys):
@@ -521,13 +533,20 @@ def test_the_cuda_suite_has_bench_cudas_rows(monkeypatch, tmp_path, capsys):
     entry["wall_ms"] = {"torch.nn": 4.0, "step": 3.0, "block": 2.0}
     wrong = entry | {"mode": "forward+backward", "device_ms": {"torch.nn": 3.0, "block": 1.0}}
     wrong["failures"] = {"step": "tensor 0: 1.0e+00"}
+    limits = [{"what": "grid.sync", "us": 1.5}, {"what": "cluster barrier", "us": 0.2}]
+    packed = {"cell": "GRU", "number": "tf32", "shape": (32, 100, 128), "mode": "no_grad"}
+    packed |= {"device_ms": {"torch.nn": 3.0, "step": 4.0, "block": 1.5}, "failures": {}}
+    noise = common.Timing({"torch.nn": [0.9, 1.0, 1.1], "fusedrnn": [1.0, 1.0, 1.0]})
 
     def measure(report, quick):
         assert quick
         report.rows = [entry, wrong]
         report.missing = ["GRU tf32 B=8 H=64: not reached"]
+        report.limits, report.packed = limits, [packed]
         report.write()
 
+    monkeypatch.setattr(suite, "busy_seconds", lambda: float("nan"))
+    monkeypatch.setattr(bench_cuda, "against_itself", lambda: noise)
     monkeypatch.setattr(bench_cuda, "unavailable", lambda: None)
     monkeypatch.setattr(bench_cuda, "description", lambda: {"card": "a GPU"})
     monkeypatch.setattr(bench_cuda, "measure", measure)
@@ -540,16 +559,63 @@ def test_the_cuda_suite_has_bench_cudas_rows(monkeypatch, tmp_path, capsys):
     assert good["peers"]["torch.nn"]["ratio"] == 1.5
     assert failed["failed"] == "check: tensor 0: 1.0e+00"
     assert content["expected_rows"] == 3
+    assert content["noise"]["GPU"]["low"] == pytest.approx(0.95)
+    assert content["noise"]["GPU"]["noisy"] is True
     capsys.readouterr()
     assert main(["report", str(path)]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert "- card: a GPU" in printed
     assert "- GRU tf32 B=8 H=64: not reached" in printed
     assert any(
+        line.startswith("- noise, GPU: half of the ratios of a call to itself are from 0.950")
+        for line in printed
+    )
+    assert "- what: grid.sync, us: 1.5" in printed
+    assert "- what: cluster barrier, us: 0.2" in printed
+    assert (
+        "| GRU | tf32 | 32, 100, 128 | inference | 3.000 "
+        "| 4.000 (0.75x **slower**) | 1.500 (2.00x) |"
+    ) in printed
+    assert any(
         line.startswith("| 8, 512, 64 | inference | - | 3.000 | 2.000 |") for line in printed
     )
     assert main(["plot", str(path)]) == 0
     assert (tmp_path / "a-heatmap-tf32.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("where", "failure"),
+    [
+        ("packed", "GRU tf32 packed no_grad, step: wrong"),
+        ("lost", "GRU tf32 B=8 H=64 no_grad: out of memory"),
+        ("rows", "GRU tf32 8x512x64 inference, block path: check: wrong"),
+    ],
+)
+def test_the_cuda_suite_tells_every_failure(monkeypatch, tmp_path, capsys, where, failure):
+    """Also of what has no row, and of a path that fusedrnn does not choose."""
+    bench_cuda = suite.bench_cuda
+    line = {"cell": "GRU", "number": "tf32", "mode": "no_grad"}
+    line["device_ms"] = line["wall_ms"] = {"torch.nn": 3.0, "step": 2.0}
+    row = line | {"batch": 8, "size": 64, "steps": 512, "chosen": "step", "rounds": 5}
+
+    def measure(report, quick):
+        report.rows = [row | {"failures": {"block": "wrong"} if where == "rows" else {}}]
+        report.packed = [line | {"failures": {"step": "wrong"} if where == "packed" else {}}]
+        report.lost = [failure] if where == "lost" else []
+        report.write()
+
+    even = common.Timing({"torch.nn": [1.0, 1.0], "fusedrnn": [1.0, 1.0]})
+    monkeypatch.setattr(bench_cuda, "against_itself", lambda: even)
+    monkeypatch.setattr(bench_cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(bench_cuda, "description", lambda: {"card": "a GPU"})
+    monkeypatch.setattr(bench_cuda, "measure", measure)
+    path = tmp_path / "a.json"
+    assert main(["run", "--suite", "cuda", "--out", str(path)]) == 1
+    assert suite.failures(json.loads(path.read_text())) == [failure]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[printed.index("Failed: 1.") + 1] == f"- {failure}"
+    assert main(["report", str(path)]) == 0
+    assert f"- {failure}" in capsys.readouterr().out.splitlines()
 
 
 # Bad input ----------------------------------------------------------------------------------------

@@ -2,8 +2,11 @@
 options are told. How fast they are is not tested.
 """
 
+import argparse
 import datetime
 import importlib.util
+import json
+import math
 
 import pytest
 import torch
@@ -46,13 +49,28 @@ def test_char_lm_trains_alike():
     assert steps > char_lm.Streams(tokens, SIZES["batch"], SIZES["chunk"]).chunks
     runs = char_lm.train(BACKENDS, tokens, steps=steps, **SIZES)
     theirs, ours = runs["torch.nn"], runs["fusedrnn"]
-    assert type(theirs.model.lstm) is torch.nn.LSTM
-    assert type(ours.model.lstm) is fusedrnn.LSTM
+    assert type(theirs.model.recurrent) is torch.nn.LSTM
+    assert type(ours.model.recurrent) is fusedrnn.LSTM
     assert len(theirs.losses) == len(ours.losses) == steps
     check_alike(runs, calls=2)
     assert ours.losses[-1] < ours.losses[0] - 0.5
     held_out = [char_lm.evaluate(run.model, tokens, batch=2, chunk=50) for run in (ours, theirs)]
     assert held_out[0] == pytest.approx(held_out[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", char_lm.MODELS[1:], ids=char_lm.title_of)
+def test_other_models_of_char_lm_train_alike(kind):
+    tokens = char_lm.encode(TEXT)
+    runs = char_lm.train(BACKENDS, tokens, steps=20, kind=kind, **SIZES)
+    check_alike(runs, calls=kind[1])
+
+
+def test_char_lms_threshold_is_what_trigrams_know():
+    tokens = torch.arange(60) % 3
+    after_each_pair = (1 + 20) / (20 + char_lm.UNKNOWN + 1)  # 19 of two pairs
+    found = char_lm.trigram_bits(tokens, tokens[:30])
+    assert found == pytest.approx(-math.log2(after_each_pair), abs=0.05)
+    assert char_lm.trigram_bits(tokens, tokens.flip(0)) > found
 
 
 def test_char_lm_notices_that_no_kernel_ran(monkeypatch):
@@ -319,6 +337,45 @@ def test_dialogue_asks_what_the_scene_answers():
         assert (question, answer) in told
 
 
+def output_of(tmp_path, quick=False):
+    return common.Output("some", argparse.Namespace(out=tmp_path, quick=quick, threads=1, note=""))
+
+
+def test_a_missed_threshold_is_an_exit_code(tmp_path, capsys):
+    output = output_of(tmp_path)
+    output.threshold("accuracy", {"torch.nn": 0.9, "fusedrnn": 0.7}, at_least=0.8)
+    output.threshold("loss", {"torch.nn": 0.1, "fusedrnn": math.nan}, at_most=0.2)
+    assert (
+        "accuracy, fusedrnn: 0.7000, threshold at least 0.8: NOT reached" in capsys.readouterr().out
+    )
+    assert common.missed(output.record) == [
+        "accuracy, fusedrnn: threshold at least 0.8 not reached",
+        "loss, fusedrnn: threshold at most 0.2 not reached",
+    ]
+    assert common.exit_code(output.record) == 1
+    json.dumps(output.record, allow_nan=False)
+    quick = output_of(tmp_path, quick=True)
+    quick.threshold("accuracy", {"fusedrnn": 0.7}, at_least=0.8)
+    assert common.exit_code(quick.record) == 0
+
+
+def test_what_was_printed_is_kept_at_once(tmp_path, capsys):
+    output = output_of(tmp_path)
+    output("a line")
+    assert (tmp_path / "some.txt").read_text() == capsys.readouterr().out
+    assert "a line" in (tmp_path / "some.txt").read_text()
+
+
+def test_the_control_is_torch_nn_from_other_roundings(tmp_path, capsys):
+    tokens = char_lm.encode(TEXT)
+    runs = char_lm.train(common.BACKENDS["control"], tokens, steps=20, **SIZES)
+    theirs, nudged = runs["torch.nn"], runs[common.CONTROL]
+    assert nudged.losses != theirs.losses
+    torch.testing.assert_close(nudged.losses, theirs.losses, rtol=0, atol=1e-4)
+    output_of(tmp_path).agreement(runs)
+    assert "torch.nn's own, from weights one rounding larger, by 0.0%" in capsys.readouterr().out
+
+
 def test_a_missing_library_is_told_before_any_work(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as raised:
@@ -338,6 +395,11 @@ def test_a_missing_library_is_told_before_any_work(monkeypatch, capsys):
         (char_lm.main, ["--seed", "-1"], "expected a whole number from 0 up, got -1"),
         (char_lm.main, ["--backend", "jax"], "invalid choice: 'jax'"),
         (char_lm.main, ["--out", __file__], "cannot make the folder"),
+        (char_lm.main, ["--batch", "1024", "--chunk", "128"], "need more than 100000 tokens"),
+        (char_lm.main, ["--cell", "CNN"], "invalid choice: 'CNN'"),
+        (char_lm.main, ["--threads", "4096"], "the cores of this process, got 4096"),
+        (video.main, ["--length", "3"], "expected at least 4 frames, got 3"),
+        (gradient_flow.main, ["--length", "1"], "expected at least 2 steps, got 1"),
         (prefix_sum.main, ["--n", "0"], "expected a whole number of at least 1, got '0'"),
         (forecast.main, ["--length", "40"], "argument --length: expected more than 40"),
         (bench_samples.main, ["--rounds", "2"], "expected at least 3 to show a spread, got 2"),

@@ -1,7 +1,7 @@
-"""A character-level language model, trained with torch.nn and with fusedrnn side by side, on text
+"""Character-level language models, trained with torch.nn and with fusedrnn side by side, on text
 that every machine has: the source of the Python standard library. `python -m
 benchmarks.workloads.char_lm` prints both losses, the speed and a sample, and draws the loss against
-time. It times whole training steps; for the recurrence alone see benchmarks/table.py.
+time. It times whole training steps; for the recurrence alone see `python -m benchmarks run`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,14 @@ SYMBOLS = "\n" + "".join(map(chr, range(ord(" "), ord("~") + 1)))
 UNKNOWN = len(SYMBOLS)  # every other byte: a tab, a letter beyond ASCII
 FULL = {"steps": 4000, "hidden": 128, "batch": 16, "chunk": 64}
 QUICK = {"steps": 50, "hidden": 64, "batch": 8, "chunk": 32}
+# (cell, layers, input). The first is trained for all steps, the others for a part of them.
+MODELS = (
+    ("LSTM", 2, "embedding"),
+    ("LSTM", 3, "onehot"),
+    ("GRU", 1, "onehot"),
+    ("RNN", 2, "embedding"),
+)
+OTHERS_PART = 4
 HELD_OUT = 100_000  # characters, enough for two digits of the held-out loss in a second or two
 # Tests, tables of characters and what is no part of the library: text unlike ordinary Python.
 LEFT_OUT = {"test", "tests", "encodings", "idlelib", "lib2to3", "pydoc_data", "turtledemo"}
@@ -63,16 +71,48 @@ def corpus() -> tuple[Tensor, Tensor]:
     return encode(b"\n".join(texts)), encode(b"\n".join(held_out))
 
 
-class CharModel(nn.Module):
-    def __init__(self, hidden: int, dropout: float) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(UNKNOWN + 1, hidden)
-        self.lstm = nn.LSTM(hidden, hidden, num_layers=2, dropout=dropout)
-        self.linear = nn.Linear(hidden, UNKNOWN + 1)
+def trigram_bits(training: Tensor, held_out: Tensor) -> float:
+    """Bits per held-out character, foretold from the two before it by their counts in `training`,
+    with one added to each count."""
+    symbols = UNKNOWN + 1
 
-    def forward(self, input: Tensor, hx: tuple | None = None) -> tuple[Tensor, tuple]:
-        """input [T, B] tokens, hx the LSTM's -> logits [T, B, UNKNOWN + 1], hx."""
-        output, hx = self.lstm(self.embedding(input), hx)
+    def triples(tokens: Tensor) -> Tensor:
+        return (tokens[:-2] * symbols + tokens[1:-1]) * symbols + tokens[2:]
+
+    counts = 1.0 + torch.bincount(triples(training), minlength=symbols**3).view(-1, symbols)
+    probabilities = counts / counts.sum(1, keepdim=True)
+    return -probabilities.flatten()[triples(held_out)].log2().mean().item()
+
+
+class CharModel(nn.Module):
+    """cell: LSTM, GRU or RNN; input: embedding, or onehot."""
+
+    def __init__(
+        self,
+        hidden: int,
+        dropout: float,
+        cell: str = "LSTM",
+        layers: int = 2,
+        input: str = "embedding",
+    ) -> None:
+        super().__init__()
+        symbols = UNKNOWN + 1
+        self.embedding = nn.Embedding(symbols, hidden) if input == "embedding" else None
+        self.recurrent = getattr(nn, cell)(
+            hidden if self.embedding else symbols,
+            hidden,
+            num_layers=layers,
+            dropout=dropout if layers > 1 else 0.0,
+        )
+        self.linear = nn.Linear(hidden, symbols)
+
+    def forward(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+        """input [T, B] tokens, hx the recurrent layers' -> logits [T, B, UNKNOWN + 1], hx."""
+        if self.embedding is None:
+            vectors = F.one_hot(input, UNKNOWN + 1).to(self.linear.weight.dtype)
+        else:
+            vectors = self.embedding(input)
+        output, hx = self.recurrent(vectors, hx)
         return self.linear(output), hx
 
 
@@ -104,14 +144,15 @@ def train(
     steps: int,
     seed: int,
     dropout: float = 0.1,
+    kind: tuple[str, int, str] = MODELS[0],
     trainer: Callable[..., dict[str, Run]] = common.train,
 ) -> dict[str, Run]:
     """Trains the same model once a backend, by truncated BPTT: the state goes on from chunk to
-    chunk, its gradient does not. Losses are in bits per character.
+    chunk, its gradient does not. Losses are in bits per character. `kind` is one of MODELS.
     """
     streams = Streams(tokens, batch, chunk)
     torch.manual_seed(seed)
-    model = CharModel(hidden, dropout)
+    model = CharModel(hidden, dropout, *kind)
 
     def loss(run: Run, step: int) -> Tensor:
         index = step % streams.chunks
@@ -119,7 +160,7 @@ def train(
             run.state = None  # the text starts anew
         input, target = streams[index]
         logits, hx = run.model(input, run.state)
-        run.state = tuple(state.detach() for state in hx)
+        run.state = tuple(s.detach() for s in hx) if isinstance(hx, tuple) else hx.detach()
         return F.cross_entropy(logits.flatten(0, 1), target.flatten())
 
     return trainer(
@@ -128,7 +169,7 @@ def train(
         loss,
         steps=steps,
         seed=seed,
-        calls=model.lstm.num_layers,
+        calls=model.recurrent.num_layers,
         learning_rate=6e-3,
         unit=math.log(2),
     )
@@ -161,29 +202,42 @@ def sample(model: nn.Module, prompt: str, length: int, temperature: float, seed:
     return text
 
 
-def draw(runs: dict[str, Run], held_out: dict[str, float], path: Path) -> None:
-    """The training loss against training time, a moving mean, for each backend."""
-    with common.figure(path, size=(8, 4.5)) as (_, axes):
-        for backend, run in runs.items():
-            seconds = list(itertools.accumulate(run.seconds))
-            losses = common.moving_mean(run.losses)
-            label = f"{backend}: {seconds[-1]:.0f} s, held-out {held_out[backend]:.3f} bits"
-            colour = common.COLOURS[backend]
-            axes.plot(seconds, losses, color=colour, linewidth=2, label=label)
-            axes.plot(seconds[-1], losses[-1], "o", color=colour)
-        title = "Character language model on Python's standard library"
-        if len(runs) == 2:
-            times = f"{common.speedup(runs):.2f} times as fast as torch.nn's"
-            title += f"\nfusedrnn's median step is {times}"
-        axes.set_title(title)
-        axes.set_xlabel("training time (seconds)")
-        axes.set_ylabel("training loss (bits per character)")
-        axes.set_xlim(left=0)
-        axes.grid(alpha=0.3)
-        axes.legend()
+def title_of(kind: tuple[str, int, str]) -> str:
+    cell, layers, input = kind
+    return f"{cell}, {layers} layer{'s' * (layers > 1)}, {input}"
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def draw(
+    trained: dict[str, dict[str, Run]], held_out: dict[str, dict[str, float]], path: Path
+) -> None:
+    """The training loss against training time, a moving mean, of each model and backend."""
+    columns = min(2, len(trained))
+    rows = math.ceil(len(trained) / columns)
+    with common.figure(path, rows, columns, size=(8 * columns, 4.5 * rows)) as (figure, axes):
+        figure.suptitle("Character language models on Python's standard library")
+        for ax, (title, runs) in zip(
+            axes.flat if columns > 1 else [axes], trained.items(), strict=False
+        ):
+            for backend, run in runs.items():
+                seconds = list(itertools.accumulate(run.seconds))
+                losses = common.moving_mean(run.losses)
+                label = (
+                    f"{backend}: {seconds[-1]:.0f} s, held-out {held_out[title][backend]:.3f} bits"
+                )
+                colour = common.COLOURS[backend]
+                ax.plot(seconds, losses, color=colour, linewidth=2, label=label)
+                ax.plot(seconds[-1], losses[-1], "o", color=colour)
+            if common.both(runs):
+                title += f": a step {common.speedup(runs):.2f} times as fast as torch.nn's"
+            ax.set_title(title)
+            ax.set_xlabel("training time (seconds)")
+            ax.set_ylabel("training loss (bits per character)")
+            ax.set_xlim(left=0)
+            ax.grid(alpha=0.3)
+            ax.legend()
+
+
+def make_parser() -> common.Parser:
     def temperature(text: str) -> float:
         try:
             value = float(text)
@@ -194,40 +248,67 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         return value
 
     parser = common.Parser("char_lm", __doc__, FULL, QUICK)
+    parser.add_argument("--cell", choices=["LSTM", "GRU", "RNN"], help="this model alone")
+    parser.add_argument("--layers", type=positive_int, help="of this model alone, usually 2")
+    parser.add_argument("--input", choices=["embedding", "onehot"], help="of this model alone")
     parser.add_argument("--temperature", type=temperature, default=0.6, help="of the sample")
     parser.add_argument("--length", type=positive_int, default=400, help="of the sample")
-    return parser.options(arguments)
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    options = parse(arguments)
-    output = common.Output("char_lm", options)
+    parser = make_parser()
+    options = parser.options(arguments)
     training, held_out = corpus()
+    evaluated = held_out[:HELD_OUT]
+    try:
+        Streams(evaluated, options.batch, options.chunk)
+    except ValueError as error:
+        parser.error(f"arguments --batch, --chunk: {error}")
+    one = (options.cell, options.layers, options.input)
+    kinds: Sequence[tuple[str, int, str]] = MODELS
+    if any(one):
+        kinds = [(one[0] or "LSTM", one[1] or 2, one[2] or "embedding")]
+    output = common.Output("char_lm", options)
     output(
-        f"{len(training):,} characters to train on, {len(held_out):,} held out; 2-layer LSTM, "
+        f"{len(training):,} characters to train on, {len(evaluated):,} held-out ones to test on; "
         f"{options.hidden} units, batch {options.batch}, chunks of {options.chunk}"
     )
-    runs = train(
-        common.BACKENDS[options.backend],
-        training,
-        seed=options.seed,
-        trainer=partial(output.train, "training loss, bits per character"),
-        **options.sizes,
+    bound = trigram_bits(training, evaluated)
+    trained, losses = {}, {}
+    for kind in kinds:
+        title = title_of(kind)
+        output(f"\n{title}")
+        steps = options.steps if kind == kinds[0] else math.ceil(options.steps / OTHERS_PART)
+        trained[title] = runs = train(
+            common.BACKENDS[options.backend],
+            training,
+            seed=options.seed,
+            kind=kind,
+            trainer=partial(output.train, "training loss, bits per character"),
+            **(options.sizes | {"steps": steps}),
+        )
+        losses[title] = {
+            backend: evaluate(run.model, evaluated, options.batch, options.chunk)
+            for backend, run in runs.items()
+        }
+        output.row("held-out loss, bits per character", list(losses[title].values()))
+        output.threshold(
+            "held-out bits per character (threshold: of character trigrams)",
+            losses[title],
+            at_most=round(bound, 3),
+        )
+        output.times(runs, options.batch * options.chunk, "tokens (characters)")
+        output.agreement(runs, title)
+    backend, run = list(trained[title_of(kinds[0])].items())[-1]
+    output(
+        f"\nA sample of the first model trained with {backend}, temperature "
+        f"{options.temperature}:\n"
     )
-    losses = {
-        backend: evaluate(run.model, held_out[:HELD_OUT], options.batch, options.chunk)
-        for backend, run in runs.items()
-    }
-    output.row("held-out loss, bits per character", list(losses.values()))
-    output.measured("held-out loss, bits per character", losses)
-    output.times(runs, options.batch * options.chunk, "tokens (characters)")
-    output.agreement(runs)
-    backend, run = list(runs.items())[-1]
-    output(f"\nA sample of the model trained with {backend}, temperature {options.temperature}:\n")
     output(sample(run.model, "\ndef ", options.length, options.temperature, options.seed))
-    draw(runs, losses, output.picture)
+    draw(trained, losses, output.picture)
     return output.close("Loss against time")
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(common.exit_code(main()))

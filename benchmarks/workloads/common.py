@@ -24,8 +24,11 @@ import fusedrnn
 
 from .. import common
 
+# torch.nn from weights that are one rounding larger: how far two runs that are alike come apart.
+CONTROL = "torch.nn, nudged"
 BACKENDS = {"torch": ["torch.nn"], "fusedrnn": ["fusedrnn"], "both": ["torch.nn", "fusedrnn"]}
-COLOURS = {"torch.nn": "tab:gray", "fusedrnn": "tab:red"}
+BACKENDS["control"] = [*BACKENDS["both"], CONTROL]
+COLOURS = {"torch.nn": "tab:gray", "fusedrnn": "tab:red", CONTROL: "tab:blue"}
 BLOCK = 10  # steps that one backend runs before it is the other's turn
 CHECKPOINTS = 10
 LIBRARIES = ("rich", "matplotlib")  # progress and pictures
@@ -69,6 +72,11 @@ class Parser(common.Parser):
             self.error(f"argument --out: cannot make the folder {options.out}: {error.strerror}")
         if not os.access(options.out, os.W_OK | os.X_OK):
             self.error(f"argument --out: cannot write into {options.out}")
+        if options.threads > common.cores():
+            self.error(
+                f"argument --threads: expected at most {common.cores()}, the cores of this "
+                f"process, got {options.threads}"
+            )
         torch.set_num_threads(options.threads)
         return options
 
@@ -99,7 +107,7 @@ def train(
     block: int = BLOCK,
     on_step: Callable[[str, dict[str, Run]], None] = lambda backend, runs: None,
 ) -> dict[str, Run]:
-    """Trains copies of `model`, one a backend: "torch.nn" or "fusedrnn", in turns of `block` steps.
+    """Trains copies of `model`, one a backend of BACKENDS, in turns of `block` steps.
 
     loss(run, step) is what a step minimises; weights and random numbers are the same in every
     backend. Losses are kept divided by `unit`. Raises RuntimeError unless a step of fusedrnn's is
@@ -110,6 +118,10 @@ def train(
         twin = copy.deepcopy(model)
         if backend == "fusedrnn":
             fusedrnn.replace(twin)
+        if backend == CONTROL:
+            with torch.no_grad():
+                for weight in twin.parameters():
+                    weight.mul_(1 + torch.finfo(weight.dtype).eps)
         optimizer = torch.optim.Adam(twin.parameters(), lr=learning_rate)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps)
         runs[backend] = Run(twin, optimizer, scheduler)
@@ -200,7 +212,7 @@ class Checkpoints:
     """An on_step of train() that moves a bar and prints the mean losses at every checkpoint."""
 
     def __init__(self, bar: Bar, output: Output, steps: int, backends: Sequence[str]) -> None:
-        marks = [math.ceil(steps * i / CHECKPOINTS) for i in range(CHECKPOINTS + 1)]
+        marks = sorted({math.ceil(steps * i / CHECKPOINTS) for i in range(CHECKPOINTS + 1)})
         self.since = {mark: start for start, mark in itertools.pairwise(marks)}
         self.bar, self.output, self.last = bar, output, backends[-1]
 
@@ -214,7 +226,7 @@ class Checkpoints:
 
 
 class Output:
-    """Prints lines and keeps them, for the text that a workload leaves beside its picture.
+    """Prints lines, also into the text that a workload leaves beside its picture.
 
     `record` is the same for programs: trainings, with times in milliseconds, and measures of what
     was learned.
@@ -224,7 +236,7 @@ class Output:
         self.path = options.out / f"{name}.txt"
         self.picture = options.out / f"{name}.png"
         self.quick = options.quick
-        self.lines: list[str] = []
+        self.path.write_text("")
         self.record: dict[str, Any] = {
             "name": name,
             "quick": options.quick,
@@ -238,7 +250,8 @@ class Output:
 
     def __call__(self, text: str = "") -> None:
         print(text)
-        self.lines.append(text)
+        with self.path.open("a") as file:
+            file.write(text.rstrip() + "\n")
 
     def row(self, title: str, values: Sequence[str | float]) -> None:
         numbers = [f"{x:.4f}" if isinstance(x, float) and x >= 0.01 else x for x in values]
@@ -262,22 +275,39 @@ class Output:
             rates = [tokens / x for x in milliseconds.values()]
             self.row(f"{noun} a second", [f"{1e3 * x:,.0f}" for x in rates])
 
-    def agreement(self, runs: Mapping[str, Run], title: str = "") -> None:
-        """Speed-up, difference of the two losses, and the kernels' counters."""
+    def training(self, runs: Mapping[str, Run], title: str = "") -> None:
+        """Keeps the times of a training in the record."""
         self.record["trainings"].append(
             {
                 "title": title,
                 "step_ms": {name: 1e3 * median(run.seconds) for name, run in runs.items()},
                 "seconds": {name: sum(run.seconds) for name, run in runs.items()},
-                "speedup": speedup(runs) if len(runs) == 2 else None,
+                "speedup": speedup(runs) if both(runs) else None,
             }
         )
-        if len(runs) == 2:
-            gaps = [abs(a - b) for a, b in zip(*(run.losses for run in runs.values()), strict=True)]
+
+    def agreement(self, runs: Mapping[str, Run], title: str = "") -> None:
+        """Speed-up, difference of the losses, and the kernels' counters; and keeps the times."""
+        self.training(runs, title)
+        if both(runs):
+            theirs = runs["torch.nn"].losses
+            gaps = [abs(a - b) for a, b in zip(theirs, runs["fusedrnn"].losses, strict=True)]
             self(
                 f"Speed-up of a training step: {speedup(runs):.2f}x. Largest difference of a "
                 f"step's loss: {max(gaps[:100]):.1e} in the first {len(gaps[:100])} steps, "
                 f"{max(gaps):.1e} in all (roundings grow as training goes on)."
+            )
+        if CONTROL in runs:
+            last = {
+                name: fmean(run.losses[-(len(run.losses) // 5) :]) for name, run in runs.items()
+            }
+            of_ours, of_control = (
+                abs(last[name] / last["torch.nn"] - 1) for name in ("fusedrnn", CONTROL)
+            )
+            self(
+                f"Mean loss of the last fifth: fusedrnn's differs from torch.nn's by "
+                f"{of_ours:.1%}; torch.nn's own, from weights one rounding larger, by "
+                f"{of_control:.1%}."
             )
         if "fusedrnn" in runs:
             counts = runs["fusedrnn"].counts
@@ -309,18 +339,37 @@ class Output:
         bound: str | None = None,
         reached: Mapping[str, bool] | None = None,
     ) -> None:
-        """Keeps a measure of what every backend has learned in the record."""
-        measure = {"name": name, "values": values, "threshold": bound, "reached": reached}
+        """Keeps a measure of what every backend has learned in the record; None for NaN."""
+        numbers = {b: value if math.isfinite(value) else None for b, value in values.items()}
+        measure = {"name": name, "values": numbers, "threshold": bound, "reached": reached}
         self.record["measures"].append(measure)
 
     def close(self, picture: str = "") -> dict[str, Any]:
-        """Writes the text beside the picture, says what that one shows and where it is, and returns
-        the record.
-        """
-        self.path.write_text("\n".join(line.rstrip() for line in self.lines) + "\n")
+        """Says what the picture shows and where it is, and returns the record."""
         if picture:
             print(f"\n{picture}: {self.picture}")
         return self.record
+
+
+def missed(record: Mapping[str, Any]) -> list[str]:
+    """The measures of a whole training that did not reach their thresholds, from a record."""
+    if record["quick"]:
+        return []
+    return [
+        f"{measure['name']}, {backend}: threshold {measure['threshold']} not reached"
+        for measure in record["measures"]
+        for backend, reached in (measure["reached"] or {}).items()
+        if not reached
+    ]
+
+
+def exit_code(record: Mapping[str, Any]) -> int:
+    """1 if something was `missed`."""
+    return int(bool(missed(record)))
+
+
+def both(runs: Mapping[str, Run]) -> bool:
+    return {"torch.nn", "fusedrnn"} <= runs.keys()
 
 
 def speedup(runs: Mapping[str, Run]) -> float:

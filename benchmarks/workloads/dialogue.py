@@ -36,7 +36,7 @@ WORDS = Vocabulary(
 KINDS = ("how many", "is there", "colour", "shape", "size", "where")
 LONGEST = 5  # words of an answer and END
 PICTURES = {"with picture": True, "without it": False}
-FULL = {"steps": 2000, "hidden": 128, "batch": 64}
+FULL = {"steps": 3000, "hidden": 128, "batch": 64}
 QUICK = {"steps": 800, "hidden": 96, "batch": 48}
 LEARNED = 0.8
 
@@ -207,4 +207,4 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(common.exit_code(main()))

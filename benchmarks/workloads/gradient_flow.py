@@ -230,7 +230,10 @@ def draw(
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    options = common.Parser("gradient_flow", __doc__, FULL, QUICK).options(arguments)
+    parser = common.Parser("gradient_flow", __doc__, FULL, QUICK)
+    options = parser.options(arguments)
+    if options.length < 2:
+        parser.error("argument --length: expected at least 2 steps, got 1")
     output = common.Output("gradient_flow", options)
     backends = common.BACKENDS[options.backend]
     place = {name: options.sizes[name] for name in ("length", "hidden")}
@@ -262,6 +265,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             for run in runs.values():
                 cells += [f"{fmean(run.state[-50:]):.4f}", f"{1e3 * median(run.seconds):.1f}"]
             output.row(variant, cells)
+            if variant != SHOWN:
+                output.training(runs, variant)
     output(f"\n{SHOWN}:")
     output.agreement(trained[SHOWN], SHOWN)
     reached = {backend: fmean(run.state[-50:]) for backend, run in trained[SHOWN].items()}
@@ -272,4 +277,4 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(common.exit_code(main()))

@@ -295,8 +295,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         output(f"{finding:<44} {verdict}")
     output()
     for row in rows:
-        if (row.model, row.method, row.length) in (SEEDED, ("LSTM", FORCED, 200)):
-            title = f"LSTM, {row.method}, length {row.length}, seed {row.seed}"
+        title = f"{row.model}, {row.method}, length {row.length}, seed {row.seed}"
+        if (row.model, row.method, row.length) not in (SEEDED, ("LSTM", FORCED, 200)):
+            output.training(row.runs, title)
+        else:
             output(f"{title}:")
             output.agreement(row.runs, title)
             values = {backend: row.accuracy(backend, 200) for backend in row.runs}
@@ -306,4 +308,4 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(common.exit_code(main()))

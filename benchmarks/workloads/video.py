@@ -132,7 +132,10 @@ def draw(model: nn.Module, length: int, seed: int, path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    options = common.Parser("video", __doc__, FULL, QUICK).options(arguments)
+    parser = common.Parser("video", __doc__, FULL, QUICK)
+    options = parser.options(arguments)
+    if options.length < 4:
+        parser.error(f"argument --length: expected at least 4 frames, got {options.length}")
     output = common.Output("video", options)
     output(
         f"CNN and LSTM, {options.hidden} units, batch {options.batch}, clips of {options.length} "
@@ -159,4 +162,4 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(common.exit_code(main()))
