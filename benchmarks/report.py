@@ -228,25 +228,19 @@ def workload_tables(content: Content) -> list[str]:
             continue
         totals.append([record["name"], f"{record['seconds']:.0f}"])
         for training in record["trainings"]:
-            steps, seconds = training["step_ms"], training["seconds"]
-            trainings.append(
-                [
-                    record["name"],
-                    training["title"],
-                    *(f"{steps[name]:.1f}" for name in common.IMPLEMENTATIONS),
-                    ratio(training["speedup"]),
-                    *(f"{seconds[name]:.1f}" for name in common.IMPLEMENTATIONS),
-                    ratio(seconds["torch.nn"] / seconds["fusedrnn"]),
-                ]
-            )
+            line = [record["name"], training["title"]]
+            for times in (training["step_ms"], training["seconds"]):
+                both = [times.get(name) for name in common.IMPLEMENTATIONS]
+                line += ["-" if t is None else f"{t:.1f}" for t in both]
+                line.append("-" if None in both else ratio(both[0] / both[1]))
+            trainings.append(line)
         for measure in record["measures"]:
             reached = measure["reached"] or {}
             for name, value in measure["values"].items():
                 verdict = {True: "reached", False: "**not reached**", None: "-"}[reached.get(name)]
                 threshold = measure["threshold"] or "-"
-                measures.append(
-                    [record["name"], measure["name"], name, f"{value:.4f}", threshold, verdict]
-                )
+                number = "NaN" if value is None else f"{value:.4f}"
+                measures.append([record["name"], measure["name"], name, number, threshold, verdict])
     if not totals:
         return []
     quick = any(record.get("quick") for record in content["workloads"])
@@ -338,6 +332,8 @@ def timed(content: Content) -> dict[str, dict[str, float]]:
     }
     for record in content["workloads"]:
         for training in record.get("trainings", ()):
+            if training["speedup"] is None:
+                continue
             name = f"{record['name']} {training['title']}".strip() + ", a step"
             speedup = {"ms": training["step_ms"]["fusedrnn"], "ratio": training["speedup"]}
             found[name] = speedup

@@ -281,6 +281,6 @@ def from_jagged(nested: Tensor) -> Ragged:
         )
     if nested.lengths() is not None:  # type: ignore[attr-defined]
         raise ValueError("a jagged input must have no holes; call .contiguous() before")
-    offsets = nested.offsets().cpu()  # type: ignore[attr-defined]
+    offsets = nested.offsets().cpu().long()  # type: ignore[attr-defined]
     arguments = (offsets.diff(), offsets[:-1], 1, nested.values().shape[0])
     return _in_graph(*arguments) if is_compiling() else rows_of(*arguments, nested.device)

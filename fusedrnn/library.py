@@ -677,7 +677,7 @@ _BACKWARD = {cell: backward for cell, (_, backward) in _OPERATORS.items()}
 
 def _fake_ragged(lengths: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     size = custom_operators.get_ctx().new_dynamic_size
-    rows, batch_sizes, order = (lengths.new_empty(size()) for _ in range(3))
+    rows, batch_sizes, order = (lengths.new_empty(size(), dtype=torch.int64) for _ in range(3))
     return rows, batch_sizes, order
 
 

@@ -405,11 +405,11 @@ def pack(input, lengths=UNSORTED, sort=True):
     return pack_padded_sequence(input, torch.as_tensor(lengths), enforce_sorted=not sort)
 
 
-def jagged(input, lengths=LENGTHS):
-    """The first steps of padded input, as many as `lengths` say."""
+def jagged(input, lengths=LENGTHS, dtype=torch.int64):
+    """The first steps of padded input, as many as `lengths` say; offsets of `dtype`."""
     values = torch.cat([input[:n, b] for b, n in enumerate(lengths.tolist())])
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    return nested_tensor_from_jagged(values, offsets)
+    return nested_tensor_from_jagged(values, offsets.to(dtype))
 
 
 def tensors_of(result):
@@ -435,6 +435,7 @@ CALLS = {
     "packed, sorted, hx": lambda m, x, hx: m(pack(x, SORTED, False), hx),
     "jagged": lambda m, x, hx: m(jagged(x)),
     "jagged, hx": lambda m, x, hx: m(jagged(x), hx),
+    "jagged, int32": lambda m, x, hx: m(jagged(x, dtype=torch.int32)),
     "cells": lambda m, x, hx: m(x, hx, return_cell_states=True),
     "cells and lengths": lambda m, x, hx: m(x, lengths=LENGTHS, return_cell_states=True),
 }
@@ -508,7 +509,7 @@ def test_one_graph_that_recomputes_gates(name, call):
 
 
 @pytest.mark.parametrize(
-    "call", ["lengths and reset", "cells and lengths", "packed, sorted", "jagged, hx"]
+    "call", ["lengths and reset", "cells and lengths", "packed, sorted", "jagged, int32"]
 )
 def test_one_graph_by_inductor(call):
     name = "LSTM, projected"

@@ -515,8 +515,13 @@ def test_workloads_leave_what_they_found(monkeypatch, tmp_path, capsys):
     assert record["seconds"] > 0
     assert (tmp_path / "a-workloads" / "gradient_flow.png").exists()
     record["trainings"][0]["speedup"] = 0.5
+    alone = {"title": "torch's", "step_ms": {"torch.nn": 1.0}, "seconds": {"torch.nn": 2.0}}
+    record["trainings"].append(alone | {"speedup": None})
+    errors["values"]["fusedrnn"] = None
     path.write_text(json.dumps(content))
     capsys.readouterr()
+    assert main(["compare", str(path), str(path)]) == 0
+    assert "torch's" not in capsys.readouterr().out
     assert main(["report", str(path)]) == 0
     printed = capsys.readouterr().out
     assert "| classify | **failed: RuntimeError: no data** |" in printed

@@ -35,7 +35,7 @@ MODELS = (
     ("GRU", 1, "onehot"),
     ("RNN", 2, "embedding"),
 )
-OTHERS_PART = 4
+OTHERS_PART = 2
 HELD_OUT = 100_000  # characters, enough for two digits of the held-out loss in a second or two
 # Tests, tables of characters and what is no part of the library: text unlike ordinary Python.
 LEFT_OUT = {"test", "tests", "encodings", "idlelib", "lib2to3", "pydoc_data", "turtledemo"}
@@ -294,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         }
         output.row("held-out loss, bits per character", list(losses[title].values()))
         output.threshold(
-            "held-out bits per character (threshold: of character trigrams)",
+            f"{title}: held-out bits per character (threshold: of character trigrams)",
             losses[title],
             at_most=round(bound, 3),
         )

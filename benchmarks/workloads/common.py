@@ -25,7 +25,7 @@ import fusedrnn
 from .. import common
 
 # torch.nn from weights that are one rounding larger: how far two runs that are alike come apart.
-CONTROL = "torch.nn, nudged"
+CONTROL = "control"
 BACKENDS = {"torch": ["torch.nn"], "fusedrnn": ["fusedrnn"], "both": ["torch.nn", "fusedrnn"]}
 BACKENDS["control"] = [*BACKENDS["both"], CONTROL]
 COLOURS = {"torch.nn": "tab:gray", "fusedrnn": "tab:red", CONTROL: "tab:blue"}

@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         if sees:
             draw(list(runs.values())[-1].model, options.seed, output.picture)
     output()
-    titles = [title for name in shares for title in (name, "")[: len(runs)]]
+    titles = [title for name in shares for title in (name, *[""] * (len(runs) - 1))]
     output("right answers:")
     output.row("", titles)
     output.row("", list(runs) * len(shares))

@@ -210,7 +210,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
                                   begin, end, shard.block_begin, shard.block_end);
   };
 
-  // gates_x of step i, and of the next ones a signed stride apart: those of two tiles in turns, or all.
+  // gates_x of step i, and of the next ones a signed stride apart: those of two chunks in turns, or all.
   const int64_t time_sign = d == 0 ? 1 : -1;
   const auto ahead_gates  = [&](int64_t i) {
     return layout.gates ? chunk_gates + i % (2 * layout.chunk_rows) * G * H
