@@ -93,6 +93,12 @@ def thread_list(text: str) -> list[int]:
     return counts
 
 
+def thread_count(text: str) -> int:
+    """As thread_list, of one number."""
+    positive_int(text)
+    return thread_list(text)[0]
+
+
 def list_of(choices: Sequence[str]) -> Callable[[str], list[str]]:
     def parse(text: str) -> list[str]:
         items = text.split(",")

@@ -47,7 +47,8 @@ class Parser(common.Parser):
         for name, value in full.items():
             text = f"default: {value}, with --quick {quick[name]}"
             self.add_argument(f"--{name}", type=common.positive_int, help=text)
-        self.add_argument("--threads", type=common.positive_int, default=torch.get_num_threads())
+        threads = str(torch.get_num_threads())  # a string: argparse checks the default too
+        self.add_argument("--threads", type=common.thread_count, default=threads)
         self.add_argument("--seed", type=int, default=0)
         self.add_argument("--note", default="", help="printed with the machine's description")
         self.add_argument(
@@ -72,11 +73,6 @@ class Parser(common.Parser):
             self.error(f"argument --out: cannot make the folder {options.out}: {error.strerror}")
         if not os.access(options.out, os.W_OK | os.X_OK):
             self.error(f"argument --out: cannot write into {options.out}")
-        if options.threads > common.cores():
-            self.error(
-                f"argument --threads: expected at most {common.cores()}, the cores of this "
-                f"process, got {options.threads}"
-            )
         torch.set_num_threads(options.threads)
         return options
 
