@@ -24,11 +24,11 @@ struct ForwardLayout {
   int64_t h_terms    = 0;  // [2, B, lanes]: h before a step, where products take other than numbers
   int64_t gates      = 0;  // gates_x of a chunk, unless it goes to the saved gates
   int64_t chunk_rows = 0;  // at most
+  int64_t ahead_rows = 0;  // of a chunk that is projected ahead, beside the steps; 0: none may be
   int64_t threads;         // at most
   int64_t weight_bytes;    // of the weights, packed or not
   bool given;              // the packed weights are the caller's
   bool stored;             // even unpacked weights are what products take, and not numbers
-  bool ahead = false;      // the input is projected ahead, beside the steps, and not by chunks
 
   bool packed() const { return recurrent > 0; }
   int64_t panels_size() const { return recurrent + input + projection; }
@@ -60,13 +60,20 @@ struct ForwardLayout {
     // Rows of consecutive steps are one matrix: then a chunk is one product.
     const bool one_matrix = s.offsets || s.B == 1 || a.input_stride_t == s.B * a.input_stride_b;
     chunk_rows            = one_matrix ? max64(s.B, min64(rows, kChunkRows)) : s.B;
-    // Weights in L1 do not wait, those beyond L2 come too slowly to be read more often.
-    ahead = kCanGoAhead<Cell> && s.B == 1 && !s.offsets && s.T > 2 * kAheadTile &&
-            weight_bytes > l2_bytes() / 8 && weight_bytes <= l2_bytes();
-    // The first rows are projected before any step: few of a few (1.06 times as fast at T = 20).
-    if (ahead) chunk_rows = s.T > 2 * kAheadRows ? kAheadRows : kAheadTile;
-    if (!a.gates) gates = (1 + ahead) * chunk_rows * Cell::kGates * a.H;
+    constexpr int tile    = kAheadTile<Cell>;
+    if (kCanGoAhead<Cell, T, Terms> && s.B == 1 && !s.offsets && s.T > 2 * tile) {
+      // The first rows are projected before any step: few of a few (1.06 times as fast at T = 20).
+      ahead_rows = s.T > 2 * kAheadTiles * tile ? kAheadTiles * tile : tile;
+    }
+    if (!a.gates) gates = max64(chunk_rows, 2 * ahead_rows) * Cell::kGates * a.H;
     if (kConverts) input_terms = round_up(chunk_rows * lanes<Terms>(a.I));
+  }
+  // Rows of a chunk that this thread projects ahead; 0: none. Weights in L1 do not wait, those beyond
+  // L2 come too slowly to be read more often, and threads that split units wait for each other: the
+  // time of two without over with it is 0.91 to 1.07 (H = 64 to 128).
+  int64_t ahead_of(const Shard& shard) const {
+    const bool waits = weight_bytes > l2_bytes() / 8 && weight_bytes <= l2_bytes();
+    return waits && shard.unit_shards == 1 ? ahead_rows : 0;
   }
   int64_t elements() const {
     return !given * panels_size() + unprojected + started + h_terms + threads * input_terms + gates;
@@ -211,23 +218,27 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   };
 
   // gates_x of step i, and of the next ones a signed stride apart: those of two chunks in turns, or all.
-  const int64_t time_sign = d == 0 ? 1 : -1;
-  const auto ahead_gates  = [&](int64_t i) {
-    return layout.gates ? chunk_gates + i % (2 * layout.chunk_rows) * G * H
+  const int64_t ahead_rows = layout.ahead_of(shard);
+  const int64_t time_sign  = d == 0 ? 1 : -1;
+  const auto ahead_gates   = [&](int64_t i) {
+    return layout.gates ? chunk_gates + i % (2 * ahead_rows) * G * H
                         : a.gates + (first + walk.offset(i)) * G * H;
   };
-  Ahead<Cell, T, Terms> ahead(shard.block_begin, shard.block_end);
+  constexpr int ahead_panels = kAheadPanels<Cell>;
+  const int64_t ahead_end = shard.block_end - (shard.block_end - shard.block_begin) % ahead_panels;
+  Ahead<Cell, T, Terms> ahead(shard.block_begin, ahead_end);
   // Begins the projection of the steps from i on; the last ones, less than a tile, are done at once.
   const auto start_ahead = [&](int64_t i) {
     ProjectStep<T> tile = project;
-    const int64_t count = min64(layout.chunk_rows, s.T - i);
-    const int tiles     = int(count) / kAheadTile;
+    const int64_t count = min64(ahead_rows, s.T - i);
+    const int tiles     = int(count) / kAheadTile<Cell>;
     tile.input          = project_input(i, 0, count, time_sign * input_stride);
     tile.input_stride   = (layout.kConverts ? 1 : time_sign) * project.input_stride;
     tile.gates          = ahead_gates(i);
     tile.gates_stride   = (layout.gates ? 1 : time_sign) * G * H;
-    run_tiles<ProjectTiles<Cell, T, Terms>>(tile, tiles * kAheadTile, count, shard.block_begin,
-                                            shard.block_end, false);
+    run_tiles<ProjectTiles<Cell, T, Terms>>(tile, tiles * kAheadTile<Cell>, count,
+                                            shard.block_begin, ahead_end, false);
+    run_tiles<ProjectTiles<Cell, T, Terms>>(tile, 0, count, ahead_end, shard.block_end, false);
     if (tiles > 0) ahead.start(tile, tiles);
   };
 
@@ -245,12 +256,12 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
       return layout.gates ? chunk_gates + (row - chunk_first) * G * H
                           : a.gates + (first + row) * G * H;
     };
-    if (layout.ahead && i % layout.chunk_rows == 0) {
+    if (ahead_rows > 0 && i % ahead_rows == 0) {
       if (i == 0) start_ahead(0);
       ahead.finish();
-      if (i + layout.chunk_rows < s.T) start_ahead(i + layout.chunk_rows);
+      if (i + ahead_rows < s.T) start_ahead(i + ahead_rows);
     }
-    if (layout.packed() && !layout.ahead && i == chunk_end) {
+    if (layout.packed() && ahead_rows == 0 && i == chunk_end) {
       const int64_t begin = i;
       const bool all_rows = shard.row_begin == 0 && shard.row_end == s.B;
       // Row shards may be in different chunks, and share the memory for gates_x: row b of every chunk
@@ -280,7 +291,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
     T* const h    = output_of(i);
     step.h        = projects ? unprojected : h;
     step.h_stride = projects ? H : DP;
-    step.gates    = layout.ahead              ? ahead_gates(i)
+    step.gates    = ahead_rows > 0            ? ahead_gates(i)
                     : a.gates || layout.gates ? gates_of(offset)
                                               : nullptr;
     if constexpr (Cell::kHasCell) {  // c passes through extra if there is one, else in place in c_n
@@ -289,11 +300,12 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
       step.extra = a.extra ? a.extra + (first + offset) * H : nullptr;
     }
 
-    if (layout.ahead) {
-      if constexpr (kCanGoAhead<Cell>) {
-        for (int64_t block = shard.block_begin; block < shard.block_end; ++block) {
+    if (ahead_rows > 0) {
+      if constexpr (kCanGoAhead<Cell, T, Terms>) {
+        for (int64_t block = shard.block_begin; block < ahead_end; block += ahead_panels) {
           forward_beside<Cell, T, Terms>(step, block, ahead);
         }
+        run_tiles<ForwardTiles<Cell, T, Terms>>(step, 0, 1, ahead_end, shard.block_end, false);
       }
     } else if (layout.packed()) {
       run_tiles<ForwardTiles<Cell, T, Terms>>(step, row_begin, row_end, shard.block_begin,
@@ -368,11 +380,14 @@ int64_t pack(const ForwardArgs<T>& a, int64_t d, T* panels) {
 template <class Cell, class T, class Terms>
 Plan plan(const ForwardArgs<T>& a) {
   const ForwardLayout<Cell, T, Terms> layout(a);
-  const Shape shape = forward_shape(a, layout);
-  const int threads = useful_threads(shape, a.num_threads);
-  const Shard shard = shard_of(shape, 0, threads);
+  const Shape shape        = forward_shape(a, layout);
+  const int threads        = useful_threads(shape, a.num_threads);
+  const Shard shard        = shard_of(shape, 0, threads);
+  const int64_t ahead_rows = layout.ahead_of(shard);
   return {threads, shard.direction_threads / shard.unit_shards, shard.unit_shards, layout.packed(),
-          layout.packed() ? layout.chunk(Walk(a.sequences, 0), 0, a.sequences.T) : 1};
+          ahead_rows > 0    ? ahead_rows
+          : layout.packed() ? layout.chunk(Walk(a.sequences, 0), 0, a.sequences.T)
+                            : 1};
 }
 
 }  // namespace
