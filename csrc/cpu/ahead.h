@@ -97,7 +97,7 @@ class Ahead {
   }
 
  private:
-  int64_t panel_size() const { return forward_panel_size<Cell, T>(step_.K); }
+  int64_t panel_size() const { return forward_panel_size<G, T>(step_.K); }
   const T* panel() const { return step_.panels + block_ * panel_size(); }
 
   void start_block() {
@@ -151,7 +151,7 @@ void forward_beside(const ForwardStep<T>& s, int64_t block, Ahead<Cell, T, Terms
   constexpr int P = A::P, G = A::G, Q = A::Q, V = A::V;
   // Terms to each one of the projection, so that that comes faster than the steps that need it.
   constexpr int kUnit      = A::R - 1;
-  const int64_t panel_size = forward_panel_size<Cell, T>(s.K);
+  const int64_t panel_size = forward_panel_size<G, T>(s.K);
   const T* const panel     = s.panels + block * panel_size;
   Vec<T> acc[Q];
   PartialSums<T, Q> sums{};

@@ -62,7 +62,7 @@ struct BackwardLayout {
     const bool again = a.gates == nullptr;
     if (again) {
       const auto panels = [&](int64_t K) {
-        return blocks_of<T>(a.H) * forward_panel_size<Cell, T>(lanes<Terms>(K));
+        return blocks_of<T>(a.H) * forward_panel_size<Cell::kGates, T>(lanes<Terms>(K));
       };
       forward_input     = panels(a.I);
       forward_recurrent = panels(a.P);
@@ -198,12 +198,12 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     for (int64_t i = 0; Cell::kHasCell && i < s.T; ++i) copy_c_prev(i, c_prev + walk.offset(i) * H);
     const int64_t blocks = blocks_of<T>(H);
     as_stored<Terms>(a.weight_ih[d], a.weight_ih_bf16[d], [&](const auto* weight) {
-      pack_forward<Cell, T, Terms>(forward_input, weight, a.bias_ih[d], H, a.I, mine(blocks),
-                                   next(blocks));
+      pack_forward<Cell::kGates, T, Terms>(forward_input, weight, a.bias_ih[d], H, a.I,
+                                           mine(blocks), next(blocks));
     });
     as_stored<Terms>(a.weight_hh[d], a.weight_hh_bf16[d], [&](const auto* weight) {
-      pack_forward<Cell, T, Terms>(forward_recurrent, weight, a.bias_hh[d], H, P, mine(blocks),
-                                   next(blocks));
+      pack_forward<Cell::kGates, T, Terms>(forward_recurrent, weight, a.bias_hh[d], H, P,
+                                           mine(blocks), next(blocks));
     });
     direction_barrier.wait();
     const auto terms_of = [&](const T* numbers, const uint16_t* bf16, int64_t row, T* to,
@@ -263,11 +263,13 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   }
 
   BackwardStep<T> step{};
+  step.finish            = backward_tile<Cell, T>;
   step.H                 = H;
   step.carry             = carry;
   step.grad_cells_stride = a.D * H;
-  GradHStep<T> grad_h_step{};
-  GradH<T>& grad_h     = projects ? grad_h_step.grad_h : step.grad_h;
+  ProjectedGradHStep<T> projected{};
+  projected.finish     = store_grad_h<T>;
+  GradH<T>& grad_h     = projects ? projected.grad_h : step.grad_h;
   grad_h.K             = G * lanes<Terms>(H);
   grad_h.stride        = layout.kConverts ? grad_h.K : E * H;
   grad_h.panels        = recurrent;
@@ -303,11 +305,11 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     grad_h.output      = a.grad_output ? a.grad_output + offset * a.D * P + d * P : nullptr;
     const auto run     = [&](int64_t begin, int64_t end) {
       if (projects) {
-        grad_h_step.out = grad_of_h;
-        run_tiles<GradHTiles<T>>(grad_h_step, begin, end, h_blocks.begin, h_blocks.end, descending);
+        projected.out = grad_of_h;
+        run_tiles<GradHTiles<T>>(projected, begin, end, h_blocks.begin, h_blocks.end, descending);
       } else {
-        run_tiles<BackwardTiles<Cell, T, Terms>>(step, begin, end, shard.block_begin,
-                                                 shard.block_end, descending);
+        run_tiles<GradHTiles<T, Terms>>(step, begin, end, shard.block_begin, shard.block_end,
+                                        descending);
       }
     };
     if (row_begin < ending) {
@@ -331,8 +333,8 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
       step.grad_h.stride = P;
       step.grad_h.panels = projection;
       step.h             = unprojected + offset * H;
-      run_tiles<BackwardTiles<Cell, T>>(step, row_begin, row_end, shard.block_begin,
-                                        shard.block_end, descending);
+      run_tiles<GradHTiles<T>>(step, row_begin, row_end, shard.block_begin, shard.block_end,
+                               descending);
     }
     // What the cell passes on leaves the recurrence where a row begins.
     if (Cell::kHasCarry && !(i > 0 && walk.uniform(i, row_begin, row_end))) {

@@ -48,12 +48,12 @@ struct ForwardLayout {
     if (kConverts && (stored || !unpacked)) h_terms = round_up(2 * s.B * lanes<Terms>(a.P));
     if (unpacked) return;
     const auto panels = [&](int64_t K) {
-      return round_up(blocks_of<T>(a.H) * forward_panel_size<Cell, T>(lanes<Terms>(K)));
+      return round_up(blocks_of<T>(a.H) * forward_panel_size<Cell::kGates, T>(lanes<Terms>(K)));
     };
     recurrent = panels(a.P);
     input     = panels(a.I);
     if (a.weight_hr[0]) {
-      projection  = round_up(blocks_of<T>(a.P) * forward_panel_size<Projection, T>(a.H));
+      projection  = round_up(blocks_of<T>(a.P) * forward_panel_size<1, T>(a.H));
       unprojected = round_up(s.B * a.H);
     }
     weight_bytes = panels_size() * int64_t(sizeof(T));
@@ -98,15 +98,15 @@ void pack_direction(const ForwardArgs<T>& a, int64_t d, const ForwardLayout<Cell
   T* const projection = input + layout.input;
   share(blocks_of<T>(a.H), [&](int64_t begin, int64_t end) {
     as_stored<Terms>(a.weight_hh[d], a.weight_hh_bf16[d], [&](const auto* weight) {
-      pack_forward<Cell, T, Terms>(panels, weight, a.bias_hh[d], a.H, a.P, begin, end);
+      pack_forward<Cell::kGates, T, Terms>(panels, weight, a.bias_hh[d], a.H, a.P, begin, end);
     });
     as_stored<Terms>(a.weight_ih[d], a.weight_ih_bf16[d], [&](const auto* weight) {
-      pack_forward<Cell, T, Terms>(input, weight, a.bias_ih[d], a.H, a.I, begin, end);
+      pack_forward<Cell::kGates, T, Terms>(input, weight, a.bias_ih[d], a.H, a.I, begin, end);
     });
   });
   if (a.weight_hr[d]) {
     share(blocks_of<T>(a.P), [&](int64_t begin, int64_t end) {
-      pack_forward<Projection, T>(projection, a.weight_hr[d], nullptr, a.P, a.H, begin, end);
+      pack_forward<1, T>(projection, a.weight_hr[d], nullptr, a.P, a.H, begin, end);
     });
   }
 }

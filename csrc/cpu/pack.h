@@ -43,9 +43,9 @@ constexpr int64_t blocks_of(int64_t H) {
 }
 
 // In numbers, with K lanes of terms.
-template <class Cell, class T>
+template <int G, class T>
 constexpr int64_t forward_panel_size(int64_t K) {
-  return (K + 1) * Cell::kGates * kLanes<T>;
+  return (K + 1) * G * kLanes<T>;
 }
 
 // read(array), of bfloat16's bits if that is how it is stored: then there are no numbers.
@@ -89,12 +89,12 @@ void to_columns_of_terms(const From* from, int64_t from_stride, T* to, int64_t r
 }
 
 // The panels of blocks [begin, end), from weight [G*H, K] and bias [G*H] (or null).
-template <class Cell, class T, class Terms = Numbers<T>, class From = T>
+template <int G, class T, class Terms = Numbers<T>, class From = T>
 void pack_forward(T* panels, const From* weight, const T* bias, int64_t H, int64_t K, int64_t begin,
                   int64_t end) {
-  constexpr int G = Cell::kGates, V = kLanes<T>;
+  constexpr int V = kLanes<T>;
   for (int64_t block = begin; block < end; ++block) {
-    T* panel        = panels + block * forward_panel_size<Cell, T>(lanes<Terms>(K));
+    T* panel        = panels + block * forward_panel_size<G, T>(lanes<Terms>(K));
     const int units = int(H - block * V < V ? H - block * V : V);
     for (int g = 0; g < G; ++g) {
       const int64_t row = g * H + block * V;

@@ -90,12 +90,11 @@ FUSEDRNN_INLINE void product(Vec<T> (&acc)[M][P * Q], const T* a, int64_t lda, i
 }
 
 // acc = bias + a W^T of M rows of K lanes and P panels, from pack_forward's panels.
-template <class Cell, class Terms, int M, int P, class T>
-FUSEDRNN_INLINE void affine(Vec<T> (&acc)[M][P * Cell::kGates], const T* a, int64_t lda, int64_t K,
+template <int G, class Terms, int M, int P, class T>
+FUSEDRNN_INLINE void affine(Vec<T> (&acc)[M][P * G], const T* a, int64_t lda, int64_t K,
                             const T* all_panels, int64_t block) {
-  constexpr int G          = Cell::kGates;
   constexpr int V          = kLanes<T>;
-  const int64_t panel_size = forward_panel_size<Cell, T>(K);
+  const int64_t panel_size = forward_panel_size<G, T>(K);
   const T* panels          = all_panels + block * panel_size;
   unroll<P * G>([&](auto pg) FUSEDRNN_LAMBDA {
     const Vec<T> bias = load(panels + pg / G * panel_size + pg % G * V);
@@ -116,12 +115,10 @@ struct ProjectStep {
   const T* panels;  // pack_forward's
 };
 
-template <class Cell, class T, class Terms, int M, int P>
+template <int G, class T, class Terms, int M, int P>
 void project_tile(const ProjectStep<T>& s, int64_t row, int64_t block) {
-  constexpr int G = Cell::kGates;
   Vec<T> acc[M][P * G];
-  affine<Cell, Terms, M, P>(acc, s.input + row * s.input_stride, s.input_stride, s.K, s.panels,
-                            block);
+  affine<G, Terms, M, P>(acc, s.input + row * s.input_stride, s.input_stride, s.K, s.panels, block);
   unroll<M * P>([&](auto mp) FUSEDRNN_LAMBDA {
     constexpr int m = mp / P, p = mp % P;
     const int64_t unit = (block + p) * kLanes<T>;
@@ -176,18 +173,22 @@ template <class Cell, class T, class Terms, int M, int P>
 void forward_tile(const ForwardStep<T>& s, int64_t row, int64_t block) {
   constexpr int G = Cell::kGates;
   Vec<T> acc[M][P * G];
-  affine<Cell, Terms, M, P>(acc, s.h_prev + row * s.h_prev_stride, s.h_prev_stride, s.K, s.panels,
-                            block);
-  unroll<M * P>([&](auto mp) FUSEDRNN_LAMBDA {
-    constexpr int m = mp / P, p = mp % P;
+  affine<G, Terms, M, P>(acc, s.h_prev + row * s.h_prev_stride, s.h_prev_stride, s.K, s.panels,
+                         block);
+  // Not unrolled: through memory, the cell's code stands once per tile and not M*P times.
+  Vec<T> sums[M * P * G];
+  unroll<M * P * G>([&](auto i) FUSEDRNN_LAMBDA { sums[i] = acc[i / (P * G)][i % (P * G)]; });
+#pragma GCC unroll 1
+  for (int mp = 0; mp < M * P; ++mp) {
+    const int m = mp / P, p = mp % P;
     const int64_t unit = (block + p) * kLanes<T>;
     const int lanes    = lanes_of<T>(s.H, unit);
     Vec<T> gates_x[G];
     unroll<G>([&](auto g) FUSEDRNN_LAMBDA {
       gates_x[g] = load(s.gates + ((row + m) * G + g) * s.H + unit, lanes);
     });
-    forward_units<Cell, T>(s, row + m, block + p, gates_x, &acc[m][p * G]);
-  });
+    forward_units<Cell, T>(s, row + m, block + p, gates_x, &sums[mp * G]);
+  }
 }
 
 // What the gradient of h [B, P] of one direction at one time step is the sum of. Of the cell's h
@@ -206,13 +207,27 @@ struct GradH {
   int64_t P;
 };
 
-template <class Terms, class T, int M, int P>
-FUSEDRNN_INLINE void grad_h_product(Vec<T> (&acc)[M][P], const GradH<T>& s, int64_t row,
-                                    int64_t block) {
-  if (!s.terms) return;
-  const int64_t panel_size = s.K * kLanes<T>;
-  product<Terms, M, P, 1>(acc, s.terms + row * s.stride, s.stride, s.K,
-                          s.panels + block * panel_size, panel_size);
+// A gradient of h, and what is done with it: finish has the products of M x P vectors. It is called
+// once a tile, so that its code stands once and not in every tile.
+template <class T>
+struct GradHStep {
+  GradH<T> grad_h;
+  void (*finish)(const GradHStep&, int64_t row, int64_t block, int M, int P,
+                 const Vec<T>* products);
+};
+
+template <class T, class Terms, int M, int P>
+void grad_h_tile(const GradHStep<T>& s, int64_t row, int64_t block) {
+  const GradH<T>& g        = s.grad_h;
+  const int64_t panel_size = g.K * kLanes<T>;
+  Vec<T> acc[M][P]         = {};
+  if (g.terms) {
+    product<Terms, M, P, 1>(acc, g.terms + row * g.stride, g.stride, g.K,
+                            g.panels + block * panel_size, panel_size);
+  }
+  Vec<T> products[M * P];
+  unroll<M * P>([&](auto mp) FUSEDRNN_LAMBDA { products[mp] = acc[mp / P][mp % P]; });
+  s.finish(s, row, block, M, P, products);
 }
 template <class T>
 FUSEDRNN_INLINE Vec<T> grad_h_sum(const GradH<T>& s, int64_t row, int64_t unit, int lanes,
@@ -225,28 +240,27 @@ FUSEDRNN_INLINE Vec<T> grad_h_sum(const GradH<T>& s, int64_t row, int64_t unit, 
 
 // The gradient of a projection's result.
 template <class T>
-struct GradHStep {
-  GradH<T> grad_h;
+struct ProjectedGradHStep : GradHStep<T> {
   T* out;  // [B, P]
 };
 
-template <class T, int M, int P>
-void grad_h_tile(const GradHStep<T>& s, int64_t row, int64_t block) {
-  Vec<T> acc[M][P] = {};
-  grad_h_product<Numbers<T>>(acc, s.grad_h, row, block);
-  unroll<M * P>([&](auto mp) FUSEDRNN_LAMBDA {
-    constexpr int m = mp / P, p = mp % P;
-    const int64_t unit = (block + p) * kLanes<T>;
-    const int lanes    = lanes_of<T>(s.grad_h.P, unit);
-    store(s.out + (row + m) * s.grad_h.P + unit,
-          grad_h_sum<T>(s.grad_h, row + m, unit, lanes, acc[m][p]), lanes);
-  });
+template <class T>
+void store_grad_h(const GradHStep<T>& step, int64_t row, int64_t block, int M, int P,
+                  const Vec<T>* products) {
+  const auto& s = static_cast<const ProjectedGradHStep<T>&>(step);
+  for (int64_t m = row; m < row + M; ++m) {
+    for (int64_t b = block; b < block + P; ++b) {
+      const int64_t unit = b * kLanes<T>;
+      const int lanes    = lanes_of<T>(s.grad_h.P, unit);
+      store(s.out + m * s.grad_h.P + unit, grad_h_sum<T>(s.grad_h, m, unit, lanes, *products++),
+            lanes);
+    }
+  }
 }
 
 template <class T>
-struct BackwardStep {
+struct BackwardStep : GradHStep<T> {
   int64_t H;
-  GradH<T> grad_h;
   const T* gates;       // [B, G*H]
   const T* extra;       // [B, H]: LSTM c, GRU a_hn
   const T* prev;        // [B, H]: LSTM c_prev, GRU h_prev; dense
@@ -290,16 +304,12 @@ FUSEDRNN_INLINE void backward_units(const BackwardStep<T>& s, int64_t row, int64
   }
 }
 
-template <class Cell, class T, class Terms, int M, int P>
-void backward_tile(const BackwardStep<T>& s, int64_t row, int64_t block) {
-  Vec<T> acc[M][P] = {};
-  grad_h_product<Terms>(acc, s.grad_h, row, block);
-  // Not unrolled: through memory, the cell's code stands once per tile and not M*P times.
-  Vec<T> products[M * P];
-  unroll<M * P>([&](auto mp) FUSEDRNN_LAMBDA { products[mp] = acc[mp / P][mp % P]; });
-#pragma GCC unroll 1
-  for (int mp = 0; mp < M * P; ++mp) {
-    backward_units<Cell, T>(s, row + mp / P, block + mp % P, products[mp]);
+template <class Cell, class T>
+void backward_tile(const GradHStep<T>& step, int64_t row, int64_t block, int M, int P,
+                   const Vec<T>* products) {
+  const auto& s = static_cast<const BackwardStep<T>&>(step);
+  for (int64_t m = row; m < row + M; ++m) {
+    for (int64_t b = block; b < block + P; ++b) backward_units<Cell, T>(s, m, b, *products++);
   }
 }
 
@@ -327,7 +337,7 @@ struct ProjectTiles {
   using Step             = ProjectStep<T>;
   static constexpr int Q = Cell::kGates;
   template <int M, int P>
-  static constexpr Tile<Step> tile = project_tile<Cell, T, Terms, M, P>;
+  static constexpr Tile<Step> tile = project_tile<Q, T, Terms, M, P>;
 };
 template <class Cell, class T, class Terms = Numbers<T>>
 struct ForwardTiles {
@@ -336,20 +346,12 @@ struct ForwardTiles {
   template <int M, int P>
   static constexpr Tile<Step> tile = forward_tile<Cell, T, Terms, M, P>;
 };
-template <class Cell, class T, class Terms = Numbers<T>>
-struct BackwardTiles {
-  using Step             = BackwardStep<T>;
-  static constexpr int Q = 1;
-  template <int M, int P>
-  static constexpr Tile<Step> tile = backward_tile<Cell, T, Terms, M, P>;
-};
-
-template <class T>
+template <class T, class Terms = Numbers<T>>
 struct GradHTiles {
   using Step             = GradHStep<T>;
   static constexpr int Q = 1;
   template <int M, int P>
-  static constexpr Tile<Step> tile = grad_h_tile<T, M, P>;
+  static constexpr Tile<Step> tile = grad_h_tile<T, Terms, M, P>;
 };
 
 template <class Tiles, int M, int kLog2 = 0>
