@@ -35,6 +35,10 @@ CELLS = ("LSTM", "GRU", "RNN")
 ROUND_NS = 40_000_000  # one side of a round: thousands of clock ticks, yet many rounds in a minute
 SETTLE_SECONDS = 0.01  # idle threads of the side before stop spinning, and leave their core
 MIN_ROUNDS = 3  # fewer show no spread
+PROBE_SIZE = 256  # of has_cores' matrices: 0.2 ms on two threads
+CROWDED = 1.5  # times as long as at best; two threads on one core take 2, a noisy machine 1.2
+WAIT_SECONDS = 0.1
+PATIENCE_SECONDS = 3.0  # to wait for cores, in all rounds together
 FLOAT64_ROUNDINGS = 32  # how far two float64 implementations may be apart; 9 were seen
 
 
@@ -313,6 +317,7 @@ class Timing:
     """Milliseconds a call, round by round, for each of those that took turns."""
 
     rounds: dict[str, list[float]]
+    crowded: int = 0  # rounds in which the threads had not got a core each
 
     def ms(self, name: str) -> float:
         return median(self.rounds[name])
@@ -327,18 +332,40 @@ class Timing:
         return low, high
 
 
+def time(call: Callable, times: int) -> float:
+    """Nanoseconds a call."""
+    start = perf_counter_ns()
+    for _ in range(times):
+        call()
+    return (perf_counter_ns() - start) / times
+
+
+fastest_probe: dict[int, float] = {}  # nanoseconds, by threads
+
+
+def has_cores() -> bool:
+    """Whether the threads have a core each now, as far as a product of matrices tells.
+
+    The host of a virtual machine may run two of its CPUs on one core, for seconds or minutes: then
+    two threads take twice their time.
+    """
+    count = torch.get_num_threads()
+    if count == 1:
+        return True
+    matrix = torch.ones(PROBE_SIZE, PROBE_SIZE)
+    now = min(time(lambda: torch.mm(matrix, matrix), 1) for _ in range(5))
+    fastest_probe[count] = min(now, fastest_probe.get(count, now))
+    return now < CROWDED * fastest_probe[count]
+
+
 def interleave(calls: dict[str, Callable], rounds: int, seconds: float = math.inf) -> Timing:
     """Times rounds in which all run, one after the other, each as often as fills ROUND_NS.
 
     Every second round goes backwards: else one would always follow the other, whose threads may
-    still spin. No round starts after `seconds`, but for MIN_ROUNDS of them.
+    still spin. A round waits until the threads have a core each, if that does not take too long;
+    rounds that run without are counted. No round starts after `seconds`, but for MIN_ROUNDS of
+    them.
     """
-
-    def time(call: Callable, times: int) -> float:
-        start = perf_counter_ns()
-        for _ in range(times):
-            call()
-        return (perf_counter_ns() - start) / times
 
     def repeats(call: Callable) -> int:
         if time(call, 1) > ROUND_NS:
@@ -348,6 +375,7 @@ def interleave(calls: dict[str, Callable], rounds: int, seconds: float = math.in
 
     times = {name: repeats(call) for name, call in calls.items()}
     timing = Timing({name: [] for name in calls})
+    patience = PATIENCE_SECONDS
     gc.collect()
     gc.disable()
     start = perf_counter_ns()
@@ -355,6 +383,10 @@ def interleave(calls: dict[str, Callable], rounds: int, seconds: float = math.in
         for done in range(rounds):
             if done >= MIN_ROUNDS and perf_counter_ns() - start > seconds * 1e9:
                 break
+            while not (ready := has_cores()) and patience > 0:
+                sleep(WAIT_SECONDS)
+                patience -= WAIT_SECONDS
+            timing.crowded += not ready
             for name in list(calls)[:: -1 if done % 2 else 1]:
                 sleep(SETTLE_SECONDS)
                 timing.rounds[name].append(time(calls[name], times[name]) / 1e6)

@@ -25,7 +25,9 @@ NOTES = """\
 - of GEMM: of torch.mm's GFLOP/s in the row's dtype, counting the products only
 - of L2, B = 1: the bytes of weight_hh, every step and every step back, per second, of what
   torch.sum reads there. A weight_hh that stays in L1 can be read faster
-- ran: what computed fusedrnn's calls, as its counters say"""
+- ran: what computed fusedrnn's calls, as its counters say
+- rounds, crowded: in which the threads had not got a core each; such a round is waited out for a
+  while. The host of a virtual machine may run two of its CPUs on one core"""
 MEMORY_NOTES = """\
 saved: the storages that forward keeps for backward, without parameters, input and states. peak: by
 how much one pass forward and backward raises the memory in use at most; on the CPU the process's
@@ -75,7 +77,8 @@ def row_columns(row: Content, columns: int) -> list[str]:
     beyond = " (beyond L2)" if row.get("beyond_l2") else ""
     found.append(f"{row['of_l2']:.0%}{beyond}" if "of_l2" in row else "-")
     ran = row["ran"] if row["ran"].startswith("kernels") else f"**{row['ran']}**"
-    return [*found, ran, str(theirs["rounds"])]
+    crowded = f" ({theirs['crowded']} crowded)" if theirs.get("crowded") else ""
+    return [*found, ran, f"{theirs['rounds']}{crowded}"]
 
 
 def row_tables(content: Content) -> list[str]:

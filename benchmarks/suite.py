@@ -256,6 +256,7 @@ def take_turns(
         "ratio": timing.speedup(name),
         "quartiles": timing.quartiles(name),
         "rounds": len(timing.rounds[name]),
+        "crowded": timing.crowded,
     }
 
 
@@ -599,6 +600,10 @@ def start_lines(content: dict[str, Any]) -> list[str]:
             f"- noise, {where}: half of the ratios of a call to itself are from "
             f"{noise['low']:.3f} to {noise['high']:.3f}; others' share of all CPUs: {others}"
         )
+    timed = [peer for row in content["rows"] for peer in row.get("peers", {}).values()]
+    if crowded := sum(peer.get("crowded", 0) for peer in timed):
+        rounds = sum(peer.get("rounds", 0) for peer in timed)
+        lines.append(f"- threads shared a core in {crowded} of {rounds} rounds")
     if any(noise["noisy"] for noise in content["noise"].values()):
         lines.append(
             f"- **THIS MACHINE IS BUSY OR NOISY** (ratios further than {NOISE_BOUND:.0%} from 1 or "

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import fusedrnn
-from benchmarks import common, memory, peers, suite
+from benchmarks import common, memory, peers, report, suite
 from benchmarks.__main__ import main
 from benchmarks.workloads import gradient_flow
 
@@ -151,6 +151,48 @@ def test_noise_is_found(monkeypatch):
     noise = suite.measure_noise()
     assert noise["others"] is None
     assert noise["noisy"] is False
+
+
+def test_threads_that_share_a_core_are_found(monkeypatch):
+    with common.threads(2):
+        monkeypatch.setattr(common, "fastest_probe", {})
+        assert common.has_cores()  # nothing was faster
+        assert common.fastest_probe.keys() == {2}
+        common.fastest_probe[2] /= 1000
+        assert not common.has_cores()
+    with common.threads(1):
+        assert common.has_cores()
+
+
+def test_rounds_wait_for_cores_for_a_while(monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr(common, "sleep", waits.append)
+    monkeypatch.setattr(common, "ROUND_NS", 1)
+    calls = {"torch.nn": lambda: None, "fusedrnn": lambda: None}
+    answers = iter([False, False, True, True, True])
+    monkeypatch.setattr(common, "has_cores", lambda: next(answers))
+    timing = common.interleave(calls, 3)
+    assert (len(timing.rounds["torch.nn"]), timing.crowded) == (3, 0)
+    assert waits.count(common.WAIT_SECONDS) == 2
+    waits.clear()
+    monkeypatch.setattr(common, "has_cores", lambda: False)
+    timing = common.interleave(calls, 4)
+    assert (len(timing.rounds["torch.nn"]), timing.crowded) == (4, 4)
+    waited = common.WAIT_SECONDS * waits.count(common.WAIT_SECONDS)
+    assert common.PATIENCE_SECONDS <= waited < common.PATIENCE_SECONDS + 2 * common.WAIT_SECONDS
+
+
+def test_crowded_rounds_are_said_aloud(finished):
+    content = copy.deepcopy(finished[1])
+    for row in content["rows"]:
+        for peer in row["peers"].values():
+            if "ratio" in peer:
+                peer["crowded"] = 0
+    assert "shared a core" not in report.report(content)
+    content["rows"][0]["peers"]["torch.nn"]["crowded"] = 2
+    text = report.report(content)
+    assert "- threads shared a core in 2 of " in text
+    assert "(2 crowded)" in text
 
 
 def test_own_work_is_not_that_of_others():
