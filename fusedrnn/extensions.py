@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _is_any_autocast_enabled
+from torch._C import _get_tracing_state, _is_any_autocast_enabled
 from torch.compiler import is_compiling
 from torch.nested import nested_tensor_from_jagged
 from torch.nn.utils.rnn import PackedSequence
@@ -82,6 +82,11 @@ def extended(
         options = ops.Options(None, _by_time(layers, reset_mask), reset_to_hx, return_cell_states)
         return kernels(input, states or (), options, own=True)  # type: ignore[no-any-return]
 
+    if isinstance(lengths, Tensor) and _get_tracing_state():
+        raise RuntimeError(
+            "torch.jit.trace would keep the values of lengths for all inputs; use torch.compile, "
+            "or give a list of the lengths that it is to keep"
+        )
     if unbatched:
         raise ValueError("lengths are of an input of three dimensions, got two; unsqueeze it")
     if input.shape[1 if layers.batch_first else 0] == 0:

@@ -101,9 +101,6 @@ def layer(
     if results is None:
         ops.check_layer(cell, input, initial, weights, options)
         results = other_layer(cell, input, initial, weights, options)
-        if ops.only_autocast():
-            dtype = autocast_dtype(cell, input, initial, weights, options)
-            results = results if dtype is None else tuple(r.to(dtype) for r in results)
     return results
 
 
@@ -163,15 +160,15 @@ def kernel_layer(
     if not even_if_watched and ops.watched():
         return None
     if torch.is_grad_enabled():
-        for t in (input, *initial, *weights):
-            if t is not None and t.requires_grad:
-                if torch.is_inference_mode_enabled():
-                    break  # torch records nothing then
-                if not ops.takes(cell, input, initial, weights, options):
-                    return None
-                return _APPLY[cell](  # type: ignore[no-any-return]
-                    cell, len(initial), options, input, *initial, *weights
-                )
+        tensors = (input, *initial, *weights)
+        try:
+            recorded = any([t is not None and t.requires_grad for t in tensors])
+        except RuntimeError:  # a subclass that does not say, such as ExpandedWeight
+            return None
+        if recorded and not torch.is_inference_mode_enabled():  # torch records nothing there
+            if not ops.takes(cell, input, initial, weights, options):
+                return None
+            return _APPLY[cell](cell, len(initial), options, *tensors)  # type: ignore[no-any-return]
     result = ops.forward(cell, input, initial, weights, False, options, panels)
     return None if result is None else result[0]
 
@@ -266,7 +263,15 @@ def other_layer(
     options: ops.Options | None = None,
 ) -> tuple[Tensor, ...]:
     """`layer` where `kernel_layer` is None: under torch.func alone by operators that have rules for
-    it, otherwise by the reference. Checks nothing."""
+    it, otherwise by the reference; in the dtypes of `autocast_layer`. Checks nothing."""
+    dtype = autocast_dtype(cell, input, initial, weights, options)
+    if dtype is not None:
+        options = autocast_options(input, options)
+        device = input.device.type
+        input, initial, weights = converted(dtype, input, initial, weights)
+        with torch.autocast(device, enabled=False):
+            results = other_layer(cell, input, initial, weights, options)
+        return tuple(r.to(dtype) for r in results)
     if ops.only_transformed() and input.device.type == "cpu":
         return library.layer(cell, input, initial, weights, options)
     return reference_layer(cell, input, initial, weights, options)

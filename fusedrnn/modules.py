@@ -66,12 +66,11 @@ def _compute(
             ops.check_weights(cell, features, hidden, weights)
         return results
     # Under torch.func and forward-mode AD: torch's fused operations lack the rules for them.
+    if not ops.transformed():
+        return None
     tensors = (input, *initial, *weights)
-    if (
-        not ops.transformed()
-        or _is_any_autocast_enabled()
-        or any(t is not None and t.dtype != input.dtype for t in tensors)
-    ):
+    converts = autocast_dtype(cell, input, initial, weights, options) is not None
+    if not converts and any(t is not None and t.dtype != input.dtype for t in tensors):
         return None
     try:
         ops.check_layer(cell, input, initial, weights, options)
@@ -145,6 +144,12 @@ class _Fused:
 
     def _torch_forward(self, input: Any, hx: Any) -> Any:
         """The call by torch's own implementation, with torch's own errors."""
+        if isinstance(input, torch.fx.Proxy) or isinstance(hx, torch.fx.Proxy):
+            # In a symbolic trace a call of this module, as the tracer makes it of torch.nn's.
+            tracer: Any = (input if isinstance(input, torch.fx.Proxy) else hx).tracer
+            arguments = (input,) if hx is None else (input, hx)
+            name = tracer.path_of_module(self)
+            return tracer.create_proxy("call_module", name, arguments, {})
         try:
             result = self._torch_class.forward(self, input, hx)
         except RuntimeError as error:

@@ -31,6 +31,11 @@ def _called(cls: Any, *args: Any, **kwargs: Any) -> Any:
     return cls.forward(*args, **kwargs)
 
 
+def _named_as(cls: Any) -> Callable[[Any], Any]:
+    """Decorates a forward with the names of cls.forward's arguments, which torch.export reads."""
+    return wraps(cls.forward)
+
+
 class LSTM(modules.LSTM, nn.LSTM):
     """fusedrnn.LSTM that is a torch.nn.LSTM for isinstance too, as `patched` makes it.
 
@@ -40,6 +45,7 @@ class LSTM(modules.LSTM, nn.LSTM):
     _torch_class = nn.LSTM
     __init__ = nn.LSTM.__init__
 
+    @_named_as(modules.LSTM)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return _called(modules.LSTM, self, *args, **kwargs)
 
@@ -50,6 +56,7 @@ class GRU(modules.GRU, nn.GRU):
     _torch_class = nn.GRU
     __init__ = nn.GRU.__init__
 
+    @_named_as(modules.GRU)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return _called(modules.GRU, self, *args, **kwargs)
 
@@ -60,6 +67,7 @@ class RNN(modules.RNN, nn.RNN):
     _torch_class = nn.RNN
     __init__ = nn.RNN.__init__
 
+    @_named_as(modules.RNN)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return _called(modules.RNN, self, *args, **kwargs)
 
