@@ -218,7 +218,7 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 
 @needs_nvcc
 def test_architectures_can_be_named(tmp_path):
-    done = configured(tmp_path, FUSEDRNN_CUDA_ARCHS="80, 90a")
+    done = configured(tmp_path, FUSEDRNN_CUDA="1", FUSEDRNN_CUDA_ARCHS="80, 90a")
     assert "fusedrnn: CUDA kernels for sm_80, 90a\n" in done.stdout, done.stderr
     commands = (tmp_path / "build" / "compile_commands.json").read_text()
     assert "arch=compute_80,code=[sm_80]" in commands

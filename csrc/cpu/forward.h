@@ -58,9 +58,9 @@ struct ForwardLayout {
     }
     weight_bytes = panels_size() * int64_t(sizeof(T));
     // Rows of consecutive steps are one matrix: then a chunk is one product.
-    const bool one_matrix = s.offsets || s.B == 1 || a.input_stride_t == s.B * a.input_stride_b;
-    chunk_rows            = one_matrix ? max64(s.B, min64(rows, kChunkRows)) : s.B;
-    constexpr int tile    = kAheadTile<Cell>;
+    const bool one_matrix  = s.offsets || s.B == 1 || a.input_stride_t == s.B * a.input_stride_b;
+    chunk_rows             = one_matrix ? max64(s.B, min64(rows, kChunkRows)) : s.B;
+    constexpr int64_t tile = kAheadTile<Cell>;
     if (kCanGoAhead<Cell, T, Terms> && s.B == 1 && !s.offsets && s.T > 2 * tile) {
       // The first rows are projected before any step: few of a few (1.06 times as fast at T = 20).
       ahead_rows = s.T > 2 * kAheadTiles * tile ? kAheadTiles * tile : tile;
