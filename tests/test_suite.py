@@ -552,12 +552,14 @@ def test_workloads_leave_what_they_found(monkeypatch, tmp_path, capsys):
     record, failed = content["workloads"]
     assert failed["failed"] == "RuntimeError: no data"
     assert set(record["trainings"][0]["step_ms"]) == {"torch.nn", "fusedrnn"}
-    assert record["trainings"][0]["speedup"] > 0
     errors, accuracy = record["measures"]
     assert errors["reached"] == {"torch.nn": True, "fusedrnn": True}
     assert accuracy["threshold"] == "at least 0.95"
     assert record["seconds"] > 0
     assert (tmp_path / "a-workloads" / "gradient_flow.png").exists()
+    for training in record["trainings"]:  # of three steps each: any is slower by chance
+        assert training["speedup"] > 0
+        training["speedup"] = 2.0
     record["trainings"][0]["speedup"] = 0.5
     alone = {"title": "torch's", "step_ms": {"torch.nn": 1.0}, "seconds": {"torch.nn": 2.0}}
     record["trainings"].append(alone | {"speedup": None})
