@@ -276,6 +276,16 @@ def test_restore_and_replace_take_what_was_built_inside():
     assert model[1].weight_ih is parameters[4]
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_export_knows_the_names_of_their_arguments(kind):
+    with patched():
+        module = build(nn, kind, 3, 4)
+    sizes = {"input": {1: torch.export.Dim("batch")}}
+    program = torch.export.export(module, (torch.randn(5, 2, 3),), dynamic_shapes=sizes)
+    x = torch.randn(5, 3, 3)
+    assert all(map(torch.equal, flat(program.module()(x)), flat(build(nn, kind, 3, 4)(x))))
+
+
 def test_explain_knows_them():
     with patched():
         module = nn.GRU(3, 4)

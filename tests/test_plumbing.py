@@ -13,6 +13,7 @@ import torch.multiprocessing
 from helpers import CELLS, LAYERS, assert_same, build, flat, pair, raised, ran, run, states
 from torch import distributed, nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.utils._pytree import tree_map
 
 import fusedrnn
@@ -581,6 +582,70 @@ def test_traces_hold_for_other_sizes(kind):
         with ran():
             actual = flat(traced(input))
         torch.testing.assert_close(actual, flat(ours(input)), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_lengths_are_not_traced():
+    """A trace would hold their values, whatever it is called with."""
+
+    class WithLengths(nn.Module):
+        def __init__(self, given=None):
+            super().__init__()
+            self.rnn = build(modules, "GRU", 3, 4)
+            self.given = given
+
+        def forward(self, x, lengths):
+            return self.rnn(x, lengths=self.given or lengths)[0]
+
+    x, lengths = torch.randn(5, 2, 3), torch.tensor([5, 2])
+    with pytest.raises(RuntimeError, match=r"torch.jit.trace would keep .* use torch.compile"):
+        torch.jit.trace(WithLengths(), (x, lengths))
+    constant = WithLengths([5, 2])
+    traced = torch.jit.trace(constant, (x, lengths))
+    torch.testing.assert_close(traced(-x, lengths), constant(-x, lengths))
+
+
+@pytest.mark.parametrize("way", ["replace", "patched"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_symbolic_trace_has_them_as_one_node(kind, way):
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = build(nn, kind, 3, 4, 1)
+            self.cell = nn.GRUCell(4, 4)
+
+        def forward(self, x, hx):
+            output, final = self.rnn(x, hx)
+            return self.cell(output[-1]), self.rnn(x)[0], final
+
+    theirs = Tagger()
+    if way == "patched":
+        with fusedrnn.patched():
+            ours = Tagger()
+    else:
+        ours = Tagger()
+        assert len(fusedrnn.replace(ours).replaced) == 2
+    expected = [(n.op, n.target) for n in torch.fx.symbolic_trace(theirs).graph.nodes]
+    traced = torch.fx.symbolic_trace(ours)
+    assert [(n.op, n.target) for n in traced.graph.nodes] == expected
+    x, hx = torch.randn(5, 2, 3), states(kind, 1, 2, 4, dtype=torch.float32)
+    with torch.no_grad():
+        with ran("kernel_forward"):
+            results = flat(traced(x, hx))
+        assert all(map(torch.equal, results, flat(ours(x, hx))))
+
+
+@pytest.mark.parametrize("kind", ["GRU", "RNN_tanh", "RNN_relu"])
+def test_expanded_weights_take_torchs_way(kind):
+    """They are tensors that do not say whether they require a gradient."""
+    results = []
+    for source in (nn, modules):
+        layer = build(source, kind, 3, 4, 1, batch_first=True)
+        call = call_for_per_sample_grads(layer, batch_size=5)
+        call(torch.randn(5, 6, 3, generator=torch.Generator().manual_seed(0)))[0].sum().backward()
+        results.append([p.grad_sample for p in layer.parameters()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.ao.quantization")
