@@ -25,8 +25,10 @@ CPP     := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(wildcard tests/cuda_on_cp
 demo: .venv/bench.stamp
 	$(PY) -m benchmarks.workloads.char_lm --cell LSTM
 
+# Two processes of one thread each: half the time of one process. Of two threads each they wait for
+# each other's: three times as long. Tests of threads ask for theirs.
 test: .venv/test.stamp
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 bench: .venv/bench.stamp
 	$(PY) -m benchmarks run --suite quick

@@ -128,8 +128,9 @@ def _cuda_problems(devices: list[Report], built: list[str]) -> list[str]:
             continue
         if not built:
             problems.append(f"{device['name']}: this build has no CUDA kernels; {rebuild}")
-        # Code runs on the later ones of its generation (not that of "90a"), PTX on all later ones.
-        elif not any(_runs_on(b, architecture, b == built[-1]) for b in built):
+        # Code runs on the later ones of its generation (not that of "90a"), PTX on all later ones:
+        # there is that of 80 if the last is one of 80 to 89, that of 100 if it is one from 100 on.
+        elif not any(_runs_on(b, architecture, len(b) == len(built[-1])) for b in built):
             problems.append(
                 f"{device['name']}: CUDA kernels for {', '.join(built)} only, this GPU has "
                 f"{architecture}; {rebuild}"

@@ -218,12 +218,20 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 
 @needs_nvcc
 def test_architectures_can_be_named(tmp_path):
-    done = configured(tmp_path, FUSEDRNN_CUDA="1", FUSEDRNN_CUDA_ARCHS="80, 90a")
-    assert "fusedrnn: CUDA kernels for sm_80, 90a\n" in done.stdout, done.stderr
+    archs = "80, 86, 90a, 100, 120"
+    done = configured(tmp_path, FUSEDRNN_CUDA="1", FUSEDRNN_CUDA_ARCHS="90a 86 120,80, 100")
+    assert done.returncode == 0, done.stderr
+    assert f"fusedrnn: CUDA kernels for sm_{archs}\n" in done.stdout
     commands = (tmp_path / "build" / "compile_commands.json").read_text()
-    assert "arch=compute_80,code=[sm_80]" in commands
-    assert "compute_90a,code=[compute_90a,sm_90a]" in commands  # PTX of the last
-    assert "compute_120" not in commands
+    codes = re.findall(r"arch=compute_(\w+),code=\[(\w+)\]", commands)
+    assert list(dict.fromkeys(codes)) == [
+        ("80", "sm_80"),
+        ("80", "sm_86"),
+        ("90a", "sm_90a"),
+        ("100", "sm_100"),
+        ("100", "sm_120"),
+        ("100", "compute_100"),
+    ]
 
 
 def test_cuda_can_be_left_out(tmp_path):

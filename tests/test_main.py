@@ -325,6 +325,7 @@ def test_help_names_both_commands(capsys, arguments):
         ("90", [], "no CUDA kernels"),
         ("90", ["80", "90a", "120"], None),
         ("87", ["80", "90a", "120"], None),  # later than 80, of its generation
+        ("110", ["90a", "100", "120"], None),  # by PTX, which is for 100
         ("90", ["80", "86"], None),  # PTX of the last
         ("90", ["80", "120"], "for 80, 120 only, this GPU has 90"),
         ("121", ["80", "90a"], "for 80, 90a only"),  # PTX of 90a is for it alone

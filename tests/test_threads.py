@@ -339,6 +339,7 @@ CONTENDED = {  # cell, size, threads, cores, whether another process is busy
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("contended", CONTENDED)
 def test_a_call_on_contended_cores_is_not_slower_than_its_share_of_them(contended):
     cell, size, threads, num_cores, busy = CONTENDED[contended]
@@ -392,6 +393,7 @@ def scale(tensors, factor):
     return [(t.detach().double() * factor).to(t.dtype) for t in tensors]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("cell", LAYER_CELLS)
 def test_denormal_numbers_take_no_more_time(cell):
     torch.set_num_threads(1)
