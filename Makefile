@@ -17,7 +17,7 @@ INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
 # Build requirements, from the one place that names them.
 REQUIRES = $$(sed -n 's/^requires = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-CPP     := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(wildcard tests/cuda_on_cpu/*.[hc]*) \
+CPP     := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(wildcard tests/*.h tests/cuda_on_cpu/*.[hc]*) \
            $(wildcard benchmarks/*.cu)
 
 .PHONY: demo test bench lint sanitize clean

@@ -7,7 +7,7 @@ from torch import Tensor
 from fusedrnn.ops import Options, Tensors, Weights
 
 compiler: str  # that built this file
-isas: str  # that it has kernels for, best first: "avx512_bf16, avx512, avx2, generic"
+isas: str  # that it has kernels for, best first: "amx, avx512_bf16, ..., generic"
 cuda: str  # CUDA architectures, likewise
 
 class Panels:

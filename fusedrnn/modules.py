@@ -101,21 +101,23 @@ def _compute_in_graph(
     return results
 
 
-# Whether torch multiplies bfloat16 by an instruction that the kernels have not.
+# Whether torch multiplies bfloat16 by an instruction that the kernels do not use.
 _TORCH_MULTIPLIES_FASTER = torch._C._has_mkldnn and any(
     getattr(torch.cpu, f"_is_{name}_supported", bool)()
-    for name in ("amx_tile", *(("avx512_bf16",) if not ops.BF16_PRODUCTS else ()))
+    for name, used in (("amx_tile", ops.isa() == "amx"), ("avx512_bf16", ops.BF16_PRODUCTS))
+    if not used
 )
 
 
 def _torch_is_faster(cell: str, hidden: int, input: Tensor) -> bool:
     """Whether torch's layer would compute [T, B, I] in bfloat16, and faster than ours.
 
-    On a CPU with AMX it can be, whose tiles the kernels do not use. The thresholds are from a Zen 4
-    core and kernels that multiplied in float32. torch.nn's time over theirs, no_grad / training, at
-    (B, H): LSTM (1, 32) 3.2 / 3.1, (1, 128) 1.0 / 1.9, (1, 512) 0.8 / 2.5,
-    (8, 128) 0.6 / 0.8, (64, 512) 0.5 / 0.7. GRU (8, 128) 2.9 / 4.5, (8, 256) 1.4 / 2.0, (32, 256)
-    0.9 / 0.9, (64, 512) 0.6 / 0.6; RNN (32, 256) 1.1 / 1.1, (64, 512) 0.7 / 0.7.
+    On a CPU with AMX it can be, whose tiles our kernels use only if FUSEDRNN_ISA says so. The
+    thresholds are from a Zen 4 core and kernels that multiplied in float32. torch.nn's time over
+    theirs, no_grad / training, at (B, H): LSTM (1, 32) 3.2 / 3.1, (1, 128) 1.0 / 1.9,
+    (1, 512) 0.8 / 2.5, (8, 128) 0.6 / 0.8, (64, 512) 0.5 / 0.7. GRU (8, 128) 2.9 / 4.5,
+    (8, 256) 1.4 / 2.0, (32, 256) 0.9 / 0.9, (64, 512) 0.6 / 0.6; RNN (32, 256) 1.1 / 1.1,
+    (64, 512) 0.7 / 0.7.
     """
     if not (_TORCH_MULTIPLIES_FASTER and torch.backends.mkldnn.enabled and input.is_cpu):
         return False

@@ -22,7 +22,7 @@ def python(*arguments, **environment):
     )
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_the_kernel_tests_pass(isa):
     if isa == fusedrnn.isa():
         pytest.skip(f"{isa} is what this process runs: its tests are part of this run")
@@ -32,7 +32,7 @@ def test_the_kernel_tests_pass(isa):
     assert probe.stdout.strip() == isa
     run = python(
         "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-        *(str(TESTS / f"test_{name}.py") for name in ("sequence", "nonlinearities")),
+        *(str(TESTS / f"test_{n}.py") for n in ("sequence", "nonlinearities", "bf16_products")),
         FUSEDRNN_ISA=isa,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:]

@@ -25,8 +25,8 @@ static_assert(kPartialTerms % kAheadPiece == 0, "a piece lies in one part");
 // With 12 accumulators the projection would be of 2 rows: 1.1 times as long on AVX2, for all that is
 // read anew. GRU is 0.91 to 0.96 as fast with it in float64, 0.92 to 1 with bfloat16 products.
 template <class Cell, class T, class Terms>
-constexpr bool kCanGoAhead =
-    kAccumulators == 24 && (Cell::kGates == 4 || std::is_same_v<Terms, Numbers<float>>);
+constexpr bool kCanGoAhead = kAccumulators == 24 && Terms::kTileRows == 0 &&
+                             (Cell::kGates == 4 || std::is_same_v<Terms, Numbers<float>>);
 
 // The sum of a product's terms in the order of step.h's `product`: parts of kPartialTerms.
 template <class T, int N>

@@ -95,7 +95,8 @@ struct BackwardLayout {
     return forward_input + forward_recurrent + gates + extra + recurrent + projection + h_prev +
            c_prev + carry + initial_carry + initial_gates + grad_gates + grad_h + unprojected +
            step_terms + threads * rows_terms + group_threads * group_rows + input_weight +
-           gates_terms + input_terms + h_terms;
+           gates_terms + input_terms + h_terms +
+           (Terms::kTileRows > 0 ? kLanes<T> : 0);  // for a tile's read beyond the last row
   }
 };
 
@@ -498,11 +499,11 @@ template <class Cell, class T, class Terms>
 bool backward(const BackwardArgs<T>& a) {
   const BackwardLayout<Cell, T, Terms> layout(a);
   const Shape shape = shape_of<Cell, T>(
-      a, int64_t(sizeof(T)) * (layout.recurrent + layout.projection), kMaxRows<1>);
-  return run_call<T>(shape, layout.elements(), a.num_threads,
-                     [&](int64_t d, const Shard& shard, const Scratch<T>& scratch) {
-                       backward_direction<Cell, T, Terms>(a, d, shard, scratch);
-                     });
+      a, int64_t(sizeof(T)) * (layout.recurrent + layout.projection), kMaxRows<Terms, 1>);
+  return run_call<T, Terms>(shape, layout.elements(), a.num_threads,
+                            [&](int64_t d, const Shard& shard, const Scratch<T>& scratch) {
+                              backward_direction<Cell, T, Terms>(a, d, shard, scratch);
+                            });
 }
 
 }  // namespace

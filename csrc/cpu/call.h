@@ -133,13 +133,14 @@ Shape shape_of(const Args& a, int64_t weight_bytes, int max_rows) {
 
 // body(direction, shard, scratch) for all of a call, in one parallel region; false, with nothing
 // done, if there is no memory for the scratch.
-template <class T, class Body>
+template <class T, class Terms, class Body>
 bool run_call(const Shape& shape, int64_t scratch_elements, int num_threads, const Body& body) {
   const int threads = useful_threads(shape, num_threads);
   const Scratch<T> scratch(scratch_elements, shape.D, threads);
   if (!scratch.ok()) return false;
   parallel(threads, [&](int thread, int running) {
     const FlushDenormals<T> flush;
+    [[maybe_unused]] const typename Terms::Scope scope{};
     const Shard shard = shard_of(shape, thread, running);
     for (int64_t d = shard.direction_begin; d < shard.direction_end; ++d) body(d, shard, scratch);
   });

@@ -1,6 +1,12 @@
 // Picks the ISA. Compiled with baseline flags: this runs before anything is known about the CPU.
 #include "dispatch.h"
 
+#if defined(FUSEDRNN_X86)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -13,18 +19,34 @@ struct Isa {
   const char* name;
   bool present;
   const Kernels& (*kernels)();
+  bool only_by_name = false;
 };
 
 #if defined(FUSEDRNN_X86)
 // avx512's, and products of bfloat16 numbers.
-const Kernels& with_bf16_products() {
-  static const Kernels kernels = [] {
-    Kernels all       = kernels_avx512();
-    all.isa           = "avx512_bf16";
-    all.bf16_products = &kernels_avx512_bf16();
-    return all;
-  }();
+Kernels with_products(const char* isa, const KernelsOf<float>& bf16_products) {
+  Kernels all       = kernels_avx512();
+  all.isa           = isa;
+  all.bf16_products = &bf16_products;
+  return all;
+}
+const Kernels& avx512_bf16() {
+  static const Kernels kernels = with_products("avx512_bf16", kernels_avx512_bf16());
   return kernels;
+}
+const Kernels& amx() {
+  static const Kernels kernels = with_products("amx", kernels_amx());
+  return kernels;
+}
+
+// Whether the CPU has AMX for bfloat16, and Linux lets this process use it; it must be asked.
+// __builtin_cpu_supports does not know the name in older compilers.
+bool has_amx() {
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // of leaf 7's edx
+  constexpr long kRequest = 0x1023, kTileData = 18;       // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTile) &&
+         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
 #endif
 
@@ -34,10 +56,12 @@ const std::vector<Isa>& isas() {
   // __builtin_cpu_supports asks the operating system too whether it saves the wide registers.
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512_bf16_too = avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
   static const std::vector<Isa> all = {
 #if defined(FUSEDRNN_X86)
-      {"avx512_bf16", avx512 && __builtin_cpu_supports("avx512bf16"), with_bf16_products},
+      {"amx", avx512_bf16_too && has_amx(), amx, true},
+      {"avx512_bf16", avx512_bf16_too, avx512_bf16},
       {"avx512", avx512, kernels_avx512},
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), kernels_avx2},
 #endif
@@ -65,7 +89,7 @@ const char* isa_names() {
 const Kernels& select_kernels(const char* name) {
   const bool any = !name || !*name;
   for (const Isa& isa : isas()) {
-    if (any ? isa.present : std::strcmp(isa.name, name) == 0) {
+    if (any ? isa.present && !isa.only_by_name : std::strcmp(isa.name, name) == 0) {
       if (isa.present) return isa.kernels();
       throw std::runtime_error("FUSEDRNN_ISA=" + std::string(name) +
                                ": this CPU lacks it. Set FUSEDRNN_ISA to one of " + names(true) +

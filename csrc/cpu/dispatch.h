@@ -10,10 +10,12 @@ const Kernels& kernels_generic();
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
 const KernelsOf<float>& kernels_avx512_bf16();
+const KernelsOf<float>& kernels_amx();
 #endif
 
 // The kernels of the best ISA that this CPU has, or of the one that `name` asks for; throws
-// std::runtime_error if there is no such ISA, or this CPU or build lacks it. Null or "": the best.
+// std::runtime_error if there is no such ISA, or this CPU or build lacks it. Null or "": the best but
+// "amx", whose speed has not been measured.
 const Kernels& select_kernels(const char* name);
 
 // The names of the ISAs that this build has kernels for, best first: "avx2, generic".

@@ -351,17 +351,17 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
 
 template <class Cell, class T, class Terms>
 Shape forward_shape(const ForwardArgs<T>& a, const ForwardLayout<Cell, T, Terms>& layout) {
-  return shape_of<Cell, T>(a, layout.weight_bytes, kMaxRows<Cell::kGates>);
+  return shape_of<Cell, T>(a, layout.weight_bytes, kMaxRows<Terms, Cell::kGates>);
 }
 
 // With Pairs not for a projection.
 template <class Cell, class T, class Terms>
 bool forward(const ForwardArgs<T>& a) {
   const ForwardLayout<Cell, T, Terms> layout(a);
-  return run_call<T>(forward_shape(a, layout), layout.elements(), a.num_threads,
-                     [&](int64_t d, const Shard& shard, const Scratch<T>& scratch) {
-                       forward_direction<Cell, T, Terms>(a, d, shard, scratch);
-                     });
+  return run_call<T, Terms>(forward_shape(a, layout), layout.elements(), a.num_threads,
+                            [&](int64_t d, const Shard& shard, const Scratch<T>& scratch) {
+                              forward_direction<Cell, T, Terms>(a, d, shard, scratch);
+                            });
 }
 
 template <class Cell, class T, class Terms>

@@ -1,5 +1,5 @@
 // The body of every isa_*.cpp: the whole of the CPU kernels under that file's compiler flags, and
-// one function that hands them out; where the flags have AVX512-BF16, those of its products alone.
+// one function that hands them out; where the flags have AVX512-BF16 or AMX, those of its products alone.
 // Define FUSEDRNN_ISA_NAME (avx2, ...) before including it.
 //
 // Rules for what this includes: only our headers, <c*> headers and intrinsics; everything in an
@@ -42,7 +42,12 @@ constexpr KernelsOf<T> kernels_of() {
 
 #if defined(__AVX512BF16__)
 const KernelsOf<float>& FUSEDRNN_KERNELS(FUSEDRNN_ISA_NAME)() {
-  static constexpr KernelsOf<float> kernels = kernels_of<float, Pairs>();
+#if defined(__AMX_BF16__)
+  using Terms = TilePairs;
+#else
+  using Terms = Pairs;
+#endif
+  static constexpr KernelsOf<float> kernels = kernels_of<float, Terms>();
   return kernels;
 }
 #else

@@ -17,7 +17,7 @@ constexpr int64_t kPartialRows = 128;
 template <class T>
 struct ProductStep {
   int64_t K;
-  const T* a;  // a(m, k) = a[m * a_stride_m + k * a_stride_k]
+  const T* a;  // a(m, k) = a[m * a_stride_m + k * a_stride_k]; one of the strides is 1
   int64_t a_stride_m, a_stride_k;
   const T* b;  // [K, columns], rows b_stride apart
   int64_t b_stride;
@@ -28,20 +28,42 @@ struct ProductStep {
 
 template <class T, class Terms, int M, int P, bool kWhole>
 FUSEDRNN_INLINE void product_columns(const ProductStep<T>& s, const T* a, const T* b, T* out,
-                                     int last_lanes) {
+                                     int last_lanes, int rows) {
   constexpr int V  = kLanes<T>;
   const auto lanes = [&](int p) FUSEDRNN_LAMBDA { return kWhole || p < P - 1 ? V : last_lanes; };
   Vec<T> acc[M][P] = {};
-  for (int64_t k = 0; k < s.K; ++k, a += s.a_stride_k, b += s.b_stride) {
-    Vec<T> b_k[P];
-    unroll<P>([&](auto p) FUSEDRNN_LAMBDA { b_k[p] = load(b + p * V, lanes(p)); });
-    unroll<M>([&](auto m) FUSEDRNN_LAMBDA {
-      const Vec<T> a_k = splat<Vec<T>>(a[m * s.a_stride_m]);
-      unroll<P>([&](auto p)
-                    FUSEDRNN_LAMBDA { acc[m][p] = Terms::multiply_add(a_k, b_k[p], acc[m][p]); });
-    });
+  if constexpr (Terms::kTileRows > 0) {
+    // b's last vector may reach beyond the row: into lanes that are not stored.
+    Terms::add_product(
+        acc, rows, s.K,
+        [&](auto tile, int64_t k) FUSEDRNN_LAMBDA {
+          if (s.a_stride_k == 1) {
+            Terms::template load_tile<tile>(a + k, s.a_stride_m * int64_t(sizeof(T)));
+          } else {  // a's columns lie in rows
+            Vec<T> block[V];
+            for (int j = 0; j < V; ++j) {
+              block[j] = k + j < s.K ? load(a + (k + j) * s.a_stride_k, rows) : Vec<T>{};
+            }
+            transpose<T>(block);
+            Terms::template load_tile<tile>(block, kVectorBytes);
+          }
+        },
+        [&](auto tile, int64_t k, auto p) FUSEDRNN_LAMBDA {
+          Terms::template load_tile<tile>(b + k * s.b_stride + p * V,
+                                          s.b_stride * int64_t(sizeof(T)));
+        });
+  } else {
+    for (int64_t k = 0; k < s.K; ++k, a += s.a_stride_k, b += s.b_stride) {
+      Vec<T> b_k[P];
+      unroll<P>([&](auto p) FUSEDRNN_LAMBDA { b_k[p] = load(b + p * V, lanes(p)); });
+      unroll<M>([&](auto m) FUSEDRNN_LAMBDA {
+        const Vec<T> a_k = splat<Vec<T>>(a[m * s.a_stride_m]);
+        unroll<P>([&](auto p)
+                      FUSEDRNN_LAMBDA { acc[m][p] = Terms::multiply_add(a_k, b_k[p], acc[m][p]); });
+      });
+    }
   }
-  unroll<M>([&](auto m) FUSEDRNN_LAMBDA {
+  for_rows<Terms, M>(rows, [&](auto m) FUSEDRNN_LAMBDA {
     unroll<P>([&](auto p) FUSEDRNN_LAMBDA {
       T* const to = out + m * s.columns + p * V;
       if (s.accumulate) acc[m][p] = acc[m][p] + load(to, lanes(p));
@@ -51,22 +73,23 @@ FUSEDRNN_INLINE void product_columns(const ProductStep<T>& s, const T* a, const 
 }
 
 template <class T, class Terms, int M, int P>
-void product_tile(const ProductStep<T>& s, int64_t m, int64_t block) {
+void product_tile(const ProductStep<T>& s, int64_t m, int64_t block, int rows) {
   constexpr int64_t V = kLanes<T>;
   const int64_t n     = block * V;
   const int64_t left  = s.columns - n - (P - 1) * V;
   const T* const a    = s.a + m * s.a_stride_m;
   T* const out        = s.out + m * s.columns + n;
   if (left >= V) {
-    product_columns<T, Terms, M, P, true>(s, a, s.b + n, out, int(V));
+    product_columns<T, Terms, M, P, true>(s, a, s.b + n, out, int(V), rows);
   } else {
-    product_columns<T, Terms, M, P, false>(s, a, s.b + n, out, int(left));
+    product_columns<T, Terms, M, P, false>(s, a, s.b + n, out, int(left), rows);
   }
 }
 
-template <class T, class Terms>
+template <class T, class Terms_>
 struct ProductTiles {
   using Step             = ProductStep<T>;
+  using Terms            = Terms_;
   static constexpr int Q = 1;
   template <int M, int P>
   static constexpr Tile<Step> tile = product_tile<T, Terms, M, P>;

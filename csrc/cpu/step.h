@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../cells/math.h"
+#include "amx.h"
 #include "pack.h"
 #include "vec.h"
 
@@ -18,16 +19,28 @@ FUSEDRNN_INLINE int lanes_of(int64_t H, int64_t unit) {
 
 // Rows of the tallest tile whose product has Q vectors per panel row. Chosen for few loads per FMA:
 // 24 accumulators as 6 x 4 (LSTM: one panel of 4 gates; backward and RNN: 4 panels), GRU 8 x 3.
-template <int Q>
-constexpr int kMaxRows = kAccumulators / (Q == 1 ? 4 : Q);
+template <class Terms, int Q>
+constexpr int kMaxRows = Terms::kTileRows > 0 ? Terms::kTileRows : kAccumulators / (Q == 1 ? 4 : Q);
 
 // Panels of the widest tile of M rows: enough independent accumulators to hide the FMA's latency
-// where there are few rows. At most 8, the streams that hardware prefetchers follow.
-template <int Q>
+// where there are few rows. At most 8, the streams that hardware prefetchers follow. AMX has 4
+// accumulators.
+template <class Terms, int Q>
 constexpr int max_panels(int M) {
+  if (Terms::kTileRows > 0) return Q == 1 ? 4 : 1;
   int P = 1;
   while (2 * P * M * Q <= kAccumulators && P < 8) P *= 2;
   return P;
+}
+
+// f(m) for the rows of a tile: M, each in its own registers, or of AMX's tiles the first `rows`.
+template <class Terms, int M, class F>
+FUSEDRNN_INLINE void for_rows([[maybe_unused]] int rows, F&& f) {
+  if constexpr (Terms::kTileRows > 0) {
+    for (int m = 0; m < rows; ++m) f(m);
+  } else {
+    unroll<M>(f);
+  }
 }
 
 // Terms of one partial sum over k. Sums of sums lose less than one long sum: with 512 terms in one,
@@ -73,34 +86,46 @@ FUSEDRNN_INLINE void partial_product(Vec<T> (&acc)[M][P * Q], const T* a, int64_
 // acc[m][p*Q + q] += sum_k a[m*lda + k] panel_p[k][q], in one order whatever M and P are: a row's
 // bits do not depend on the tile that it falls into.
 template <class Terms, int M, int P, int Q, class T>
-FUSEDRNN_INLINE void product(Vec<T> (&acc)[M][P * Q], const T* a, int64_t lda, int64_t K,
-                             const T* panels, int64_t panel_size) {
-  int64_t end = part_end(0, K);
-  partial_product<Terms, M, P, Q>(acc, a, lda, 0, end, panels, panel_size);
-  while (end < K) {
-    const int64_t begin   = end;
-    end                   = part_end(begin, K);
-    Vec<T> part[M][P * Q] = {};
-    partial_product<Terms, M, P, Q>(part, a, lda, begin, end, panels, panel_size);
-    unroll<M * P * Q>([&](auto i) FUSEDRNN_LAMBDA {
-      constexpr int m = i / (P * Q), pq = i % (P * Q);
-      acc[m][pq] = acc[m][pq] + part[m][pq];
-    });
+FUSEDRNN_INLINE void product(Vec<T> (&acc)[M][P * Q], [[maybe_unused]] int rows, const T* a,
+                             int64_t lda, int64_t K, const T* panels, int64_t panel_size) {
+  if constexpr (Terms::kTileRows > 0) {
+    constexpr int V = kLanes<T>;
+    Terms::add_product(
+        acc, rows, K,
+        [&](auto tile, int64_t k)
+            FUSEDRNN_LAMBDA { Terms::template load_tile<tile>(a + k, lda * int64_t(sizeof(T))); },
+        [&](auto tile, int64_t k, auto pq) FUSEDRNN_LAMBDA {
+          Terms::template load_tile<tile>(panels + pq / Q * panel_size + (k * Q + pq % Q) * V,
+                                          Q * kVectorBytes);
+        });
+  } else {
+    int64_t end = part_end(0, K);
+    partial_product<Terms, M, P, Q>(acc, a, lda, 0, end, panels, panel_size);
+    while (end < K) {
+      const int64_t begin   = end;
+      end                   = part_end(begin, K);
+      Vec<T> part[M][P * Q] = {};
+      partial_product<Terms, M, P, Q>(part, a, lda, begin, end, panels, panel_size);
+      unroll<M * P * Q>([&](auto i) FUSEDRNN_LAMBDA {
+        constexpr int m = i / (P * Q), pq = i % (P * Q);
+        acc[m][pq] = acc[m][pq] + part[m][pq];
+      });
+    }
   }
 }
 
 // acc = bias + a W^T of M rows of K lanes and P panels, from pack_forward's panels.
 template <int G, class Terms, int M, int P, class T>
-FUSEDRNN_INLINE void affine(Vec<T> (&acc)[M][P * G], const T* a, int64_t lda, int64_t K,
+FUSEDRNN_INLINE void affine(Vec<T> (&acc)[M][P * G], int rows, const T* a, int64_t lda, int64_t K,
                             const T* all_panels, int64_t block) {
   constexpr int V          = kLanes<T>;
   const int64_t panel_size = forward_panel_size<G, T>(K);
   const T* panels          = all_panels + block * panel_size;
   unroll<P * G>([&](auto pg) FUSEDRNN_LAMBDA {
     const Vec<T> bias = load(panels + pg / G * panel_size + pg % G * V);
-    unroll<M>([&](auto m) FUSEDRNN_LAMBDA { acc[m][pg] = bias; });
+    for_rows<Terms, M>(rows, [&](auto m) FUSEDRNN_LAMBDA { acc[m][pg] = bias; });
   });
-  product<Terms, M, P, G>(acc, a, lda, K, panels + G * V, panel_size);
+  product<Terms, M, P, G>(acc, rows, a, lda, K, panels + G * V, panel_size);
 }
 
 // A product by rows: the input projection, where a row is one batch element at one time step, and
@@ -116,15 +141,17 @@ struct ProjectStep {
 };
 
 template <int G, class T, class Terms, int M, int P>
-void project_tile(const ProjectStep<T>& s, int64_t row, int64_t block) {
+void project_tile(const ProjectStep<T>& s, int64_t row, int64_t block, int rows) {
   Vec<T> acc[M][P * G];
-  affine<G, Terms, M, P>(acc, s.input + row * s.input_stride, s.input_stride, s.K, s.panels, block);
-  unroll<M * P>([&](auto mp) FUSEDRNN_LAMBDA {
-    constexpr int m = mp / P, p = mp % P;
-    const int64_t unit = (block + p) * kLanes<T>;
-    const int lanes    = lanes_of<T>(s.H, unit);
-    unroll<G>([&](auto g) FUSEDRNN_LAMBDA {
-      store(s.gates + (row + m) * s.gates_stride + g * s.H + unit, acc[m][p * G + g], lanes);
+  affine<G, Terms, M, P>(acc, rows, s.input + row * s.input_stride, s.input_stride, s.K, s.panels,
+                         block);
+  for_rows<Terms, M>(rows, [&](auto m) FUSEDRNN_LAMBDA {
+    unroll<P>([&](auto p) FUSEDRNN_LAMBDA {
+      const int64_t unit = (block + p) * kLanes<T>;
+      const int lanes    = lanes_of<T>(s.H, unit);
+      unroll<G>([&](auto g) FUSEDRNN_LAMBDA {
+        store(s.gates + (row + m) * s.gates_stride + g * s.H + unit, acc[m][p * G + g], lanes);
+      });
     });
   });
 }
@@ -170,16 +197,18 @@ FUSEDRNN_INLINE void forward_units(const ForwardStep<T>& s, int64_t row, int64_t
 }
 
 template <class Cell, class T, class Terms, int M, int P>
-void forward_tile(const ForwardStep<T>& s, int64_t row, int64_t block) {
+void forward_tile(const ForwardStep<T>& s, int64_t row, int64_t block, int rows) {
   constexpr int G = Cell::kGates;
   Vec<T> acc[M][P * G];
-  affine<G, Terms, M, P>(acc, s.h_prev + row * s.h_prev_stride, s.h_prev_stride, s.K, s.panels,
-                         block);
+  affine<G, Terms, M, P>(acc, rows, s.h_prev + row * s.h_prev_stride, s.h_prev_stride, s.K,
+                         s.panels, block);
   // Not unrolled: through memory, the cell's code stands once per tile and not M*P times.
   Vec<T> sums[M * P * G];
-  unroll<M * P * G>([&](auto i) FUSEDRNN_LAMBDA { sums[i] = acc[i / (P * G)][i % (P * G)]; });
+  for_rows<Terms, M>(rows, [&](auto m) FUSEDRNN_LAMBDA {
+    unroll<P * G>([&](auto pg) FUSEDRNN_LAMBDA { sums[m * (P * G) + pg] = acc[m][pg]; });
+  });
 #pragma GCC unroll 1
-  for (int mp = 0; mp < M * P; ++mp) {
+  for (int mp = 0; mp < (Terms::kTileRows > 0 ? rows : M) * P; ++mp) {
     const int m = mp / P, p = mp % P;
     const int64_t unit = (block + p) * kLanes<T>;
     const int lanes    = lanes_of<T>(s.H, unit);
@@ -217,17 +246,19 @@ struct GradHStep {
 };
 
 template <class T, class Terms, int M, int P>
-void grad_h_tile(const GradHStep<T>& s, int64_t row, int64_t block) {
+void grad_h_tile(const GradHStep<T>& s, int64_t row, int64_t block, int rows) {
   const GradH<T>& g        = s.grad_h;
   const int64_t panel_size = g.K * kLanes<T>;
   Vec<T> acc[M][P]         = {};
   if (g.terms) {
-    product<Terms, M, P, 1>(acc, g.terms + row * g.stride, g.stride, g.K,
+    product<Terms, M, P, 1>(acc, rows, g.terms + row * g.stride, g.stride, g.K,
                             g.panels + block * panel_size, panel_size);
   }
   Vec<T> products[M * P];
-  unroll<M * P>([&](auto mp) FUSEDRNN_LAMBDA { products[mp] = acc[mp / P][mp % P]; });
-  s.finish(s, row, block, M, P, products);
+  for_rows<Terms, M>(rows, [&](auto m) FUSEDRNN_LAMBDA {
+    unroll<P>([&](auto p) FUSEDRNN_LAMBDA { products[m * P + p] = acc[m][p]; });
+  });
+  s.finish(s, row, block, Terms::kTileRows > 0 ? rows : M, P, products);
 }
 template <class T>
 FUSEDRNN_INLINE Vec<T> grad_h_sum(const GradH<T>& s, int64_t row, int64_t unit, int lanes,
@@ -326,29 +357,33 @@ void recompute_h(int64_t H, int64_t block_begin, int64_t block_end, const T* gat
   }
 }
 
-// Tiles by rows and log2 of panels; null where the accumulators would not fit.
+// Tiles by rows and log2 of panels; null where the accumulators would not fit. A tile of registers has
+// its own number of rows, M; one of AMX's has those that it is called with.
 template <class Step>
-using Tile = void (*)(const Step&, int64_t row, int64_t block);
+using Tile = void (*)(const Step&, int64_t row, int64_t block, int rows);
 
 constexpr int kMaxPanelsLog2 = 3;
 
-template <class Cell, class T, class Terms = Numbers<T>>
+template <class Cell, class T, class Terms_ = Numbers<T>>
 struct ProjectTiles {
   using Step             = ProjectStep<T>;
+  using Terms            = Terms_;
   static constexpr int Q = Cell::kGates;
   template <int M, int P>
   static constexpr Tile<Step> tile = project_tile<Q, T, Terms, M, P>;
 };
-template <class Cell, class T, class Terms = Numbers<T>>
+template <class Cell, class T, class Terms_ = Numbers<T>>
 struct ForwardTiles {
   using Step             = ForwardStep<T>;
+  using Terms            = Terms_;
   static constexpr int Q = Cell::kGates;
   template <int M, int P>
   static constexpr Tile<Step> tile = forward_tile<Cell, T, Terms, M, P>;
 };
-template <class T, class Terms = Numbers<T>>
+template <class T, class Terms_ = Numbers<T>>
 struct GradHTiles {
   using Step             = GradHStep<T>;
+  using Terms            = Terms_;
   static constexpr int Q = 1;
   template <int M, int P>
   static constexpr Tile<Step> tile = grad_h_tile<T, Terms, M, P>;
@@ -356,7 +391,7 @@ struct GradHTiles {
 
 template <class Tiles, int M, int kLog2 = 0>
 FUSEDRNN_INLINE Tile<typename Tiles::Step> tile_of(int log2_panels) {
-  if constexpr ((1 << kLog2) <= max_panels<Tiles::Q>(M)) {
+  if constexpr ((1 << kLog2) <= max_panels<typename Tiles::Terms, Tiles::Q>(M)) {
     if (log2_panels == kLog2) return Tiles::template tile<M, (1 << kLog2)>;
     return tile_of<Tiles, M, kLog2 + 1>(log2_panels);
   } else {
@@ -365,7 +400,9 @@ FUSEDRNN_INLINE Tile<typename Tiles::Step> tile_of(int log2_panels) {
 }
 template <class Tiles, int M = 1>
 Tile<typename Tiles::Step> tile_of(int rows, int log2_panels) {
-  if constexpr (M <= kMaxRows<Tiles::Q>) {
+  if constexpr (Tiles::Terms::kTileRows > 0) {
+    return tile_of<Tiles, Tiles::Terms::kTileRows>(log2_panels);
+  } else if constexpr (M <= kMaxRows<typename Tiles::Terms, Tiles::Q>) {
     return rows == M ? tile_of<Tiles, M>(log2_panels) : tile_of<Tiles, M + 1>(rows, log2_panels);
   } else {
     return nullptr;
@@ -379,13 +416,15 @@ Tile<typename Tiles::Step> tile_of(int rows, int log2_panels) {
 template <class Tiles>
 void run_tiles(const typename Tiles::Step& step, int64_t row_begin, int64_t row_end,
                int64_t block_begin, int64_t block_end, bool descending) {
-  const int64_t rows = row_end - row_begin;
+  using Terms         = typename Tiles::Terms;
+  constexpr int kRows = kMaxRows<Terms, Tiles::Q>;
+  const int64_t rows  = row_end - row_begin;
   if (rows <= 0) return;
-  const int64_t tiles  = (rows + kMaxRows<Tiles::Q> - 1) / kMaxRows<Tiles::Q>;
+  const int64_t tiles  = (rows + kRows - 1) / kRows;
   const int low        = int(rows / tiles);  // `taller` tiles have one row more
   const int64_t taller = rows % tiles;
   int log2_panels      = 0;
-  while ((2 << log2_panels) <= max_panels<Tiles::Q>(low + (taller > 0))) ++log2_panels;
+  while ((2 << log2_panels) <= max_panels<Terms, Tiles::Q>(low + (taller > 0))) ++log2_panels;
 
   const int64_t blocks = block_end - block_begin;
   int64_t done         = 0;
@@ -399,10 +438,10 @@ void run_tiles(const typename Tiles::Step& step, int64_t row_begin, int64_t row_
       int64_t row         = row_begin;
       for (int64_t i = 0; i < tiles; ++i) {
         if (i < taller) {
-          tall_tile(step, row, block);
+          tall_tile(step, row, block, low + 1);
           row += low + 1;
         } else {
-          low_tile(step, row, block);
+          low_tile(step, row, block, low);
           row += low;
         }
       }

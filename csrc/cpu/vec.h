@@ -197,11 +197,14 @@ FUSEDRNN_INLINE Vec<double> from_bits(Bits64 v) { return (Vec<double>)v; }
 // each other in their sum. The same tiles multiply either; only how operands are laid out differs.
 // A row of n numbers has lanes(n) lanes; load(row, n) are the first V of them, zeros behind the n-th
 // number; above_each_other(a, b, n) are the terms of n columns in the row a and the one below it.
-// An array of Stored is read without a conversion.
+// An array of Stored is read without a conversion. kTileRows: of a register tile, where registers for
+// it are not vectors (amx.h). A Scope lives in each thread while it works.
 template <class T>
 struct Numbers {
-  using Stored                 = T;
-  static constexpr int kInLane = 1;
+  using Stored                   = T;
+  static constexpr int kInLane   = 1;
+  static constexpr int kTileRows = 0;
+  struct Scope {};
   static FUSEDRNN_INLINE Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) { return fma(a, b, c); }
   static FUSEDRNN_INLINE Vec<T> load(const T* row, int64_t n) {
     return fusedrnn::load(row, int(n < kLanes<T> ? n : kLanes<T>));
@@ -213,8 +216,10 @@ struct Numbers {
 
 #if defined(__AVX512BF16__)
 struct Pairs {
-  using Stored                 = uint16_t;  // a bfloat16's bits
-  static constexpr int kInLane = 2;
+  using Stored                   = uint16_t;  // a bfloat16's bits
+  static constexpr int kInLane   = 2;
+  static constexpr int kTileRows = 0;
+  struct Scope {};
   static FUSEDRNN_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
   }

@@ -1,0 +1,3 @@
+// The CPU kernels for the products of the amx instruction set; flags in CMakeLists.txt.
+#define FUSEDRNN_ISA_NAME amx
+#include "isa.h"
