@@ -128,9 +128,7 @@ def _cuda_problems(devices: list[Report], built: list[str]) -> list[str]:
             continue
         if not built:
             problems.append(f"{device['name']}: this build has no CUDA kernels; {rebuild}")
-        # Code runs on the later ones of its generation (not that of "90a"), PTX on all later ones:
-        # there is that of 80 if the last is one of 80 to 89, that of 100 if it is one from 100 on.
-        elif not any(_runs_on(b, architecture, len(b) == len(built[-1])) for b in built):
+        elif not _runs_on(built, architecture):
             problems.append(
                 f"{device['name']}: CUDA kernels for {', '.join(built)} only, this GPU has "
                 f"{architecture}; {rebuild}"
@@ -138,11 +136,17 @@ def _cuda_problems(devices: list[Report], built: list[str]) -> list[str]:
     return problems
 
 
-def _runs_on(built: str, architecture: int, has_ptx: bool) -> bool:
-    if built.endswith("a"):
-        return built == f"{architecture}a"
-    same = int(built) // 10 == architecture // 10
-    return int(built) <= architecture and (same or has_ptx)
+def _runs_on(built: list[str], architecture: int) -> bool:
+    """Code runs on later GPUs of its generation too, that of "90a" on no other, PTX on all later.
+
+    PTX is of the first of 80 to 89, or from 100 on, of which is the last without a letter.
+    """
+    if f"{architecture}a" in built:
+        return True
+    numbers = [int(b) for b in built if b.isdigit()]
+    with_ptx = [n for n in numbers if len(str(n)) == len(str(numbers[-1]))]
+    same = [n for n in numbers if n // 10 == architecture // 10]
+    return any(n <= architecture for n in with_ptx + same)
 
 
 def _self_test() -> list[Report]:

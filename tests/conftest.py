@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+from pathlib import Path
 
 import pytest
 
@@ -16,23 +17,26 @@ def one_thread():
 
 
 @contextlib.contextmanager
-def locked(path, how):
-    with open(path, "w") as file:
+def locked(name, how):
+    """A lock between processes, on a file of this folder."""
+    with open(Path(__file__).with_name(name)) as file:
         fcntl.flock(file, how)
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # for children too, which have the file open
 
 
-@pytest.fixture(autouse=True)
-def _beside_others(request, tmp_path_factory):
-    """Under pytest-xdist, a test that is marked `alone` runs while no other worker runs any."""
-    if not hasattr(request.config, "workerinput"):
-        yield
-        return
-    folder = tmp_path_factory.getbasetemp().parent  # the workers' common one
-    alone = request.node.get_closest_marker("alone")
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Under pytest-xdist, a test that is marked `alone` runs while no other worker runs any.
+
+    Nor a fixture: this is around them.
+    """
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    alone = item.get_closest_marker("alone") is not None
     with contextlib.ExitStack() as running:
-        with locked(folder / "next", fcntl.LOCK_EX):  # what waits holds up those that come later
-            running.enter_context(
-                locked(folder / "running", fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-            )
-        yield
+        with locked("helpers.py", fcntl.LOCK_EX):  # who waits in here holds up those after it
+            running.enter_context(locked("conftest.py", fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
+        return (yield)

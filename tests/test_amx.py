@@ -1,10 +1,11 @@
 """The products on AMX's tiles, on a CPU without them: csrc/cpu/isa_amx.cpp is compiled with
-amx_on_cpu.h, linked with the other objects of this build, and test_bf16_products.py runs on that in
-a process of its own. With AMX, test_isa.py does so without an emulation.
+amx_on_cpu.h, linked with the other objects of this build, and the tests of bfloat16's products run
+on that in a process of their own. With AMX, test_isa.py does so without an emulation.
 """
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,14 +24,17 @@ def extension(tmp_path_factory):
     if not ops.BF16_PRODUCTS:
         pytest.skip("no AVX512-BF16, of which the emulated kernels make use beside AMX")
     built = next(BUILD.glob("_C.*.so"), None)
-    if built is None or not (BUILD / "build.ninja").exists():
-        pytest.skip("the package was not built in this checkout")
+    objects = "CMakeFiles/_C.dir/cpu"
     path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
     environment = {**os.environ, "PATH": path}
+    if built is None or not (BUILD / objects / "isa_amx.cpp.o").exists():
+        pytest.skip("no object files of this build, or none for AMX")
+    if shutil.which("ninja", path=path) is None:
+        pytest.skip("no ninja, which knows how they were made")
     commands = subprocess.check_output(
         ["ninja", "-C", BUILD, "-t", "commands", built.name], text=True, env=environment
     ).splitlines()
-    folder, objects = tmp_path_factory.mktemp("amx"), "CMakeFiles/_C.dir/cpu"
+    folder = tmp_path_factory.mktemp("amx")
     header = shlex.quote(str(HERE / "amx_on_cpu.h"))
 
     def run(command):
@@ -61,11 +65,16 @@ sys.exit(code)
 """
 
 
+ALONE = "test_a_sequence_alone_has_the_bits_that_it_has_in_a_batch"
+
+
 def test_products_of_tiles(extension):
     done = subprocess.run(
         [
             sys.executable, "-c", RUN, extension,
-            "-q", "-x", "-p", "no:cacheprovider", HERE / "test_bf16_products.py",
+            "-q", "-x", "-p", "no:cacheprovider",
+            HERE / "test_bf16_products.py", HERE / "test_prepacking.py",
+            f"{HERE}/test_sequence.py::{ALONE}",
         ],
         env={**os.environ, "FUSEDRNN_ISA": "amx"},
         capture_output=True,

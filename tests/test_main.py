@@ -328,7 +328,8 @@ def test_help_names_both_commands(capsys, arguments):
         ("110", ["90a", "100", "120"], None),  # by PTX, which is for 100
         ("90", ["80", "86"], None),  # PTX of the last
         ("90", ["80", "120"], "for 80, 120 only, this GPU has 90"),
-        ("121", ["80", "90a"], "for 80, 90a only"),  # PTX of 90a is for it alone
+        ("121", ["90a"], "for 90a only"),  # it is for that GPU alone
+        ("121", ["80", "90a"], None),  # PTX of 80
     ],
 )
 def test_gpus_that_the_build_is_not_for_are_named(architecture, built, problem):

@@ -116,8 +116,10 @@ def test_every_narrow_number_survives_the_way_to_float32_and_back(dtype):
     expected = x.relu()
     if dtype is torch.bfloat16:  # its denormals are float32's, which the kernels flush
         expected[expected.abs() < torch.finfo(dtype).tiny] = 0
-    actual = relu_of_sum(x, None)
-    assert torch.equal(actual.nan_to_num(1234), expected.nan_to_num(1234))
+    for threads in (1, 2):  # which share the conversion
+        with num_threads(threads):
+            actual = relu_of_sum(x, None)
+        assert torch.equal(actual.nan_to_num(1234), expected.nan_to_num(1234))
 
 
 @NARROW
@@ -324,7 +326,7 @@ def test_a_sequence_alone_has_the_bits_that_it_has_in_a_batch(cell, size, direct
     steps, features, hidden = size
     x, initial, weights = layer_inputs(cell, steps, 2, features, hidden, directions, dtype)
     alone = [t[:, :1].detach().contiguous() for t in (x, *initial)]
-    sure = dtype is torch.float32 and ops.isa().startswith("avx512") and HAS_USUAL_L2
+    sure = dtype is torch.float32 and ops.isa().startswith(("avx512", "amx")) and HAS_USUAL_L2
     for threads in (1, 2):
         with num_threads(threads), torch.no_grad(), ran("kernel_forward"):
             both = functional.layer(cell, x, initial, weights)

@@ -1,7 +1,7 @@
 // Picks the ISA. Compiled with baseline flags: this runs before anything is known about the CPU.
 #include "dispatch.h"
 
-#if defined(FUSEDRNN_X86)
+#if defined(FUSEDRNN_AMX)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -34,19 +34,28 @@ const Kernels& avx512_bf16() {
   static const Kernels kernels = with_products("avx512_bf16", kernels_avx512_bf16());
   return kernels;
 }
-const Kernels& amx() {
-  static const Kernels kernels = with_products("amx", kernels_amx());
-  return kernels;
-}
+#endif
 
-// Whether the CPU has AMX for bfloat16, and Linux lets this process use it; it must be asked.
-// __builtin_cpu_supports does not know the name in older compilers.
+#if defined(FUSEDRNN_AMX)
+// Whether the CPU has AMX for bfloat16; older compilers' __builtin_cpu_supports does not know it.
 bool has_amx() {
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // of leaf 7's edx
-  constexpr long kRequest = 0x1023, kTileData = 18;       // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTile) &&
-         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTile);
+}
+
+// Linux must be asked for the tiles, for the whole process and for good: not before they are chosen.
+const Kernels& amx() {
+  static const Kernels kernels = [] {
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    if (syscall(SYS_arch_prctl, kRequest, kTileData) != 0) {
+      throw std::runtime_error(
+          "FUSEDRNN_ISA=amx: Linux refuses this process the use of AMX's tiles. Unset FUSEDRNN_ISA "
+          "to get the best kernels that do without.");
+    }
+    return with_products("amx", kernels_amx());
+  }();
+  return kernels;
 }
 #endif
 
@@ -59,8 +68,10 @@ const std::vector<Isa>& isas() {
   const bool avx512_bf16_too = avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
   static const std::vector<Isa> all = {
-#if defined(FUSEDRNN_X86)
+#if defined(FUSEDRNN_AMX)
       {"amx", avx512_bf16_too && has_amx(), amx, true},
+#endif
+#if defined(FUSEDRNN_X86)
       {"avx512_bf16", avx512_bf16_too, avx512_bf16},
       {"avx512", avx512, kernels_avx512},
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), kernels_avx2},
