@@ -9,7 +9,7 @@ namespace fusedrnn {
 void advise_large_pages(void* data, size_t bytes);
 
 // Not cleared, on the boundary of a cache line; where it is large, of a large page. What is given back
-// a thread keeps for its next calls, up to 64 MB.
+// a thread keeps for its next calls, up to 256 MB.
 class Memory {
  public:
   Memory();
