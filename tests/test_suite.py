@@ -459,15 +459,15 @@ def test_report_has_readmes_table_and_every_loss(finished, tmp_path, capsys):
     assert f"| {saved:.0f} |" in memory_row
 
 
-RESULTS = ROOT / "benchmarks/results/zen4-avx512-2cores-cpu.json"
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_numbers_are_the_readmes(dtype):
+@pytest.mark.parametrize(
+    ("machine", "dtype"), [("zen4", "float32"), ("zen4", "bfloat16"), ("zen5", "float32")]
+)
+def test_numbers_are_the_readmes(machine, dtype):
     """README's tables are what the report prints of the results that are kept."""
     from benchmarks import report
 
-    lines = report.numbers(json.loads(RESULTS.read_text()), dtype)
+    results = ROOT / f"benchmarks/results/{machine}-avx512-2cores-cpu.json"
+    lines = report.numbers(json.loads(results.read_text()), dtype)
     table = [line for line in lines if line.startswith("|")]
     assert len(table) > 5
     assert "\n".join(table) in (ROOT / "README.md").read_text()
