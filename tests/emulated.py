@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pybind11
 import pytest
+from helpers import with_build_tools
 
 from fusedrnn import cuda, ops
 
@@ -21,13 +22,15 @@ BUILD = HERE.parent / "build" / "cuda_on_cpu"
 @functools.cache
 def module():
     """The extension cuda_on_cpu, built if a source of it is newer."""
-    path = os.environ.get("PATH", "") + os.pathsep + os.path.dirname(sys.executable)
     configure = ["cmake", "-G", "Ninja", "-S", HERE / "cuda_on_cpu", "-B", BUILD]
     configure += ["-DCMAKE_BUILD_TYPE=", f"-DPython_EXECUTABLE={sys.executable}"]
     configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
     for command in (configure, ["cmake", "--build", BUILD]):
         done = subprocess.run(
-            command, env={**os.environ, "PATH": path}, capture_output=True, text=True
+            command,
+            env={**os.environ, "PATH": with_build_tools()},
+            capture_output=True,
+            text=True,
         )
         if done.returncode:  # not once more for each test
             pytest.exit(f"cuda_on_cpu cannot be built:\n{done.stdout}{done.stderr}", 1)

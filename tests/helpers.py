@@ -1,6 +1,8 @@
 """What several test files share: torch.nn's module and ours with the same weights, comparison of
 results and gradients, and the counters that say who computed. No tests."""
 
+import os
+import sys
 from contextlib import contextmanager
 
 import torch
@@ -22,6 +24,12 @@ def build(namespace, kind, *args, seed=0, **kwargs):
         kwargs["nonlinearity"] = nonlinearity
     torch.manual_seed(seed)
     return getattr(namespace, name)(*args, **kwargs)
+
+
+def with_build_tools(path=None):
+    """The search path `path`, else that of the environment, after what lies beside this Python:
+    cmake and ninja, which need not be on it."""
+    return os.path.dirname(sys.executable) + os.pathsep + (path or os.environ["PATH"])
 
 
 def pair(kind, *args, **kwargs):

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import with_build_tools
 
 from fusedrnn import ops
 
@@ -25,7 +26,7 @@ def extension(tmp_path_factory):
         pytest.skip("no AVX512-BF16, of which the emulated kernels make use beside AMX")
     built = next(BUILD.glob("_C.*.so"), None)
     objects = "CMakeFiles/_C.dir/cpu"
-    path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+    path = with_build_tools()
     environment = {**os.environ, "PATH": path}
     if built is None or not (BUILD / objects / "isa_amx.cpp.o").exists():
         pytest.skip("no object files of this build, or none for AMX")

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from helpers import with_build_tools
 
 import fusedrnn
 
@@ -205,11 +206,10 @@ def test_no_driver_is_told():
 def configured(tmp_path, path=None, **environment):
     """CMake's run over csrc/ with this environment added; returns the finished process."""
     pybind11 = pytest.importorskip("pybind11")
-    folders = [os.path.dirname(sys.executable), path or os.environ["PATH"]]
     command = ["cmake", "-G", "Ninja", "-S", ROOT / "csrc", "-B", tmp_path / "build"]
     command += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
     command += [f"-DPython_EXECUTABLE={sys.executable}"]
-    environment = {**os.environ, "PATH": os.pathsep.join(folders), **environment}
+    environment = {**os.environ, "PATH": with_build_tools(path), **environment}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
