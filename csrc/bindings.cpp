@@ -56,15 +56,28 @@ bool is_true(PyObject* object) {
   return truth == 1;
 }
 
+// Objects, borrowed.
+class Objects {
+ public:
+  Objects(PyObject* const* first, int64_t size) : first_(first), size_(size) {}
+  PyObject* operator[](int64_t i) const { return first_[i]; }
+  int64_t size() const { return size_; }
+
+ protected:
+  PyObject* const* first_;
+  int64_t size_;
+};
+
 // The items of a list or tuple, alive as long as this: others may change a list meanwhile.
-class Items {
+class Items : public Objects {
  public:
   explicit Items(PyObject* list_or_tuple)
-      : tuple_(py::reinterpret_steal<py::object>(PySequence_Tuple(list_or_tuple))) {
+      : Objects(nullptr, 0),
+        tuple_(py::reinterpret_steal<py::object>(PySequence_Tuple(list_or_tuple))) {
     if (!tuple_) throw py::error_already_set();
+    first_ = PySequence_Fast_ITEMS(tuple_.ptr());
+    size_  = PyTuple_GET_SIZE(tuple_.ptr());
   }
-  PyObject* operator[](int64_t i) const { return PyTuple_GET_ITEM(tuple_.ptr(), i); }
-  int64_t size() const { return PyTuple_GET_SIZE(tuple_.ptr()); }
 
  private:
   py::object tuple_;
@@ -177,7 +190,7 @@ struct Layer {
 
   // initial: (), (h0,) or (h0, c0). weights: 4 for each direction, or 5 with a projection; biases may
   // be None. options: None, or the fields of ops.Options.
-  bool read(int index, PyObject* input_object, const Items& initial, const Items& all_weights,
+  bool read(int index, PyObject* input_object, const Objects& initial, const Objects& all_weights,
             PyObject* options, bool dense_input) {
     const Torch& torch    = Torch::get();
     cell_index            = index;
@@ -483,6 +496,32 @@ void run_forward(Layer& layer, int num_threads, const Results& results) {
   }
 }
 
+// Computes what was read: (h,) or (h, c) of a step, otherwise (output, h_n), or with c_n, and with
+// cells. saved: null, or what backward needs.
+py::tuple compute(Layer& layer, PyObject* like, int num_threads, py::object* saved_object) {
+  if (layer.reads_bf16()) layer.give_bits();
+  layer.widen_all(num_threads);
+  const bool cell_state  = layer.cell.has_cell_state;
+  const NewTensor output = layer.new_rows(like, layer.D * layer.P);
+  const NewTensor h_n    = layer.one_step ? NewTensor() : layer.new_state(like, 0);
+  const NewTensor c_n    = cell_state ? layer.new_state(like, 1) : NewTensor();
+  const NewTensor cells  = layer.cells ? layer.new_rows(like, layer.D * layer.H) : NewTensor();
+  const NewTensor saved  = saved_object ? NewTensor(like, layer.wide_dtype(), {layer.saved_size()},
+                                                    !is_narrow(layer.dtype()))
+                                        : NewTensor();
+  (layer.wide_dtype() == Dtype::kFloat32
+       ? run_forward<float>
+       : run_forward<double>)(layer, num_threads,
+                              {output.data, h_n.data, c_n.data, cells.data, saved.data});
+  py::tuple results(1 + !layer.one_step + cell_state + layer.cells);
+  size_t i = 0;
+  for (const NewTensor* made : {&output, &h_n, &c_n, &cells}) {
+    if (made->object) results[i++] = made->finish(num_threads);
+  }
+  if (saved_object) *saved_object = saved.finish(num_threads);
+  return results;
+}
+
 // forward(cell, save, num_threads, bf16, input, initial, weights, options, panels) -> (results, saved),
 // or None, or NotImplemented if torch made no ordinary tensor.
 py::object forward(PyObject* const* arguments) {
@@ -496,27 +535,63 @@ py::object forward(PyObject* const* arguments) {
     return py::none();
   }
   layer.take(arguments[8]);
-  if (layer.reads_bf16()) layer.give_bits();
-  layer.widen_all(num_threads);
-  const bool cell_state  = layer.cell.has_cell_state;
-  const NewTensor output = layer.new_rows(like, layer.D * layer.P);
-  const NewTensor h_n    = layer.one_step ? NewTensor() : layer.new_state(like, 0);
-  const NewTensor c_n    = cell_state ? layer.new_state(like, 1) : NewTensor();
-  const NewTensor cells  = layer.cells ? layer.new_rows(like, layer.D * layer.H) : NewTensor();
-  const NewTensor saved =
-      save ? NewTensor(like, layer.wide_dtype(), {layer.saved_size()}, !is_narrow(layer.dtype()))
-           : NewTensor();
-  (layer.wide_dtype() == Dtype::kFloat32
-       ? run_forward<float>
-       : run_forward<double>)(layer, num_threads,
-                              {output.data, h_n.data, c_n.data, cells.data, saved.data});
-  py::tuple results(1 + !layer.one_step + cell_state + layer.cells);
-  size_t i = 0;
-  for (const NewTensor* made : {&output, &h_n, &c_n, &cells}) {
-    if (made->object) results[i++] = made->finish(num_threads);
-  }
-  return py::make_tuple(results, saved.finish(num_threads));
+  py::object saved        = py::none();
+  const py::tuple results = compute(layer, like, num_threads, save ? &saved : nullptr);
+  return py::make_tuple(results, saved);
 }
+
+// plain(cell, one_step, (I, H), parameters, names, input, hx, panels) -> the results of a module's call
+// in the plainest case: no gradients, nobody watching, the weights of `names` among its `parameters`.
+// None for any other. Python would need longer to find that out than the kernels for a step.
+py::object plain(PyObject* const* arguments) {
+  const Torch& torch    = Torch::get();
+  const int cell        = int(PyLong_AsLong(arguments[0]));
+  const bool one_step   = arguments[1] == Py_True;
+  PyObject* const like  = arguments[5];
+  PyObject* const hx    = arguments[6];
+  const bool cell_state = kCells[cell].has_cell_state;
+  if (torch.grad_enabled() || torch.watched() || torch.profiled() ||
+      (hx != Py_None && bool(PyTuple_Check(hx)) != cell_state) || !PyDict_Check(arguments[3])) {
+    return py::none();
+  }
+  constexpr int64_t kMost = 2 * Layer::kWeights;
+  PyObject* weights[kMost]{};
+  py::object owned[kMost];  // others may change the module while the kernels run
+  const Items sizes(arguments[2]), names(arguments[4]);
+  if (names.size() > kMost) return py::none();
+  for (int64_t i = 0; i < names.size(); ++i) {
+    weights[i] = PyDict_GetItemWithError(arguments[3], names[i]);
+    if (PyErr_Occurred()) throw py::error_already_set();
+    if (!weights[i]) return py::none();  // parametrized, pruned, ...
+    owned[i] = py::reinterpret_borrow<py::object>(weights[i]);
+  }
+  const Objects initial = hx == Py_None ? Objects(nullptr, 0)
+                          : cell_state  ? Objects(PySequence_Fast_ITEMS(hx), PyTuple_GET_SIZE(hx))
+                                        : Objects(&hx, 1);
+  Layer layer;
+  if (!layer.read(cell, like, initial, Objects(weights, names.size()), Py_None, false) ||
+      layer.one_step != one_step || layer.I != PyLong_AsLong(sizes[0]) ||
+      layer.H != PyLong_AsLong(sizes[1])) {
+    return py::none();
+  }
+  // Without panels plan.h packs nothing for one row, which is then multiplied as it is.
+  layer.bf16        = (layer.N > 1 || arguments[7] != Py_None) && torch.rounds_to_bf16();
+  py::object panels = py::none();
+  if (arguments[7] != Py_None) {
+    py::tuple all(size_t(names.size()));
+    for (size_t i = 0; i < all.size(); ++i) all[i] = owned[i];
+    panels = py::handle(arguments[7])(all);
+  }
+  layer.take(panels.ptr());
+  try {
+    return compute(layer, like, torch.num_threads(), nullptr);
+  } catch (const NotOrdinary&) {
+    return py::none();
+  }
+}
+
+// watched(): ops.watched.
+py::object watched(PyObject* const*) { return py::bool_(Torch::get().watched()); }
 
 // The gradients that backward takes and gives; null: zero, and not wanted.
 struct Gradients {
@@ -767,6 +842,7 @@ PYBIND11_MODULE(_C, m) {
   static PyMethodDef methods[] = {
       definition<forward, 9>("forward"), definition<backward, 11>("backward"),
       definition<takes, 5>("takes"),     definition<pack, 4>("pack"),
-      definition<plan, 8>("plan"),       {nullptr, nullptr, 0, nullptr}};
+      definition<plan, 8>("plan"),       definition<plain, 8>("plain"),
+      definition<watched, 0>("watched"), {nullptr, nullptr, 0, nullptr}};
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }

@@ -137,6 +137,24 @@ class Torch {
     return tensor;
   }
 
+  // What torch is set to in the calling thread.
+  bool grad_enabled() const { return returns_true(grad_enabled_); }
+  int num_threads() const {
+    return int(PyLong_AsLong(owned(PyObject_CallNoArgs(num_threads_.ptr())).ptr()));
+  }
+  bool rounds_to_bf16() const {  // torch.set_float32_matmul_precision("medium")
+    return owned(PyObject_CallNoArgs(precision_.ptr())).equal(medium_);
+  }
+  // Whether somebody transforms, rewrites or records torch's operations: functorch, autocast,
+  // torch.jit.trace, dispatch modes, forward-mode AD.
+  bool watched() const {
+    for (const py::object& watches : watchers_) {
+      if (returns_true(watches)) return true;
+    }
+    return PyLong_AsLong(attribute(forward_ad_, current_level_).ptr()) >= 0;
+  }
+  bool profiled() const { return attribute(profiler_, is_enabled_).is(py::bool_(true)); }
+
   py::object contiguous(PyObject* tensor) const {
     return owned(PyObject_CallMethodNoArgs(tensor, contiguous_.ptr()));
   }
@@ -151,8 +169,18 @@ class Torch {
     for (const char* name : {"float32", "float64", "float16", "bfloat16", "int64", "bool"}) {
       dtypes_.push_back(torch.attr(name));
     }
-    strided_                 = torch.attr("strided");
-    has_storage_             = torch.attr("_C").attr("_has_storage");
+    strided_           = torch.attr("strided");
+    const py::object c = torch.attr("_C");
+    has_storage_       = c.attr("_has_storage");
+    grad_enabled_      = c.attr("is_grad_enabled");
+    num_threads_       = c.attr("get_num_threads");
+    precision_         = c.attr("_get_float32_matmul_precision");
+    forward_ad_        = py::module_::import("torch.autograd.forward_ad");
+    profiler_          = py::module_::import("torch.autograd.profiler");
+    for (const char* name : {"_are_functorch_transforms_active", "_is_any_autocast_enabled",
+                             "_get_tracing_state", "_len_torch_dispatch_stack"}) {
+      watchers_.push_back(c.attr(name));
+    }
     const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
     if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
       const auto* api = static_cast<const dlpack::ExchangeApi*>(
@@ -164,6 +192,14 @@ class Torch {
   static py::object owned(PyObject* object) {
     if (!object) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(object);
+  }
+  static bool returns_true(const py::object& function) {
+    const int truth = PyObject_IsTrue(owned(PyObject_CallNoArgs(function.ptr())).ptr());
+    if (truth < 0) throw py::error_already_set();
+    return truth == 1;
+  }
+  static py::object attribute(const py::object& object, const py::str& name) {
+    return owned(PyObject_GetAttr(object.ptr(), name.ptr()));
   }
   static bool is_false(PyObject* object) {
     Py_XDECREF(object);
@@ -230,10 +266,13 @@ class Torch {
 
   PyTypeObject *tensor_type_, *parameter_type_;
   std::vector<py::object> dtypes_;  // in the order of Dtype
-  py::object strided_, has_storage_;
+  py::object strided_, has_storage_, grad_enabled_, num_threads_, precision_, forward_ad_,
+      profiler_;
+  std::vector<py::object> watchers_;
   const dlpack::ExchangeApi* api_ = nullptr;
   py::str is_neg_{"is_neg"}, new_empty_{"new_empty"}, contiguous_{"contiguous"};
   py::tuple dtype_keyword_ = py::make_tuple("dtype");
+  py::str medium_{"medium"}, current_level_{"_current_level"}, is_enabled_{"_is_profiler_enabled"};
 };
 
 }  // namespace fusedrnn

@@ -1,5 +1,6 @@
 """The compiled kernels, from tensors to tensors; see ops.py, and csrc/bindings.cpp."""
 
+from collections.abc import Callable, Sequence
 from types import NotImplementedType
 
 from torch import Tensor
@@ -42,6 +43,18 @@ def forward(
     panels: Panels | None,
     /,
 ) -> tuple[tuple[Tensor, ...], Tensor | None] | NotImplementedType | None: ...
+def plain(
+    cell: int,
+    one_step: bool,
+    sizes: tuple[int, int],
+    parameters: dict[str, Tensor | None],
+    names: Sequence[str],
+    input: Tensor,
+    hx: object,
+    panels: Callable[[Weights], Panels | None] | None,
+    /,
+) -> tuple[Tensor, ...] | None: ...
+def watched() -> bool: ...
 def pack(cell: int, bf16: bool, input: Tensor, weights: Weights, /) -> Panels | None: ...
 def backward(
     cell: int,

@@ -144,6 +144,14 @@ class _Fused:
     _torch_class: ClassVar[Any]  # the class of torch.nn that this one stands for
     _num_states: ClassVar[int] = 1  # h, or h and c
 
+    def _plain(
+        self, cell: str, one_step: bool, names: Sequence[str], input: Any, hx: Any
+    ) -> Sequence[Tensor] | None:
+        """The results of one layer, or step, in ops.plain's case; None in others."""
+        panels: Any = partial(prepacking.panels, self, 0, cell) if prepacking.active else None  # type: ignore[arg-type]
+        sizes = self.input_size, self.hidden_size  # type: ignore[attr-defined]
+        return ops.plain(cell, one_step, sizes, self._parameters, names, input, hx, panels)  # type: ignore[attr-defined]
+
     def _torch_forward(self, input: Any, hx: Any) -> Any:
         """The call by torch's own implementation, with torch's own errors."""
         if isinstance(input, torch.fx.Proxy) or isinstance(hx, torch.fx.Proxy):
@@ -269,6 +277,12 @@ class _Layers(_Fused, nn.RNNBase):
                 final, cells = final[: self._num_states], final[self._num_states :]
                 return output, tuple(final) if self._num_states == 2 else final[0], *cells
         return _outside_graph(forward, self, input, hx, **given)
+
+    def _plain_layer(self, input: Any, hx: Any) -> Sequence[Tensor] | None:
+        """(output, *final states) in ops.plain's case; None in others, which `_kernels` takes."""
+        if self.num_layers > 1 or self.batch_first or _TORCH_MULTIPLIES_FASTER:
+            return None
+        return self._plain(self.mode.lower(), False, self._flat_weights_names, input, hx)
 
     def _computed(
         self,
@@ -456,6 +470,10 @@ class LSTM(_Layers):
         given = _given(keywords) if keywords else {}
         if is_compiling():
             return self._compiling(LSTM.forward, input, hx, given)
+        plain = None if given else self._plain_layer(input, hx)
+        if plain is not None:
+            output, h_n, c_n = plain
+            return output, (h_n, c_n)
         if hx is None or (isinstance(hx, (tuple, list)) and len(hx) == 2):
             result = self._computed(self._kernels, input, hx, given)
             if result is not None:
@@ -488,6 +506,9 @@ class _OneStateLayers(_Layers):
             raise TypeError(f"return_cell_states is an LSTM's, this is {self.mode}")
         if is_compiling():
             return self._compiling(_OneStateLayers.forward, input, hx, given)
+        plain = None if given else self._plain_layer(input, hx)
+        if plain is not None:
+            return plain
         if hx is None or isinstance(hx, Tensor):
             states = None if hx is None else (hx,)
             result = self._computed(self._kernels, input, states, given)
@@ -543,6 +564,10 @@ class RNN(_OneStateLayers):
         self.nonlinearity = nonlinearity
 
 
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+_RNN_CELLS = {"tanh": "rnn_tanh", "relu": "rnn_relu"}  # by nonlinearity
+
+
 class _Cell(_Fused, nn.RNNCellBase):
     """What the cells share: one step of functional.py's layer."""
 
@@ -550,14 +575,9 @@ class _Cell(_Fused, nn.RNNCellBase):
         """The new states, or None where the call is torch's. No states: zeros."""
         parameters = self._parameters  # nn.Module.__getattr__ is slow
         try:
-            weights: tuple[Tensor | None, ...] = (
-                parameters["weight_ih"],
-                parameters["weight_hh"],
-                parameters["bias_ih"],
-                parameters["bias_hh"],
-            )
+            weights = tuple([parameters[name] for name in _CELL_WEIGHTS])
         except KeyError:  # parametrized, pruned, ...
-            weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+            weights = tuple([getattr(self, name) for name in _CELL_WEIGHTS])
         if not isinstance(input, Tensor) or input.dim() not in (1, 2):
             return None
         one_row = input.dim() == 1
@@ -586,6 +606,10 @@ class LSTMCell(_Cell, nn.LSTMCell):
     def forward(self, input: Any, hx: Any = None) -> tuple[Tensor, Tensor]:
         if is_compiling():
             return nn.LSTMCell.forward(self, input, hx)
+        new = self._plain("lstm", True, _CELL_WEIGHTS, input, hx)
+        if new is not None:
+            h, c = new
+            return h, c
         if hx is None or (isinstance(hx, (tuple, list)) and len(hx) == 2):
             new = self._kernel("lstm", input, hx or ())
             if new is not None:
@@ -608,6 +632,9 @@ class GRUCell(_Cell, nn.GRUCell):
     def forward(self, input: Any, hx: Any = None) -> Tensor:
         if is_compiling():
             return nn.GRUCell.forward(self, input, hx)
+        new = self._plain("gru", True, _CELL_WEIGHTS, input, hx)
+        if new is not None:
+            return new[0]
         if hx is None or isinstance(hx, Tensor):
             new = self._kernel("gru", input, () if hx is None else (hx,))
             if new is not None:
@@ -629,8 +656,14 @@ class RNNCell(_Cell, nn.RNNCell):
     def forward(self, input: Any, hx: Any = None) -> Tensor:
         if is_compiling():
             return nn.RNNCell.forward(self, input, hx)
-        if (hx is None or isinstance(hx, Tensor)) and self.nonlinearity in ("tanh", "relu"):
-            new = self._kernel(f"rnn_{self.nonlinearity}", input, () if hx is None else (hx,))
+        cell = _RNN_CELLS.get(self.nonlinearity)
+        if cell is None:
+            return self._torch_forward(input, hx)  # type: ignore[no-any-return]
+        new = self._plain(cell, True, _CELL_WEIGHTS, input, hx)
+        if new is not None:
+            return new[0]
+        if hx is None or isinstance(hx, Tensor):
+            new = self._kernel(cell, input, () if hx is None else (hx,))
             if new is not None:
                 return new[0]
         return self._torch_forward(input, hx)  # type: ignore[no-any-return]

@@ -90,12 +90,7 @@ def watched() -> bool:
     functorch, forward-mode AD, autocast, torch.jit.trace and dispatch modes do. What the kernels
     do inside would be missed.
     """
-    return bool(
-        transformed()
-        or _is_any_autocast_enabled()
-        or _get_tracing_state()
-        or _len_torch_dispatch_stack()
-    )
+    return _C.watched()
 
 
 def only_autocast() -> bool:
@@ -243,6 +238,28 @@ def forward(
         result = call(cell, save, input, initial, weights, options)
     counts["kernel_forward"] += 1
     return result
+
+
+def plain(
+    cell: str,
+    one_step: bool,
+    sizes: tuple[int, int],
+    parameters: dict[str, Any],
+    names: Sequence[str],
+    input: Any,
+    hx: Any,
+    panels: Callable[[Weights], Any] | None,
+) -> tuple[Tensor, ...] | None:
+    """What `forward` gives for a module's (input, hx), in the plainest case: an input [T, B, I] or,
+    if `one_step`, [B, I], no gradients, nobody `watched`, and every weight of `names` among the
+    module's `parameters`. None for any other.
+
+    sizes: I and H. panels: of weights, asked for where they may be used.
+    """
+    results = _C.plain(CELLS[cell].number, one_step, sizes, parameters, names, input, hx, panels)
+    if results is not None:
+        counts["kernel_forward"] += 1
+    return results
 
 
 def pack(cell: str, weights: Weights, bf16: bool) -> Any:

@@ -1,0 +1,239 @@
+"""The short way of a module's plainest calls, ops.plain: which calls go it, and that they get the
+bits of the long way. Not what the kernels compute."""
+
+import threading
+
+import pytest
+import torch
+from helpers import CELLS, LAYERS, build, flat, matmul_precision, pair, raised, ran, states
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrizations, prune
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fusedrnn import modules, ops
+
+I, H, T, B = 5, 7, 6, 3  # noqa: E741
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Whether each call of ops.plain gave results, in turn."""
+    gave = []
+    function = ops.plain
+
+    def spy(*arguments):
+        results = function(*arguments)
+        gave.append(results is not None)
+        return results
+
+    monkeypatch.setattr(ops, "plain", spy)
+    return gave
+
+
+def arguments(kind, batch=B, dtype=torch.float32, directions=1):
+    one_step = kind in CELLS
+    generator = torch.Generator().manual_seed(1)
+    shape = (batch, I) if one_step else (T, batch, I)
+    of_state = (batch, H) if one_step else (directions, batch, H)
+    return torch.randn(shape, dtype=dtype, generator=generator), states(
+        kind, *of_state, dtype=dtype
+    )
+
+
+@pytest.mark.parametrize("hx", ["none", "given"])
+@pytest.mark.parametrize("batch", [1, B, 20])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", LAYERS + CELLS)
+def test_has_the_bits_of_the_long_way(kind, dtype, batch, hx, plain, monkeypatch):
+    options = [{}] if kind in CELLS else [{}, {"bidirectional": True}]
+    for option in options:
+        module = build(modules, kind, I, H, dtype=dtype, **option)
+        input, given = arguments(kind, batch, dtype, 1 + len(option))
+        given = given if hx == "given" else None
+        with torch.no_grad(), ran("kernel_forward"):
+            short = module(input, given)
+        assert plain == [True]
+        plain.clear()
+        with monkeypatch.context() as patch, torch.no_grad(), ran("kernel_forward"):
+            patch.setattr(ops, "plain", lambda *_: None)
+            long = module(input, given)
+        assert type(short) is type(long)
+        for a, b in zip(flat(short), flat(long), strict=True):
+            assert a.dtype is dtype
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+@pytest.mark.parametrize("batch", [1, 20])
+@pytest.mark.parametrize("kind", ["LSTM", "GRUCell"])
+def test_follows_the_matmul_precision(kind, batch, precision, plain, monkeypatch):
+    module = build(modules, kind, 40, 40)
+    input = torch.randn((batch, 40) if kind in CELLS else (T, batch, 40))
+    with matmul_precision(precision), torch.no_grad():
+        short = module(input)
+        assert plain.pop()
+        monkeypatch.setattr(ops, "plain", lambda *_: None)
+        assert all(map(torch.equal, flat(short), flat(module(input))))
+
+
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def in_forward_mode(call):
+    with forward_ad.dual_level():
+        call()
+
+
+def watched_by(context):
+    def go(call):
+        with context():
+            call()
+
+    return go
+
+
+WATCHERS = {
+    "gradients": watched_by(torch.enable_grad),
+    "autocast": watched_by(lambda: torch.autocast("cpu")),
+    "forward mode": in_forward_mode,
+    "dispatch mode": watched_by(Mode),
+    "profiler": watched_by(torch.autograd.profiler.profile),
+    "functorch": lambda call: torch.func.vmap(lambda _: (call(), torch.zeros(()))[1])(
+        torch.zeros(2)
+    ),
+}
+
+
+@pytest.mark.parametrize("watcher", WATCHERS)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "LSTMCell", "RNNCell_relu"])
+def test_does_not_hide_from_who_watches(kind, watcher, plain):
+    module = build(modules, kind, I, H)
+    input, hx = arguments(kind)
+    with torch.no_grad():
+        WATCHERS[watcher](lambda: module(input, hx))
+    assert plain == [False]
+
+
+def test_is_hidden_from_while_tracing(plain):
+    module = build(modules, "LSTM", I, H)
+    input, hx = arguments("LSTM")
+    with torch.no_grad():
+        torch.jit.trace(module, (input, hx), check_trace=False)
+    assert not any(plain)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "RNN_tanh", "GRUCell"])
+def test_weights_that_are_no_parameters_go_the_long_way(kind, plain):
+    suffix = "" if kind in CELLS else "_l0"
+    for change in (
+        lambda m: parametrizations.weight_norm(m, "weight_hh" + suffix),
+        lambda m: prune.random_unstructured(m, "weight_ih" + suffix, amount=0.3),
+    ):
+        theirs, ours = pair(kind, I, H)
+        torch.manual_seed(4)
+        change(theirs)
+        torch.manual_seed(4)
+        change(ours)
+        input, hx = arguments(kind)
+        with torch.no_grad():
+            results = zip(flat(ours(input, hx)), flat(theirs(input, hx)), strict=True)
+        assert plain == [False]
+        plain.clear()
+        for a, b in results:
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_layers": 2},
+        {"batch_first": True},
+        {"bias": False},
+        {"bias": False, "bidirectional": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_other_layers_go_the_long_way(kind, options, plain):
+    theirs, ours = pair(kind, I, H, **options)
+    input, _ = arguments(kind)
+    with torch.no_grad():
+        for a, b in zip(flat(ours(input)), flat(theirs(input)), strict=True):
+            torch.testing.assert_close(a, b)
+    assert not any(plain)
+
+
+def test_a_projection_goes_it(plain):
+    theirs, ours = pair("LSTM", I, H, proj_size=3)
+    input, _ = arguments("LSTM")
+    with torch.no_grad():
+        for a, b in zip(flat(ours(input)), flat(theirs(input)), strict=True):
+            torch.testing.assert_close(a, b)
+    assert plain == [True]
+
+
+def test_an_unbatched_input_is_no_step(plain):
+    theirs, ours = pair("GRU", I, H)
+    input = torch.randn(T, I)
+    with torch.no_grad():
+        for a, b in zip(flat(ours(input)), flat(theirs(input)), strict=True):
+            torch.testing.assert_close(a, b)
+    assert plain == [False]
+
+
+WRONG = {
+    "features": lambda kind, input, hx: (input[..., 1:], hx),
+    "batch": lambda kind, input, hx: (input.repeat_interleave(2, -2), hx),
+    "dtype": lambda kind, input, hx: (input.double(), hx),
+    "one state of two": lambda kind, input, hx: (input, hx[:1] if isinstance(hx, tuple) else (hx,)),
+    "no tensor": lambda kind, input, hx: ([1.0], hx),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("kind", LAYERS + CELLS)
+def test_wrong_arguments_have_torchs_errors(kind, wrong, plain):
+    theirs, ours = pair(kind, I, H)
+    arguments_ = WRONG[wrong](kind, *arguments(kind))
+    with torch.no_grad():
+        assert type(raised(lambda: ours(*arguments_))) is type(raised(lambda: theirs(*arguments_)))
+    assert not any(plain)
+
+
+def test_input_size_is_that_of_the_module(plain):
+    # torch.nn asks the attribute and not the weights.
+    theirs, ours = pair("LSTM", I, H)
+    input = torch.randn(T, B, I + 1)
+    for module in (theirs, ours):
+        module.weight_ih_l0 = nn.Parameter(torch.randn(4 * H, I + 1))
+    with torch.no_grad():
+        assert str(raised(lambda: ours(input))) == str(raised(lambda: theirs(input)))
+    assert plain == [False]
+
+
+def test_weights_may_be_replaced_meanwhile(plain):
+    # The call holds its own: those that another thread takes away are freed after it.
+    module = build(modules, "LSTM", 64, 64)
+    input = torch.randn(50, 1, 64)
+    weight = module.weight_hh_l0.detach().clone()
+    stop = threading.Event()
+
+    def replace():
+        while not stop.is_set():
+            module._parameters["weight_hh_l0"] = nn.Parameter(weight.clone())
+
+    thread = threading.Thread(target=replace)
+    with torch.no_grad():
+        expected = module(input)[0]
+        thread.start()
+        try:
+            for _ in range(300):
+                assert torch.equal(module(input)[0], expected)
+        finally:
+            stop.set()
+            thread.join()
+    assert all(plain)
