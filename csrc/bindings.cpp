@@ -146,6 +146,7 @@ struct Layer {
   int cell_index = 0;
   int64_t T = 0, B = 0, N = 0, I = 0, H = 0, P = 0, D = 0;
   bool one_step   = false;  // input [B, I], states [B, P]
+  bool swapped    = false;  // input and output [B, T, ...], of which one is 1: the same memory
   bool projects   = false;
   bool cells      = false;  // c of every step is a result too
   bool to_initial = false;
@@ -256,10 +257,11 @@ struct Layer {
       I = input.shape[1];
       if (offsets.back() != N) return false;
     } else {
-      one_step = input.dims == 2 && D == 1;
+      one_step = input.dims == 2 && D == 1 && !swapped;
       if (!one_step && input.dims != 3) return false;
-      T = one_step ? 1 : input.shape[0];
-      B = input.shape[input.dims - 2];
+      T = one_step ? 1 : input.shape[swapped];
+      B = input.shape[input.dims - 2 - swapped];
+      if (swapped && T != 1 && B != 1) return false;
       I = input.shape[input.dims - 1];
       N = T * B;
     }
@@ -334,6 +336,7 @@ struct Layer {
                     : NewTensor(like, dtype(), {D, B, state_size(i)});
   }
   NewTensor new_rows(PyObject* like, int64_t size) const {
+    if (swapped) return {like, dtype(), {B, T, size}};
     return one_step || !offsets.empty() ? NewTensor(like, dtype(), {N, size})
                                         : NewTensor(like, dtype(), {T, B, size});
   }
@@ -459,8 +462,8 @@ ForwardArgs<T> forward_args(const Layer& layer, int num_threads) {
   ForwardArgs<T> args{};
   layer.fill(&args);
   args.num_threads    = num_threads;
-  args.input_stride_t = layer.one_step ? 0 : layer.input.strides[0];
-  args.input_stride_b = layer.input.strides[layer.input.dims - 2];
+  args.input_stride_t = layer.one_step ? 0 : layer.input.strides[layer.swapped];
+  args.input_stride_b = layer.input.strides[layer.input.dims - 2 - layer.swapped];
   for (int64_t d = 0; layer.panels && d < layer.D; ++d) {
     args.panels[d] = static_cast<const T*>(layer.panels->directions[d]);
   }
@@ -540,27 +543,28 @@ py::object forward(PyObject* const* arguments) {
   return py::make_tuple(results, saved);
 }
 
-// plain(cell, one_step, (I, H), parameters, names, input, hx, panels) -> the results of a module's call
-// in the plainest case: no gradients, nobody watching, the weights of `names` among its `parameters`.
-// None for any other. Python would need longer to find that out than the kernels for a step.
+// plain(cell, one_step, batch_first, (I, H), parameters, names, input, hx, panels) -> the results of a
+// module's call in the plainest case: no gradients, nobody watching, the weights of `names` among its
+// `parameters`; batch_first only of one step or one sequence. None for any other. Python would need
+// longer to find that out than the kernels for a step.
 py::object plain(PyObject* const* arguments) {
   const Torch& torch    = Torch::get();
   const int cell        = int(PyLong_AsLong(arguments[0]));
   const bool one_step   = arguments[1] == Py_True;
-  PyObject* const like  = arguments[5];
-  PyObject* const hx    = arguments[6];
+  PyObject* const like  = arguments[6];
+  PyObject* const hx    = arguments[7];
   const bool cell_state = kCells[cell].has_cell_state;
   if (torch.grad_enabled() || torch.watched() || torch.profiled() ||
-      (hx != Py_None && bool(PyTuple_Check(hx)) != cell_state) || !PyDict_Check(arguments[3])) {
+      (hx != Py_None && bool(PyTuple_Check(hx)) != cell_state) || !PyDict_Check(arguments[4])) {
     return py::none();
   }
   constexpr int64_t kMost = 2 * Layer::kWeights;
   PyObject* weights[kMost]{};
   py::object owned[kMost];  // others may change the module while the kernels run
-  const Items sizes(arguments[2]), names(arguments[4]);
+  const Items sizes(arguments[3]), names(arguments[5]);
   if (names.size() > kMost) return py::none();
   for (int64_t i = 0; i < names.size(); ++i) {
-    weights[i] = PyDict_GetItemWithError(arguments[3], names[i]);
+    weights[i] = PyDict_GetItemWithError(arguments[4], names[i]);
     if (PyErr_Occurred()) throw py::error_already_set();
     if (!weights[i]) return py::none();  // parametrized, pruned, ...
     owned[i] = py::reinterpret_borrow<py::object>(weights[i]);
@@ -569,18 +573,19 @@ py::object plain(PyObject* const* arguments) {
                           : cell_state  ? Objects(PySequence_Fast_ITEMS(hx), PyTuple_GET_SIZE(hx))
                                         : Objects(&hx, 1);
   Layer layer;
+  layer.swapped = arguments[2] == Py_True;
   if (!layer.read(cell, like, initial, Objects(weights, names.size()), Py_None, false) ||
       layer.one_step != one_step || layer.I != PyLong_AsLong(sizes[0]) ||
       layer.H != PyLong_AsLong(sizes[1])) {
     return py::none();
   }
   // Without panels plan.h packs nothing for one row, which is then multiplied as it is.
-  layer.bf16        = (layer.N > 1 || arguments[7] != Py_None) && torch.rounds_to_bf16();
+  layer.bf16        = (layer.N > 1 || arguments[8] != Py_None) && torch.rounds_to_bf16();
   py::object panels = py::none();
-  if (arguments[7] != Py_None) {
+  if (arguments[8] != Py_None) {
     py::tuple all(size_t(names.size()));
     for (size_t i = 0; i < all.size(); ++i) all[i] = owned[i];
-    panels = py::handle(arguments[7])(all);
+    panels = py::handle(arguments[8])(all);
   }
   layer.take(panels.ptr());
   try {
@@ -842,7 +847,7 @@ PYBIND11_MODULE(_C, m) {
   static PyMethodDef methods[] = {
       definition<forward, 9>("forward"), definition<backward, 11>("backward"),
       definition<takes, 5>("takes"),     definition<pack, 4>("pack"),
-      definition<plan, 8>("plan"),       definition<plain, 8>("plain"),
+      definition<plan, 8>("plan"),       definition<plain, 9>("plain"),
       definition<watched, 0>("watched"), {nullptr, nullptr, 0, nullptr}};
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }

@@ -46,6 +46,7 @@ def forward(
 def plain(
     cell: int,
     one_step: bool,
+    batch_first: bool,
     sizes: tuple[int, int],
     parameters: dict[str, Tensor | None],
     names: Sequence[str],

@@ -138,6 +138,10 @@ def _torch_is_faster(cell: str, hidden: int, input: Tensor) -> bool:
     return batch >= 32 and hidden >= 256
 
 
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+_RNN_CELLS = {"tanh": "rnn_tanh", "relu": "rnn_relu"}  # by nonlinearity
+
+
 class _Fused:
     """What all six modules share: the way back to torch.nn."""
 
@@ -145,12 +149,19 @@ class _Fused:
     _num_states: ClassVar[int] = 1  # h, or h and c
 
     def _plain(
-        self, cell: str, one_step: bool, names: Sequence[str], input: Any, hx: Any
+        self,
+        cell: str,
+        input: Any,
+        hx: Any,
+        names: Sequence[str] = _CELL_WEIGHTS,
+        one_step: bool = True,
+        batch_first: bool = False,
     ) -> Sequence[Tensor] | None:
         """The results of one layer, or step, in ops.plain's case; None in others."""
         panels: Any = partial(prepacking.panels, self, 0, cell) if prepacking.active else None  # type: ignore[arg-type]
         sizes = self.input_size, self.hidden_size  # type: ignore[attr-defined]
-        return ops.plain(cell, one_step, sizes, self._parameters, names, input, hx, panels)  # type: ignore[attr-defined]
+        parameters = self._parameters  # type: ignore[attr-defined]
+        return ops.plain(cell, one_step, batch_first, sizes, parameters, names, input, hx, panels)
 
     def _torch_forward(self, input: Any, hx: Any) -> Any:
         """The call by torch's own implementation, with torch's own errors."""
@@ -280,9 +291,10 @@ class _Layers(_Fused, nn.RNNBase):
 
     def _plain_layer(self, input: Any, hx: Any) -> Sequence[Tensor] | None:
         """(output, *final states) in ops.plain's case; None in others, which `_kernels` takes."""
-        if self.num_layers > 1 or self.batch_first or _TORCH_MULTIPLIES_FASTER:
+        if self.num_layers > 1 or _TORCH_MULTIPLIES_FASTER:
             return None
-        return self._plain(self.mode.lower(), False, self._flat_weights_names, input, hx)
+        names = self._flat_weights_names
+        return self._plain(self.mode.lower(), input, hx, names, False, self.batch_first)
 
     def _computed(
         self,
@@ -564,10 +576,6 @@ class RNN(_OneStateLayers):
         self.nonlinearity = nonlinearity
 
 
-_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-_RNN_CELLS = {"tanh": "rnn_tanh", "relu": "rnn_relu"}  # by nonlinearity
-
-
 class _Cell(_Fused, nn.RNNCellBase):
     """What the cells share: one step of functional.py's layer."""
 
@@ -606,7 +614,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
     def forward(self, input: Any, hx: Any = None) -> tuple[Tensor, Tensor]:
         if is_compiling():
             return nn.LSTMCell.forward(self, input, hx)
-        new = self._plain("lstm", True, _CELL_WEIGHTS, input, hx)
+        new = self._plain("lstm", input, hx)
         if new is not None:
             h, c = new
             return h, c
@@ -632,7 +640,7 @@ class GRUCell(_Cell, nn.GRUCell):
     def forward(self, input: Any, hx: Any = None) -> Tensor:
         if is_compiling():
             return nn.GRUCell.forward(self, input, hx)
-        new = self._plain("gru", True, _CELL_WEIGHTS, input, hx)
+        new = self._plain("gru", input, hx)
         if new is not None:
             return new[0]
         if hx is None or isinstance(hx, Tensor):
@@ -659,7 +667,7 @@ class RNNCell(_Cell, nn.RNNCell):
         cell = _RNN_CELLS.get(self.nonlinearity)
         if cell is None:
             return self._torch_forward(input, hx)  # type: ignore[no-any-return]
-        new = self._plain(cell, True, _CELL_WEIGHTS, input, hx)
+        new = self._plain(cell, input, hx)
         if new is not None:
             return new[0]
         if hx is None or isinstance(hx, Tensor):

@@ -243,6 +243,7 @@ def forward(
 def plain(
     cell: str,
     one_step: bool,
+    batch_first: bool,
     sizes: tuple[int, int],
     parameters: dict[str, Any],
     names: Sequence[str],
@@ -250,13 +251,16 @@ def plain(
     hx: Any,
     panels: Callable[[Weights], Any] | None,
 ) -> tuple[Tensor, ...] | None:
-    """What `forward` gives for a module's (input, hx), in the plainest case: an input [T, B, I] or,
-    if `one_step`, [B, I], no gradients, nobody `watched`, and every weight of `names` among the
-    module's `parameters`. None for any other.
+    """What `forward` gives for a module's (input, hx), in the plainest case: an input [T, B, I] (if
+    `one_step`, [B, I]; if `batch_first`, [B, T, I] with B or T 1, and the output likewise), no
+    gradients, nobody `watched`, and every weight of `names` among the module's `parameters`. None
+    for any other.
 
     sizes: I and H. panels: of weights, asked for where they may be used.
     """
-    results = _C.plain(CELLS[cell].number, one_step, sizes, parameters, names, input, hx, panels)
+    results = _C.plain(
+        CELLS[cell].number, one_step, batch_first, sizes, parameters, names, input, hx, panels
+    )
     if results is not None:
         counts["kernel_forward"] += 1
     return results

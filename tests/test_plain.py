@@ -151,7 +151,7 @@ def test_weights_that_are_no_parameters_go_the_long_way(kind, plain):
     "options",
     [
         {"num_layers": 2},
-        {"batch_first": True},
+        {"batch_first": True},  # of several steps and sequences
         {"bias": False},
         {"bias": False, "bidirectional": True},
     ],
@@ -167,6 +167,24 @@ def test_other_layers_go_the_long_way(kind, options, plain):
     assert not any(plain)
 
 
+@pytest.mark.parametrize("hx", ["none", "given"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, T), (B, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_batch_first_of_one_step_or_sequence_goes_it(kind, shape, dtype, hx, plain, monkeypatch):
+    module = build(modules, kind, I, H, dtype=dtype, batch_first=True, bidirectional=True)
+    wide = torch.randn(*shape, I + 1, dtype=dtype)
+    given = states(kind, 2, shape[0], H, dtype=dtype) if hx == "given" else None
+    inputs = [wide[..., 1:], wide[..., 1:].clone(), wide.transpose(0, 1)[..., 1:].transpose(0, 1)]
+    inputs.append(torch.randn(*shape[::-1], I, dtype=dtype).transpose(0, 1))
+    with torch.no_grad():
+        short = [module(input, given) for input in inputs]
+        assert plain == [True] * len(inputs)
+        monkeypatch.setattr(ops, "plain", lambda *_: None)
+        for input, results in zip(inputs, short, strict=True):
+            assert all(map(torch.equal, flat(results), flat(module(input, given))))
+
+
 def test_a_projection_goes_it(plain):
     theirs, ours = pair("LSTM", I, H, proj_size=3)
     input, _ = arguments("LSTM")
@@ -179,10 +197,13 @@ def test_a_projection_goes_it(plain):
 def test_an_unbatched_input_is_no_step(plain):
     theirs, ours = pair("GRU", I, H)
     input = torch.randn(T, I)
-    with torch.no_grad():
-        for a, b in zip(flat(ours(input)), flat(theirs(input)), strict=True):
-            torch.testing.assert_close(a, b)
-    assert plain == [False]
+    for _ in range(2):
+        with torch.no_grad():
+            for a, b in zip(flat(ours(input)), flat(theirs(input)), strict=True):
+                torch.testing.assert_close(a, b)
+        assert plain == [False]
+        plain.clear()
+        theirs.batch_first = ours.batch_first = True
 
 
 WRONG = {
