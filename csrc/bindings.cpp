@@ -145,8 +145,9 @@ struct Layer {
   CellInfo cell{};
   int cell_index = 0;
   int64_t T = 0, B = 0, N = 0, I = 0, H = 0, P = 0, D = 0;
-  bool one_step   = false;  // input [B, I], states [B, P]
-  bool swapped    = false;  // input and output [B, T, ...], of which one is 1: the same memory
+  bool one_step = false;  // input [B, I], states [B, P]
+  // Input and output [B, T, ...], of which one is 1: the same memory, but for strides of that one.
+  bool swapped    = false;
   bool projects   = false;
   bool cells      = false;  // c of every step is a result too
   bool to_initial = false;
@@ -543,50 +544,60 @@ py::object forward(PyObject* const* arguments) {
   return py::make_tuple(results, saved);
 }
 
-// plain(cell, one_step, batch_first, (I, H), parameters, names, input, hx, panels) -> the results of a
-// module's call in the plainest case: no gradients, nobody watching, the weights of `names` among its
-// `parameters`; batch_first only of one step or one sequence. None for any other. Python would need
-// longer to find that out than the kernels for a step.
+// Whether `object` is the integer n.
+bool is_integer(PyObject* object, int64_t n) {
+  const int64_t value = PyLong_Check(object) ? PyLong_AsLongLong(object) : -1;
+  PyErr_Clear();
+  return value == n;
+}
+
+// plain(cell, one_step, batch_first, (I, H), parameters, names, flat, input, hx, panels) -> the results
+// of a module's call in the plainest case: no gradients, nobody watching, the weights of `names` among
+// its `parameters`, and in its list `flat` of weights if it has one; batch_first only of one step or
+// one sequence. None for any other. Python would need longer to find that out than the kernels for a
+// step.
 py::object plain(PyObject* const* arguments) {
-  const Torch& torch    = Torch::get();
-  const int cell        = int(PyLong_AsLong(arguments[0]));
-  const bool one_step   = arguments[1] == Py_True;
-  PyObject* const like  = arguments[6];
-  PyObject* const hx    = arguments[7];
-  const bool cell_state = kCells[cell].has_cell_state;
-  if (torch.grad_enabled() || torch.watched() || torch.profiled() ||
-      (hx != Py_None && bool(PyTuple_Check(hx)) != cell_state) || !PyDict_Check(arguments[4])) {
+  const Torch& torch         = Torch::get();
+  const int cell             = int(PyLong_AsLong(arguments[0]));
+  const bool one_step        = arguments[1] == Py_True;
+  PyObject* const parameters = arguments[4];
+  PyObject* const like       = arguments[7];
+  PyObject* const hx         = arguments[8];
+  PyObject* const panels_of  = arguments[9];
+  const int64_t states       = 1 + kCells[cell].has_cell_state;
+  if (torch.grad_enabled() || torch.watched() || torch.profiled() || !PyDict_Check(parameters)) {
     return py::none();
   }
-  constexpr int64_t kMost = 2 * Layer::kWeights;
-  PyObject* weights[kMost]{};
-  py::object owned[kMost];  // others may change the module while the kernels run
-  const Items sizes(arguments[3]), names(arguments[5]);
-  if (names.size() > kMost) return py::none();
-  for (int64_t i = 0; i < names.size(); ++i) {
-    weights[i] = PyDict_GetItemWithError(arguments[4], names[i]);
-    if (PyErr_Occurred()) throw py::error_already_set();
-    if (!weights[i]) return py::none();  // parametrized, pruned, ...
-    owned[i] = py::reinterpret_borrow<py::object>(weights[i]);
-  }
+  const bool tuple      = PyTuple_Check(hx);
   const Objects initial = hx == Py_None ? Objects(nullptr, 0)
-                          : cell_state  ? Objects(PySequence_Fast_ITEMS(hx), PyTuple_GET_SIZE(hx))
+                          : tuple       ? Objects(PySequence_Fast_ITEMS(hx), PyTuple_GET_SIZE(hx))
                                         : Objects(&hx, 1);
+  if (hx != Py_None && (tuple != (states == 2) || initial.size() != states)) return py::none();
+
+  const Items sizes(arguments[3]), names(arguments[5]);
+  // Held: others may change the module while the kernels run.
+  const Items flat(one_step ? py::tuple().ptr() : arguments[6]);
+  py::tuple weights(size_t(names.size()));
+  for (int64_t i = 0; i < names.size(); ++i) {
+    PyObject* const weight = PyDict_GetItemWithError(parameters, names[i]);
+    if (PyErr_Occurred()) throw py::error_already_set();
+    if (!weight) return py::none();  // parametrized, pruned, ...
+    if (!one_step && (weight == Py_None || i >= flat.size() || weight != flat[i])) {
+      return py::none();
+    }
+    weights[size_t(i)] = py::reinterpret_borrow<py::object>(weight);
+  }
   Layer layer;
-  layer.swapped = arguments[2] == Py_True;
-  if (!layer.read(cell, like, initial, Objects(weights, names.size()), Py_None, false) ||
-      layer.one_step != one_step || layer.I != PyLong_AsLong(sizes[0]) ||
-      layer.H != PyLong_AsLong(sizes[1])) {
+  layer.swapped = is_true(arguments[2]);
+  if (!layer.read(cell, like, initial, Items(weights.ptr()), Py_None, false) ||
+      layer.one_step != one_step || !is_integer(sizes[0], layer.I) ||
+      !is_integer(sizes[1], layer.H)) {
     return py::none();
   }
   // Without panels plan.h packs nothing for one row, which is then multiplied as it is.
-  layer.bf16        = (layer.N > 1 || arguments[8] != Py_None) && torch.rounds_to_bf16();
+  layer.bf16        = (layer.N > 1 || panels_of != Py_None) && torch.rounds_to_bf16();
   py::object panels = py::none();
-  if (arguments[8] != Py_None) {
-    py::tuple all(size_t(names.size()));
-    for (size_t i = 0; i < all.size(); ++i) all[i] = owned[i];
-    panels = py::handle(arguments[8])(all);
-  }
+  if (panels_of != Py_None) panels = py::handle(panels_of)(weights);
   layer.take(panels.ptr());
   try {
     return compute(layer, like, torch.num_threads(), nullptr);
@@ -847,7 +858,7 @@ PYBIND11_MODULE(_C, m) {
   static PyMethodDef methods[] = {
       definition<forward, 9>("forward"), definition<backward, 11>("backward"),
       definition<takes, 5>("takes"),     definition<pack, 4>("pack"),
-      definition<plan, 8>("plan"),       definition<plain, 9>("plain"),
+      definition<plan, 8>("plan"),       definition<plain, 10>("plain"),
       definition<watched, 0>("watched"), {nullptr, nullptr, 0, nullptr}};
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }

@@ -1,4 +1,4 @@
-// What the bindings read of a torch.Tensor: its memory. Through DLPack's C exchange API where torch
+// What the bindings read of torch: a tensor's memory, and a thread's settings. Memory through DLPack's C exchange API where torch
 // has it (2.10 and newer; 0.05 us a tensor), else from its Python attributes. Not a tensor library,
 // and no torch header: the structs below are DLPack's published C interface.
 #pragma once

@@ -50,6 +50,7 @@ def plain(
     sizes: tuple[int, int],
     parameters: dict[str, Tensor | None],
     names: Sequence[str],
+    flat: Sequence[Tensor | None] | None,
     input: Tensor,
     hx: object,
     panels: Callable[[Weights], Panels | None] | None,

@@ -154,14 +154,15 @@ class _Fused:
         input: Any,
         hx: Any,
         names: Sequence[str] = _CELL_WEIGHTS,
-        one_step: bool = True,
+        flat: Any = None,
         batch_first: bool = False,
     ) -> Sequence[Tensor] | None:
-        """The results of one layer, or step, in ops.plain's case; None in others."""
+        """The results of one layer, or step, in ops.plain's case; None in others. `flat`: a layer's
+        list of weights."""
         panels: Any = partial(prepacking.panels, self, 0, cell) if prepacking.active else None  # type: ignore[arg-type]
         sizes = self.input_size, self.hidden_size  # type: ignore[attr-defined]
-        parameters = self._parameters  # type: ignore[attr-defined]
-        return ops.plain(cell, one_step, batch_first, sizes, parameters, names, input, hx, panels)
+        weights = self._parameters, names, flat  # type: ignore[attr-defined]
+        return ops.plain(cell, flat is None, batch_first, sizes, *weights, input, hx, panels)
 
     def _torch_forward(self, input: Any, hx: Any) -> Any:
         """The call by torch's own implementation, with torch's own errors."""
@@ -291,10 +292,14 @@ class _Layers(_Fused, nn.RNNBase):
 
     def _plain_layer(self, input: Any, hx: Any) -> Sequence[Tensor] | None:
         """(output, *final states) in ops.plain's case; None in others, which `_kernels` takes."""
-        if self.num_layers > 1 or _TORCH_MULTIPLIES_FASTER:
-            return None
         names = self._flat_weights_names
-        return self._plain(self.mode.lower(), input, hx, names, False, self.batch_first)
+        kinds = 4 + (self.proj_size > 0)
+        if not self.bias or len(names) != (2 if self.bidirectional else 1) * kinds:
+            return None  # of several layers, too
+        if _TORCH_MULTIPLIES_FASTER and getattr(input, "dtype", None) is torch.bfloat16:
+            return None
+        cell = self.mode.lower()
+        return self._plain(cell, input, hx, names, self._flat_weights, self.batch_first)
 
     def _computed(
         self,

@@ -247,19 +247,21 @@ def plain(
     sizes: tuple[int, int],
     parameters: dict[str, Any],
     names: Sequence[str],
+    flat: Sequence[Tensor | None] | None,
     input: Any,
     hx: Any,
     panels: Callable[[Weights], Any] | None,
 ) -> tuple[Tensor, ...] | None:
     """What `forward` gives for a module's (input, hx), in the plainest case: an input [T, B, I] (if
     `one_step`, [B, I]; if `batch_first`, [B, T, I] with B or T 1, and the output likewise), no
-    gradients, nobody `watched`, and every weight of `names` among the module's `parameters`. None
-    for any other.
+    gradients, nobody `watched`, and every weight of `names` (4 or 5 for each direction) among the
+    module's `parameters`. None for any other.
 
-    sizes: I and H. panels: of weights, asked for where they may be used.
+    sizes: I and H. flat: the weights as a layer lists them, None for a step. panels: of weights,
+    asked for where they may be used.
     """
     results = _C.plain(
-        CELLS[cell].number, one_step, batch_first, sizes, parameters, names, input, hx, panels
+        CELLS[cell].number, one_step, batch_first, sizes, parameters, names, flat, input, hx, panels
     )
     if results is not None:
         counts["kernel_forward"] += 1
