@@ -284,6 +284,7 @@ def test_torch_compile_is_timed_or_says_why_not(monkeypatch):
 
 def test_a_row_without_kernels_says_so(monkeypatch, finished, tmp_path, capsys):
     """On the run's way to the report."""
+    monkeypatch.setattr(fusedrnn.modules, "_TORCH_MULTIPLIES_FASTER", True)
     monkeypatch.setattr(fusedrnn.modules, "_torch_is_faster", lambda *_: True)
     code, content = run(tmp_path / "a.json", "--shapes", "1x6x8", "--dtype", "bfloat16")
     assert code == 0
