@@ -159,6 +159,8 @@ class _Fused:
     ) -> Sequence[Tensor] | None:
         """The results of one layer, or step, in ops.plain's case; None in others. `flat`: a layer's
         list of weights."""
+        if torch.is_grad_enabled():
+            return None
         panels: Any = partial(prepacking.panels, self, 0, cell) if prepacking.active else None  # type: ignore[arg-type]
         sizes = self.input_size, self.hidden_size  # type: ignore[attr-defined]
         weights = self._parameters, names, flat  # type: ignore[attr-defined]

@@ -302,8 +302,13 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
 
     if (ahead_rows > 0) {
       if constexpr (kCanGoAhead<Cell, T, Terms>) {
-        for (int64_t block = shard.block_begin; block < ahead_end; block += ahead_panels) {
-          forward_beside<Cell, T, Terms>(step, block, ahead);
+        // Back and forth, as run_tiles goes: the time without over with it is 1.0 to 1.21 (RNN, H =
+        // 96 to 320), 1.03 to 1.04 (GRU, 96 to 160), 0.97 to 1.03 for LSTM.
+        const bool back     = Cell::kGates < 4 && i % 2 == 1;
+        const int64_t turns = (ahead_end - shard.block_begin) / ahead_panels;
+        for (int64_t turn = 0; turn < turns; ++turn) {
+          const int64_t at = back ? turns - 1 - turn : turn;
+          forward_beside<Cell, T, Terms>(step, shard.block_begin + at * ahead_panels, ahead);
         }
         run_tiles<ForwardTiles<Cell, T, Terms>>(step, 0, 1, ahead_end, shard.block_end, false);
       }
