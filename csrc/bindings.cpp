@@ -50,34 +50,15 @@ class GilRelease {
   PyThreadState* state_;
 };
 
-bool is_true(PyObject* object) {
-  const int truth = PyObject_IsTrue(object);
-  if (truth < 0) throw py::error_already_set();
-  return truth == 1;
-}
-
-// Objects, borrowed.
-class Objects {
- public:
-  Objects(PyObject* const* first, int64_t size) : first_(first), size_(size) {}
-  PyObject* operator[](int64_t i) const { return first_[i]; }
-  int64_t size() const { return size_; }
-
- protected:
-  PyObject* const* first_;
-  int64_t size_;
-};
-
 // The items of a list or tuple, alive as long as this: others may change a list meanwhile.
-class Items : public Objects {
+class Items {
  public:
   explicit Items(PyObject* list_or_tuple)
-      : Objects(nullptr, 0),
-        tuple_(py::reinterpret_steal<py::object>(PySequence_Tuple(list_or_tuple))) {
+      : tuple_(py::reinterpret_steal<py::object>(PySequence_Tuple(list_or_tuple))) {
     if (!tuple_) throw py::error_already_set();
-    first_ = PySequence_Fast_ITEMS(tuple_.ptr());
-    size_  = PyTuple_GET_SIZE(tuple_.ptr());
   }
+  PyObject* operator[](int64_t i) const { return PyTuple_GET_ITEM(tuple_.ptr(), i); }
+  int64_t size() const { return PyTuple_GET_SIZE(tuple_.ptr()); }
 
  private:
   py::object tuple_;
@@ -192,7 +173,7 @@ struct Layer {
 
   // initial: (), (h0,) or (h0, c0). weights: 4 for each direction, or 5 with a projection; biases may
   // be None. options: None, or the fields of ops.Options.
-  bool read(int index, PyObject* input_object, const Objects& initial, const Objects& all_weights,
+  bool read(int index, PyObject* input_object, const Items& initial, const Items& all_weights,
             PyObject* options, bool dense_input) {
     const Torch& torch    = Torch::get();
     cell_index            = index;
@@ -568,10 +549,11 @@ py::object plain(PyObject* const* arguments) {
   if (torch.grad_enabled() || torch.watched() || torch.profiled() || !PyDict_Check(parameters)) {
     return py::none();
   }
-  const bool tuple      = PyTuple_Check(hx);
-  const Objects initial = hx == Py_None ? Objects(nullptr, 0)
-                          : tuple       ? Objects(PySequence_Fast_ITEMS(hx), PyTuple_GET_SIZE(hx))
-                                        : Objects(&hx, 1);
+  const bool tuple = PyTuple_Check(hx);
+  const auto given = hx == Py_None ? py::tuple()
+                     : tuple       ? py::reinterpret_borrow<py::tuple>(hx)
+                                   : py::reinterpret_steal<py::tuple>(PyTuple_Pack(1, hx));
+  const Items initial(given.ptr());
   if (hx != Py_None && (tuple != (states == 2) || initial.size() != states)) return py::none();
 
   const Items sizes(arguments[3]), names(arguments[5]);

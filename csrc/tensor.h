@@ -1,6 +1,7 @@
-// What the bindings read of torch: a tensor's memory, and a thread's settings. Memory through DLPack's C exchange API where torch
-// has it (2.10 and newer; 0.05 us a tensor), else from its Python attributes. Not a tensor library,
-// and no torch header: the structs below are DLPack's published C interface.
+// What the bindings read of torch: a tensor's memory, and a thread's settings. Memory through DLPack's
+// C exchange API where torch has it (2.10 and newer; 0.05 us a tensor), else from the tensor's Python
+// attributes. Not a tensor library, and no torch header: the structs below are DLPack's published C
+// interface.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -83,6 +84,12 @@ struct TensorView {
     return true;
   }
 };
+
+inline bool is_true(PyObject* object) {
+  const int truth = PyObject_IsTrue(object);
+  if (truth < 0) throw py::error_already_set();
+  return truth == 1;
+}
 
 // Torch gave us a tensor that we cannot use (a TorchFunctionMode can wrap them).
 struct NotOrdinary : std::exception {};
@@ -194,9 +201,7 @@ class Torch {
     return py::reinterpret_steal<py::object>(object);
   }
   static bool returns_true(const py::object& function) {
-    const int truth = PyObject_IsTrue(owned(PyObject_CallNoArgs(function.ptr())).ptr());
-    if (truth < 0) throw py::error_already_set();
-    return truth == 1;
+    return is_true(owned(PyObject_CallNoArgs(function.ptr())).ptr());
   }
   static py::object attribute(const py::object& object, const py::str& name) {
     return owned(PyObject_GetAttr(object.ptr(), name.ptr()));

@@ -143,7 +143,7 @@ _RNN_CELLS = {"tanh": "rnn_tanh", "relu": "rnn_relu"}  # by nonlinearity
 
 
 class _Fused:
-    """What all six modules share: the way back to torch.nn."""
+    """What all six modules share: the short way to the kernels, and the way back to torch.nn."""
 
     _torch_class: ClassVar[Any]  # the class of torch.nn that this one stands for
     _num_states: ClassVar[int] = 1  # h, or h and c
@@ -159,7 +159,7 @@ class _Fused:
     ) -> Sequence[Tensor] | None:
         """The results of one layer, or step, in ops.plain's case; None in others. `flat`: a layer's
         list of weights."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # ops.plain would say it later: 1.01 of a small training's time
             return None
         panels: Any = partial(prepacking.panels, self, 0, cell) if prepacking.active else None  # type: ignore[arg-type]
         sizes = self.input_size, self.hidden_size  # type: ignore[attr-defined]
@@ -525,15 +525,13 @@ class _OneStateLayers(_Layers):
             raise TypeError(f"return_cell_states is an LSTM's, this is {self.mode}")
         if is_compiling():
             return self._compiling(_OneStateLayers.forward, input, hx, given)
-        plain = None if given else self._plain_layer(input, hx)
-        if plain is not None:
-            return plain
-        if hx is None or isinstance(hx, Tensor):
+        result = None if given else self._plain_layer(input, hx)
+        if result is None and (hx is None or isinstance(hx, Tensor)):
             states = None if hx is None else (hx,)
             result = self._computed(self._kernels, input, states, given)
-            if result is not None:
-                output, h_n = result
-                return output, h_n
+        if result is not None:
+            output, h_n = result
+            return output, h_n
         if given:
             raise RuntimeError(f"hx must be the tensor h_0, got {type(hx).__name__}")
         return self._torch_forward(input, hx)
@@ -622,14 +620,11 @@ class LSTMCell(_Cell, nn.LSTMCell):
         if is_compiling():
             return nn.LSTMCell.forward(self, input, hx)
         new = self._plain("lstm", input, hx)
+        if new is None and (hx is None or (isinstance(hx, (tuple, list)) and len(hx) == 2)):
+            new = self._kernel("lstm", input, hx or ())
         if new is not None:
             h, c = new
             return h, c
-        if hx is None or (isinstance(hx, (tuple, list)) and len(hx) == 2):
-            new = self._kernel("lstm", input, hx or ())
-            if new is not None:
-                h, c = new
-                return h, c
         return self._torch_forward(input, hx)  # type: ignore[no-any-return]
 
 
@@ -648,12 +643,10 @@ class GRUCell(_Cell, nn.GRUCell):
         if is_compiling():
             return nn.GRUCell.forward(self, input, hx)
         new = self._plain("gru", input, hx)
+        if new is None and (hx is None or isinstance(hx, Tensor)):
+            new = self._kernel("gru", input, () if hx is None else (hx,))
         if new is not None:
             return new[0]
-        if hx is None or isinstance(hx, Tensor):
-            new = self._kernel("gru", input, () if hx is None else (hx,))
-            if new is not None:
-                return new[0]
         return self._torch_forward(input, hx)  # type: ignore[no-any-return]
 
 
@@ -675,10 +668,8 @@ class RNNCell(_Cell, nn.RNNCell):
         if cell is None:
             return self._torch_forward(input, hx)  # type: ignore[no-any-return]
         new = self._plain(cell, input, hx)
+        if new is None and (hx is None or isinstance(hx, Tensor)):
+            new = self._kernel(cell, input, () if hx is None else (hx,))
         if new is not None:
             return new[0]
-        if hx is None or isinstance(hx, Tensor):
-            new = self._kernel(cell, input, () if hx is None else (hx,))
-            if new is not None:
-                return new[0]
         return self._torch_forward(input, hx)  # type: ignore[no-any-return]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.common import threads
+from fusedrnn import modules
 
 
 @pytest.fixture(scope="module")
@@ -14,6 +15,12 @@ def one_thread():
     """For files in which nothing is large enough for more."""
     with threads(1):
         yield
+
+
+@pytest.fixture
+def kernels_only(monkeypatch):
+    """No bfloat16 call goes to torch for being faster there, as sequences do on some CPUs."""
+    monkeypatch.setattr(modules, "_TORCH_MULTIPLIES_FASTER", False)
 
 
 @contextlib.contextmanager

@@ -18,13 +18,7 @@ LOW = pytest.mark.parametrize("low", [BF16, F16], ids=str)
 TRAINED = ("kernel_forward", "kernel_backward")
 
 
-@pytest.fixture(autouse=True)
-def kernels_only(monkeypatch):
-    """No bfloat16 call goes to torch for being faster there."""
-    monkeypatch.setattr(modules, "_TORCH_MULTIPLIES_FASTER", False)
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "kernels_only")
 
 
 def input_of(kind, dtype=F32):

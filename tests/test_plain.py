@@ -16,6 +16,8 @@ from fusedrnn import modules, ops
 I, H, T, B = 5, 7, 6, 3  # noqa: E741
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+pytestmark = pytest.mark.usefixtures("kernels_only")
+
 
 @pytest.fixture
 def plain(monkeypatch):
@@ -32,12 +34,6 @@ def plain(monkeypatch):
     return gave
 
 
-@pytest.fixture(autouse=True)
-def not_torchs(monkeypatch):
-    # On some CPUs torch takes sequences in bfloat16.
-    monkeypatch.setattr(modules, "_TORCH_MULTIPLIES_FASTER", False)
-
-
 def arguments(kind, batch=B, dtype=torch.float32, directions=1):
     one_step = kind in CELLS
     generator = torch.Generator().manual_seed(1)
@@ -46,6 +42,13 @@ def arguments(kind, batch=B, dtype=torch.float32, directions=1):
     return torch.randn(shape, dtype=dtype, generator=generator), states(
         kind, *of_state, dtype=dtype
     )
+
+
+def assert_torchs(ours, theirs, *arguments):
+    """Without gradients both give the same, but for roundings."""
+    with torch.no_grad():
+        for a, b in zip(flat(ours(*arguments)), flat(theirs(*arguments)), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("hx", ["none", "given"])
@@ -145,12 +148,9 @@ def test_weights_that_are_no_parameters_go_the_long_way(kind, plain):
         torch.manual_seed(4)
         change(ours)
         input, hx = arguments(kind)
-        with torch.no_grad():
-            results = zip(flat(ours(input, hx)), flat(theirs(input, hx)), strict=True)
+        assert_torchs(ours, theirs, input, hx)
         assert plain == [False]
         plain.clear()
-        for a, b in results:
-            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize(
@@ -167,9 +167,7 @@ def test_weights_that_are_no_parameters_go_the_long_way(kind, plain):
 def test_other_layers_go_the_long_way(kind, options, plain):
     theirs, ours = pair(kind, I, H, **options)
     input, _ = arguments(kind)
-    with torch.no_grad():
-        for a, b in zip(flat(ours(input)), flat(theirs(input)), strict=True):
-            torch.testing.assert_close(a, b)
+    assert_torchs(ours, theirs, input)
     assert not any(plain)
 
 
@@ -194,9 +192,7 @@ def test_batch_first_of_one_step_or_sequence_goes_it(kind, shape, dtype, hx, pla
 def test_a_projection_goes_it(plain):
     theirs, ours = pair("LSTM", I, H, proj_size=3)
     input, _ = arguments("LSTM")
-    with torch.no_grad():
-        for a, b in zip(flat(ours(input)), flat(theirs(input)), strict=True):
-            torch.testing.assert_close(a, b)
+    assert_torchs(ours, theirs, input)
     assert plain == [True]
 
 
@@ -204,9 +200,7 @@ def test_an_unbatched_input_is_no_step(plain):
     theirs, ours = pair("GRU", I, H)
     input = torch.randn(T, I)
     for _ in range(2):
-        with torch.no_grad():
-            for a, b in zip(flat(ours(input)), flat(theirs(input)), strict=True):
-                torch.testing.assert_close(a, b)
+        assert_torchs(ours, theirs, input)
         assert plain == [False]
         plain.clear()
         theirs.batch_first = ours.batch_first = True
@@ -285,8 +279,7 @@ def test_sizes_of_cells_may_be_floats(plain):
     theirs, ours = pair("GRUCell", I, H)
     theirs.input_size = ours.input_size = float(I)
     input, hx = arguments("GRUCell")
-    with torch.no_grad():
-        torch.testing.assert_close(ours(input, hx), theirs(input, hx))
+    assert_torchs(ours, theirs, input, hx)
     assert plain == [False]
 
 

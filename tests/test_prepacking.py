@@ -15,11 +15,7 @@ from fusedrnn import modules, ops
 I, H = 9, 33  # noqa: E741
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
-
-@pytest.fixture(autouse=True)
-def not_torchs(monkeypatch):
-    """No bfloat16 call goes to torch for being faster there."""
-    monkeypatch.setattr(modules, "_TORCH_MULTIPLIES_FASTER", False)
+pytestmark = pytest.mark.usefixtures("kernels_only")
 
 
 @pytest.fixture
