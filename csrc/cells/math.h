@@ -57,15 +57,16 @@ struct Exp<float> {  // relative error 1.3e-8, 0.11 ULP
                                   0.0013882515775329425903f};
     return kP[i];
   }
-  static constexpr float kLog2E   = 1.44269504088896340736f;
-  static constexpr float kLn2Hi   = 0.693145751953125f;  // 16 bits: n * kLn2Hi is exact
-  static constexpr float kLn2Lo   = 1.42860682030941723e-6f;
-  static constexpr float kRound   = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  static constexpr int kMantissa  = 23;
-  static constexpr int32_t kBias  = 127;
-  static constexpr int32_t kSign  = INT32_MIN;
-  static constexpr float kExpZero = 88.0f;  // exp(-x) counts as 0 from here on: n is -127
-  static constexpr float kTanhOne = 9.1f;   // tanh(x) rounds to 1 above
+  static constexpr float kLog2E      = 1.44269504088896340736f;
+  static constexpr float kLn2Hi      = 0.693145751953125f;  // 16 bits: n * kLn2Hi is exact
+  static constexpr float kLn2Lo      = 1.42860682030941723e-6f;
+  static constexpr float kRound      = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr int kMantissa     = 23;
+  static constexpr int32_t kBias     = 127;
+  static constexpr int32_t kSign     = INT32_MIN;
+  static constexpr float kExpZero    = 88.0f;  // exp(-x) counts as 0 from here on: n is -127
+  static constexpr float kSigmoidOne = 17.4f;  // sigmoid(x) rounds to 1 above,
+  static constexpr float kTanhOne    = 9.1f;   // and tanh(x)
 };
 
 template <>
@@ -79,15 +80,16 @@ struct Exp<double> {  // relative error 2.6e-19
         2.5108979223420803152e-8,   2.0875327238943049427e-9};
     return kP[i];
   }
-  static constexpr double kLog2E   = 1.44269504088896340736;
-  static constexpr double kLn2Hi   = 0.69314718055989033;  // 33 bits
-  static constexpr double kLn2Lo   = 5.4979230187083711552e-14;
-  static constexpr double kRound   = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr int kMantissa   = 52;
-  static constexpr int64_t kBias   = 1023;
-  static constexpr int64_t kSign   = INT64_MIN;
-  static constexpr double kExpZero = 709.0;  // n is -1023
-  static constexpr double kTanhOne = 19.1;
+  static constexpr double kLog2E      = 1.44269504088896340736;
+  static constexpr double kLn2Hi      = 0.69314718055989033;  // 33 bits
+  static constexpr double kLn2Lo      = 5.4979230187083711552e-14;
+  static constexpr double kRound      = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr int kMantissa      = 52;
+  static constexpr int64_t kBias      = 1023;
+  static constexpr int64_t kSign      = INT64_MIN;
+  static constexpr double kExpZero    = 709.0;  // n is -1023
+  static constexpr double kSigmoidOne = 37.5;
+  static constexpr double kTanhOne    = 19.1;
 };
 
 // exp(x) = 2^n (1 + expm1_r), n the integer nearest to x / ln(2), scale = 2^n.
@@ -102,56 +104,58 @@ FUSEDRNN_CELL ExpParts<V> exp_parts(V x) {
   const V rounded = fma(x, splat<V>(C::kLog2E), splat<V>(C::kRound));
   const V n       = rounded - C::kRound;
   const V r       = fma(n, splat<V>(-C::kLn2Lo), fma(n, splat<V>(-C::kLn2Hi), x));
-  V p             = splat<V>(C::p(C::kTerms - 1));
+  const V r2      = r * r;
+  // P by its even and its odd terms, side by side: a shorter wait.
+  V even = splat<V>(C::p(C::kTerms - 1)), odd = splat<V>(C::p(C::kTerms - 2));
+  static_assert(C::kTerms % 2 == 1, "the last term is even");
   FUSEDRNN_UNROLL
-  for (int i = C::kTerms - 2; i >= 0; --i) p = fma(p, r, splat<V>(C::p(i)));
+  for (int i = C::kTerms - 3; i >= 0; i -= 2) {
+    even = fma(even, r2, splat<V>(C::p(i)));
+    if (i > 0) odd = fma(odd, r2, splat<V>(C::p(i - 1)));
+  }
   // The low bits of `rounded` hold n: moved into the exponent field, biased, they are 2^n; n =
   // -kBias gives 0.
   const V scale = from_bits((to_bits(rounded) + C::kBias) << C::kMantissa);
-  return {scale, fma(r * r, p, r)};
+  return {scale, fma(r2, fma(odd, r, even), r)};
 }
 
-// numerator / (d + d_error), where d_error is what d lost when it was rounded. The remainder of the
-// first quotient corrects both that and the reciprocal's error, to 0.5 ULP and a little.
-template <class V>
-FUSEDRNN_CELL V quotient(V numerator, V d, V d_error) {
-  const V reciprocal = approximate_reciprocal(d);
-  const V first      = numerator * reciprocal;
-  const V remainder  = fma(-first, d_error, fma(-first, d, numerator));
-  return fma(remainder, reciprocal, first);
-}
-
-// The smaller of x and `high`; NaN passes through.
+// The smaller of x and `high`, and the larger of x and `low`; NaN passes through.
 template <class V>
 FUSEDRNN_CELL V at_most(V x, Element<V> high) {
   return x > high ? splat<V>(high) : x;
 }
-
 template <class V>
-FUSEDRNN_CELL V abs_at_most(V x, Element<V> high) {
-  return at_most(from_bits(to_bits(x) & ~Exp<Element<V>>::kSign), high);
+FUSEDRNN_CELL V at_least(V x, Element<V> low) {
+  return x < low ? splat<V>(low) : x;
 }
 
-// 1 / (1 + e) for x >= 0, e / (1 + e) for x < 0, e = exp(-|x|).
+// e / (e + a). The remainder of a first quotient corrects it, and since that is of e and a apart, the
+// rounding of e + a as well.
+template <class V>
+FUSEDRNN_CELL V quotient(V e, Element<V> a) {
+  const V reciprocal = approximate_reciprocal(e + a);
+  const V first      = e * reciprocal;
+  const V remainder  = fma(first, -e, fma(first, splat<V>(-a), e));
+  return fma(remainder, reciprocal, first);
+}
+
+// e / (e + 1), e = exp(x).
 template <class V>
 FUSEDRNN_CELL V sigmoid(V x) {
-  const auto parts = exp_parts(-abs_at_most(x, Exp<Element<V>>::kExpZero));
-  const V e        = parts.scale * (1 + parts.expm1_r);
-  const V d        = 1 + e;
-  return quotient(x < 0 ? e : splat<V>(1), d, e - (d - 1));
+  using C          = Exp<Element<V>>;
+  const auto parts = exp_parts(at_most(at_least(x, -C::kExpZero), C::kSigmoidOne));
+  return quotient(parts.scale * (1 + parts.expm1_r), 1);
 }
 
 // sign(x) e / (e + 2), e = expm1(2|x|): accurate relative to the result for small x too, which
 // 2 sigmoid(2x) - 1 is not.
 template <class V>
 FUSEDRNN_CELL V tanh(V x) {
-  using C          = Exp<Element<V>>;
-  const auto parts = exp_parts(2 * abs_at_most(x, C::kTanhOne));
-  const V e        = fma(parts.scale, parts.expm1_r, parts.scale - 1);
-  const V d        = e + 2;
-  // What d lost: exact where e <= 2; where e is larger, d's rounding hardly matters.
-  const V t = quotient(e, d, e - (d - 2));
-  return from_bits(to_bits(t) | (to_bits(x) & C::kSign));
+  using C           = Exp<Element<V>>;
+  const V magnitude = from_bits(to_bits(x) & ~C::kSign);
+  const auto parts  = exp_parts(2 * at_most(magnitude, C::kTanhOne));
+  const V e         = fma(parts.scale, parts.expm1_r, parts.scale - 1);
+  return from_bits(to_bits(quotient(e, 2)) | (to_bits(x) & C::kSign));
 }
 
 template <class V>

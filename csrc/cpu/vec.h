@@ -144,8 +144,7 @@ FUSEDRNN_INLINE V fma(V a, V b, V c) {
 }
 #endif
 
-// 1 / x to 14 bits at least, and exactly where x is a power of two, for math.h's quotient to
-// refine.
+// 1 / x to 14 bits at least, for math.h's quotient to refine.
 #if defined(__AVX512F__)
 FUSEDRNN_INLINE Vec<float> approximate_reciprocal(Vec<float> x) {
   // The masked form, all lanes: the plain one's header in gcc 12 warns of its own undefined value.
@@ -156,14 +155,20 @@ FUSEDRNN_INLINE Vec<float> approximate_reciprocal(Vec<float> x) { return 1 / x; 
 #endif
 FUSEDRNN_INLINE Vec<double> approximate_reciprocal(Vec<double> x) { return 1 / x; }
 
-// math.h's at_most as one instruction, where the compiler makes a comparison and a blend of it: a
-// tenth of an LSTM cell's time. The operands' order lets NaN in x pass.
+// math.h's at_most and at_least as one instruction, where the compiler makes a comparison and a blend
+// of it: a tenth of an LSTM cell's time. The operands' order lets NaN in x pass.
 #if defined(__AVX512F__)
 FUSEDRNN_INLINE Vec<float> at_most(Vec<float> x, float high) {
   return (Vec<float>)_mm512_maskz_min_ps(__mmask16(0xffff), _mm512_set1_ps(high), (__m512)x);
 }
 FUSEDRNN_INLINE Vec<double> at_most(Vec<double> x, double high) {
   return (Vec<double>)_mm512_maskz_min_pd(__mmask8(0xff), _mm512_set1_pd(high), (__m512d)x);
+}
+FUSEDRNN_INLINE Vec<float> at_least(Vec<float> x, float low) {
+  return (Vec<float>)_mm512_maskz_max_ps(__mmask16(0xffff), _mm512_set1_ps(low), (__m512)x);
+}
+FUSEDRNN_INLINE Vec<double> at_least(Vec<double> x, double low) {
+  return (Vec<double>)_mm512_maskz_max_pd(__mmask8(0xff), _mm512_set1_pd(low), (__m512d)x);
 }
 #elif defined(__AVX2__)
 FUSEDRNN_INLINE Vec<float> at_most(Vec<float> x, float high) {
@@ -172,19 +177,23 @@ FUSEDRNN_INLINE Vec<float> at_most(Vec<float> x, float high) {
 FUSEDRNN_INLINE Vec<double> at_most(Vec<double> x, double high) {
   return (Vec<double>)_mm256_min_pd(_mm256_set1_pd(high), (__m256d)x);
 }
+FUSEDRNN_INLINE Vec<float> at_least(Vec<float> x, float low) {
+  return (Vec<float>)_mm256_max_ps(_mm256_set1_ps(low), (__m256)x);
+}
+FUSEDRNN_INLINE Vec<double> at_least(Vec<double> x, double low) {
+  return (Vec<double>)_mm256_max_pd(_mm256_set1_pd(low), (__m256d)x);
+}
 #endif
 
 #if !defined(__AVX512F__) && !defined(__AVX2__) && !defined(__aarch64__)
 // Without a fused multiply-add, math.h's quotient would correct with remainders that are themselves
 // rounded: the type above does it instead, and double (bounded by 4 ULP, not 2) does without.
-FUSEDRNN_INLINE Vec<float> quotient(Vec<float> numerator, Vec<float> d, Vec<float> d_error) {
+FUSEDRNN_INLINE Vec<float> quotient(Vec<float> e, float a) {
   typedef double Wide __attribute__((vector_size(2 * kVectorBytes)));
-  const Wide exact_d = __builtin_convertvector(d, Wide) + __builtin_convertvector(d_error, Wide);
-  return __builtin_convertvector(__builtin_convertvector(numerator, Wide) / exact_d, Vec<float>);
+  const Wide exact_e = __builtin_convertvector(e, Wide);
+  return __builtin_convertvector(exact_e / (exact_e + a), Vec<float>);
 }
-FUSEDRNN_INLINE Vec<double> quotient(Vec<double> numerator, Vec<double> d, Vec<double>) {
-  return numerator / d;
-}
+FUSEDRNN_INLINE Vec<double> quotient(Vec<double> e, double a) { return e / (e + a); }
 #endif
 
 // The names that cells/math.h uses for "a number, or a vector of them".
