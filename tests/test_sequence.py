@@ -29,6 +29,8 @@ SIZES = [
     (40, 5, 3, 24, 1),
     (2, 7, 37, 129, 2),  # weights not packed, whole and partial vectors along k
     (4, 3, 17, 33, 1),
+    (37, 4, 300, 387, 1),  # factors of the weights' gradients copied, in several parts; RNN's:
+    (3, 2, 261, 1027, 1),
 ]
 
 
@@ -154,6 +156,7 @@ def test_inference_and_training_give_the_same_bits(cell, dtype, size):
         (20, 40, 4, 32, 1),  # rows split
         (20, 37, 4, 96, 2),
         (8, 9, 4, 161, 1),
+        (17, 8, 256, 260, 1),  # factors of LSTM's and GRU's weight gradients copied
         (2, 5, 70, 300, 2),  # weights not packed
     ],
     ids=str,

@@ -38,12 +38,12 @@ struct BackwardLayout {
   int64_t grad_h      = 0;  // [N, P], of the projection's result
   int64_t unprojected = 0;  // [N, H]: what weight_hr was multiplied with
   // Where products take other than numbers, the terms of:
-  int64_t step_terms    = 0;  // [2, B, lanes]: grad_gates of a step,
-  int64_t rows_terms    = 0;  // of each thread: of the rows it works on,
-  int64_t input_weight  = 0;  // [lanes, I]: weight_ih,
-  int64_t gates_terms   = 0;  // [lanes, E*H], [lanes, I], [lanes, P]: of all rows, with one row's
-  int64_t input_terms   = 0;  // number above the next one's, grad_gates, input and h_prev
-  int64_t h_terms       = 0;
+  int64_t step_terms   = 0;  // [2, B, lanes]: grad_gates of a step,
+  int64_t rows_terms   = 0;  // of each thread: of the rows it works on,
+  int64_t input_weight = 0;  // [lanes, I]: weight_ih,
+  // and, also where they are numbers if it pays, with one row's number above the next one's,
+  int64_t input_strips  = 0;  // [lanes, I], in_strips: the input of all rows,
+  int64_t h_strips      = 0;  // [lanes, P], in_strips: h_prev
   int64_t group_rows    = 0;  // of each of group_threads: what a sample's gradients are products of
   int64_t group_threads = 0;
   int64_t threads;  // at most
@@ -79,23 +79,29 @@ struct BackwardLayout {
       group_rows    = rows / a.groups * (gate_size + a.I + a.P + (a.weight_hr[0] ? a.P + a.H : 0));
     }
     if (kConverts) {
-      const int64_t row_lanes = lanes<Terms>(rows);
-      step_terms              = 2 * s.B * gate_lanes;
+      step_terms = 2 * s.B * gate_lanes;
       if (again) rows_terms = kChunkRows * (lanes<Terms>(a.I) + lanes<Terms>(a.P));
       if (a.grad_input[0] || a.grad_input[1]) {
         rows_terms   = max64(rows_terms, kBlockRows * gate_lanes);
         input_weight = gate_lanes * a.I;
       }
-      if (a.grad_weight_ih[0] || a.grad_weight_ih[1]) input_terms = row_lanes * a.I;
-      if (a.grad_weight_hh[0] || a.grad_weight_hh[1]) h_terms = row_lanes * a.P;
-      if (input_terms || h_terms) gates_terms = row_lanes * gate_size;
+    }
+    if (a.groups <= 1) {
+      const auto strips = [&](int64_t columns) {
+        return kConverts || pays_to_copy(gate_size, columns)
+                   ? strips_size<T>(lanes<Terms>(rows), columns)
+                   : 0;
+      };
+      if (a.grad_weight_ih[0] || a.grad_weight_ih[1]) input_strips = strips(a.I);
+      if (a.grad_weight_hh[0] || a.grad_weight_hh[1]) h_strips = strips(a.P);
+      if (input_strips || h_strips) rows_terms = max64(rows_terms, kCopiedPart);
     }
   }
   int64_t elements() const {
     return forward_input + forward_recurrent + gates + extra + recurrent + projection + h_prev +
            c_prev + carry + initial_carry + initial_gates + grad_gates + grad_h + unprojected +
            step_terms + threads * rows_terms + group_threads * group_rows + input_weight +
-           gates_terms + input_terms + h_terms +
+           input_strips + h_strips +
            (Terms::kTileRows > 0 ? kLanes<T> : 0);  // for a tile's read beyond the last row
   }
 };
@@ -143,10 +149,9 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   T* const grad_gates        = unprojected + layout.unprojected;
   T* const step_terms        = grad_gates + layout.grad_gates;
   T* const input_weight      = step_terms + layout.step_terms;
-  T* const gates_terms       = input_weight + layout.input_weight;
-  T* const input_terms       = gates_terms + layout.gates_terms;
-  T* const h_terms           = input_terms + layout.input_terms;
-  T* const thread_memory     = h_terms + layout.h_terms;
+  T* const input_strips      = input_weight + layout.input_weight;
+  T* const h_strips          = input_strips + layout.input_strips;
+  T* const thread_memory     = h_strips + layout.h_strips;
   T* const rows_terms        = thread_memory + shard.direction_rank * layout.rows_terms;
   T* const all_group_rows    = thread_memory + layout.threads * layout.rows_terms;
 
@@ -358,22 +363,29 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
 
   // Once grad_gates and h_prev are whole, each thread takes some rows of every gradient.
   direction_barrier.wait();
-  if (layout.kConverts) {
-    const auto convert = [&](const auto* from, T* to, int64_t all, int64_t columns) {
-      const int64_t begin = mine(lanes<Terms>(all)) * Terms::kInLane;
-      const int64_t end   = min64(all, next(lanes<Terms>(all)) * Terms::kInLane);
-      to_columns_of_terms<Terms>(from + begin * columns, columns,
-                                 to + begin / Terms::kInLane * columns, end - begin, columns);
+  if (layout.input_weight || layout.input_strips || layout.h_strips) {
+    // convert(first, end, lane) for this thread's part of so many rows.
+    const auto share = [&](int64_t all, const auto& convert) {
+      const int64_t lane = mine(lanes<Terms>(all)), first = lane * Terms::kInLane;
+      convert(first, min64(all, next(lanes<Terms>(all)) * Terms::kInLane) - first, lane);
     };
-    if (layout.gates_terms) convert(grad_gates, gates_terms, rows, E * H);
-    if (layout.input_terms) {
+    const auto to_own_strips = [&](const auto* from, int64_t columns, T* to) {
+      share(rows, [&](int64_t first, int64_t count, int64_t lane) {
+        to_strips<Terms>(from + first * columns, count, columns, to, lane, lanes<Terms>(rows));
+      });
+    };
+    if (layout.input_strips) {
       as_stored<Terms>(a.input, a.input_bf16,
-                       [&](const auto* input) { convert(input, input_terms, rows, a.I); });
+                       [&](const auto* input) { to_own_strips(input, a.I, input_strips); });
     }
-    if (layout.h_terms) convert(all_h_prev, h_terms, rows, P);
-    for (int g = 0; a.grad_input[d] && g < G; ++g) {
+    if (layout.h_strips) to_own_strips(all_h_prev, P, h_strips);
+    for (int g = 0; layout.input_weight && a.grad_input[d] && g < G; ++g) {
       as_stored<Terms>(a.weight_ih[d], a.weight_ih_bf16[d], [&](const auto* weight) {
-        convert(weight + g * H * a.I, input_weight + g * lanes<Terms>(H) * a.I, H, a.I);
+        share(H, [&](int64_t first, int64_t count, int64_t lane) {
+          to_columns_of_terms<Terms>(weight + (g * H + first) * a.I, a.I,
+                                     input_weight + (g * lanes<Terms>(H) + lane) * a.I, a.I, count,
+                                     a.I);
+        });
       });
     }
     direction_barrier.wait();
@@ -385,13 +397,14 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
         const int64_t count = min64(kBlockRows, next(rows) - row);
         gates_to_terms<Terms>({0, count, 0, H}, H, grad_gates_x + row * E * H, E * H, rows_terms,
                               G);
-        matrix_product<T, Terms>(
-            {grad_h.K, rows_terms, grad_h.K, 1, input_weight, a.I, out + row * a.I, a.I, false}, 0,
-            count);
+        matrix_product<T, Terms>({grad_h.K, rows_terms, grad_h.K, 1, in_rows(input_weight, a.I),
+                                  out + row * a.I, a.I, false},
+                                 0, count);
       }
     } else {
-      matrix_product<T>({G * H, grad_gates_x, E * H, 1, a.weight_ih[d], a.I, out, a.I, false},
-                        mine(rows), next(rows));
+      matrix_product<T>(
+          {G * H, grad_gates_x, E * H, 1, in_rows(a.weight_ih[d], a.I), out, a.I, false},
+          mine(rows), next(rows));
     }
   }
   const int64_t B_begin = mine(s.B), B_end = next(s.B);
@@ -410,11 +423,14 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     // The row blocks from kRecurrentRow on belong to the first columns, the ones before to the rest.
     constexpr int kFirst = G - Cell::kRecurrentRow;
     const T* const w     = a.weight_hh[d];
-    ProductStep<T> part{kFirst * H, initial_gates, E * H, 1,    w + Cell::kRecurrentRow * H * P,
-                        P,          out,           P,     false};
+    const auto after     = in_rows(w + Cell::kRecurrentRow * H * P, P);
+    ProductStep<T> part{kFirst * H, initial_gates, E * H, 1, after, out, P, false};
     matrix_product<T>(part, B_begin, B_end);
     if (Cell::kRecurrentRow) {
-      part = {Cell::kRecurrentRow * H, initial_gates + kFirst * H, E * H, 1, w, P, out, P, true};
+      part.K          = Cell::kRecurrentRow * H;
+      part.a          = initial_gates + kFirst * H;
+      part.b          = in_rows(w, P);
+      part.accumulate = true;
       matrix_product<T>(part, B_begin, B_end);
     }
     // The (larger) carry last: small terms added to a large sum one by one lose more.
@@ -429,7 +445,6 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   // place of each gradient, for units [begin, end) and its rows of weight_hr.
   struct Factors {
     const T *grad_gates, *input, *h_prev, *grad_h, *unprojected;
-    const T* grad_gates_terms;  // what is multiplied, as input and h_prev are
     int64_t count;
   };
   const auto weight_grads = [&](const Factors& f, int64_t n, Blocks units, Blocks rows_of_hr) {
@@ -438,13 +453,26 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
       const int64_t of_ih = (E - G + g) * H;
       const int64_t of_hh = (g - Cell::kRecurrentRow + G) % G * H;
       const int64_t row   = (n * G + g) * H;
-      const auto product  = [&](int64_t column, const T* b, int64_t columns, T* out) {
-        matrix_product<T, Terms>({lanes<Terms>(f.count), f.grad_gates_terms + column, 1, E * H, b,
-                                  columns, out + row * columns, columns, false},
-                                 units.begin, units.end);
+      const auto product  = [&](int64_t column, const T* b, const T* strips, int64_t columns,
+                                T* out) {
+        const T* const own_gates = f.grad_gates + column;
+        T* const rows_of_out     = out + row * columns;
+        if (strips) {
+          columns_product<T, Terms>(own_gates, E * H, f.count,
+                                    in_strips(strips, lanes<Terms>(f.count)), rows_of_out, columns,
+                                    rows_terms, units.begin, units.end);
+        } else {
+          matrix_product<T>(
+              {f.count, own_gates, 1, E * H, in_rows(b, columns), rows_of_out, columns, false},
+              units.begin, units.end);
+        }
       };
-      if (T* const out = a.grad_weight_ih[d]) product(of_ih, f.input, a.I, out);
-      if (T* const out = a.grad_weight_hh[d]) product(of_hh, f.h_prev, P, out);
+      if (T* const out = a.grad_weight_ih[d]) {
+        product(of_ih, f.input, layout.input_strips ? input_strips : nullptr, a.I, out);
+      }
+      if (T* const out = a.grad_weight_hh[d]) {
+        product(of_hh, f.h_prev, layout.h_strips ? h_strips : nullptr, P, out);
+      }
       const auto sums = [&](int64_t column, T* out) {
         column_sums(out + row, f.grad_gates + column, E * H, f.count, units.begin, units.end);
       };
@@ -459,15 +487,14 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
       }
     }
     if (T* const out = a.grad_weight_hr[d]) {
-      matrix_product<T>({f.count, f.grad_h, 1, P, f.unprojected, H, out + n * P * H, H, false},
-                        rows_of_hr.begin, rows_of_hr.end);
+      matrix_product<T>(
+          {f.count, f.grad_h, 1, P, in_rows(f.unprojected, H), out + n * P * H, H, false},
+          rows_of_hr.begin, rows_of_hr.end);
     }
   };
   if (a.groups <= 1) {
-    weight_grads({grad_gates, layout.kConverts ? input_terms : a.input,
-                  layout.kConverts ? h_terms : all_h_prev, all_grad_h, unprojected,
-                  layout.kConverts ? gates_terms : grad_gates, rows},
-                 0, {mine(H), next(H)}, {mine(P), next(P)});
+    weight_grads({grad_gates, a.input, all_h_prev, all_grad_h, unprojected, rows}, 0,
+                 {mine(H), next(H)}, {mine(P), next(P)});
     return;
   }
   // A sample's rows, one behind the other: steps apart, they would all fall into the same few lines of
@@ -489,7 +516,7 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     const T* const own_gates = gather(grad_gates, E * H);
     weight_grads({own_gates, gather(a.input, a.I), gather(layout.h_prev ? all_h_prev : nullptr, P),
                   gather(projects ? all_grad_h : nullptr, P),
-                  gather(projects ? unprojected : nullptr, H), own_gates, s.T * series},
+                  gather(projects ? unprojected : nullptr, H), s.T * series},
                  n, {0, H}, {0, P});
   }
 }

@@ -75,10 +75,10 @@ void to_terms(const From* from, int64_t from_stride, T* to, int64_t to_stride, i
 // Columns of terms: a row of `to` [lanes, columns] has those of as many rows of `from` as a lane holds,
 // of `rows` in all.
 template <class Terms, class From, class T>
-void to_columns_of_terms(const From* from, int64_t from_stride, T* to, int64_t rows,
-                         int64_t columns) {
+void to_columns_of_terms(const From* from, int64_t from_stride, T* to, int64_t to_stride,
+                         int64_t rows, int64_t columns) {
   constexpr int V = kLanes<T>;
-  for (int64_t row = 0; row < rows; row += Terms::kInLane, to += columns) {
+  for (int64_t row = 0; row < rows; row += Terms::kInLane, to += to_stride) {
     const From* const a = from + row * from_stride;
     const From* const b = row + 1 < rows ? a + from_stride : nullptr;
     for (int64_t j = 0; j < columns; j += V) {
