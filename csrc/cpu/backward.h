@@ -269,9 +269,10 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   }
 
   BackwardStep<T> step{};
-  step.finish            = backward_tile<Cell, T>;
-  step.H                 = H;
-  step.carry             = carry;
+  step.finish = backward_tile<Cell, T>;
+  step.fetch = rows * (G + E) * H * int64_t(sizeof(T)) > l2_bytes() ? fetch_tile<Cell, T> : nullptr;
+  step.H     = H;
+  step.carry = carry;
   step.grad_cells_stride = a.D * H;
   ProjectedGradHStep<T> projected{};
   projected.finish     = store_grad_h<T>;

@@ -237,10 +237,12 @@ struct GradH {
 };
 
 // A gradient of h, and what is done with it: finish has the products of M x P vectors. It is called
-// once a tile, so that its code stands once and not in every tile.
+// once a tile, so that its code stands once and not in every tile. fetch, if not null, is called before
+// the product, to have in the cache what finish reads.
 template <class T>
 struct GradHStep {
   GradH<T> grad_h;
+  void (*fetch)(const GradHStep&, int64_t row, int64_t block, int M, int P);
   void (*finish)(const GradHStep&, int64_t row, int64_t block, int M, int P,
                  const Vec<T>* products);
 };
@@ -249,7 +251,9 @@ template <class T, class Terms, int M, int P>
 void grad_h_tile(const GradHStep<T>& s, int64_t row, int64_t block, int rows) {
   const GradH<T>& g        = s.grad_h;
   const int64_t panel_size = g.K * kLanes<T>;
-  Vec<T> acc[M][P]         = {};
+  const int tile_rows      = Terms::kTileRows > 0 ? rows : M;
+  if (s.fetch) s.fetch(s, row, block, tile_rows, P);
+  Vec<T> acc[M][P] = {};
   if (g.terms) {
     product<Terms, M, P, 1>(acc, rows, g.terms + row * g.stride, g.stride, g.K,
                             g.panels + block * panel_size, panel_size);
@@ -258,7 +262,7 @@ void grad_h_tile(const GradHStep<T>& s, int64_t row, int64_t block, int rows) {
   for_rows<Terms, M>(rows, [&](auto m) FUSEDRNN_LAMBDA {
     unroll<P>([&](auto p) FUSEDRNN_LAMBDA { products[m * P + p] = acc[m][p]; });
   });
-  s.finish(s, row, block, Terms::kTileRows > 0 ? rows : M, P, products);
+  s.finish(s, row, block, tile_rows, P, products);
 }
 template <class T>
 FUSEDRNN_INLINE Vec<T> grad_h_sum(const GradH<T>& s, int64_t row, int64_t unit, int lanes,
@@ -332,6 +336,24 @@ FUSEDRNN_INLINE void backward_units(const BackwardStep<T>& s, int64_t row, int64
   if constexpr (Cell::kHasCarry) store(s.carry + at, out.carry, lanes);
   if constexpr (!Cell::kPrevIsH) {
     if (s.h && !(s.grad_h.cut && s.grad_h.cut[row])) store(s.h + at, out.h, lanes);
+  }
+}
+
+template <class Cell, class T>
+void fetch_tile(const GradHStep<T>& step, int64_t row, int64_t block, int M, int P) {
+  const auto& s      = static_cast<const BackwardStep<T>&>(step);
+  const int64_t unit = block * kLanes<T>;
+  const auto fetch   = [&](const T* from) FUSEDRNN_LAMBDA {
+    for (int p = 0; p < P; ++p) __builtin_prefetch(from + unit + p * kLanes<T>);
+  };
+  for (int64_t m = row; m < row + M; ++m) {
+    for (int g = 0; g < Cell::kGates; ++g) fetch(s.gates + (m * Cell::kGates + g) * s.H);
+    for (int e = 0; e < Cell::kGradGates; ++e) {
+      fetch(s.grad_gates + (m * Cell::kGradGates + e) * s.H);
+    }
+    if constexpr (Cell::kHasExtra) fetch(s.extra + m * s.H);
+    if constexpr (Cell::kHasCell || Cell::kPrevIsH) fetch(s.prev + m * s.H);
+    if (s.grad_h.output) fetch(s.grad_h.output + m * s.grad_h.output_stride);
   }
 }
 
