@@ -23,10 +23,11 @@ constexpr int64_t kAheadPiece = 16;
 static_assert(kPartialTerms % kAheadPiece == 0, "a piece lies in one part");
 
 // With 12 accumulators the projection would be of 2 rows: 1.1 times as long on AVX2, for all that is
-// read anew. GRU is 0.91 to 0.96 as fast with it in float64, 0.92 to 1 with bfloat16 products.
-template <class Cell, class T, class Terms>
-constexpr bool kCanGoAhead = kAccumulators == 24 && Terms::kTileRows == 0 &&
-                             (Cell::kGates == 4 || std::is_same_v<Terms, Numbers<float>>);
+// read anew. Other numbers than float32's gain less than they lose with it: GRU is 0.91 to 0.96 as fast
+// in float64 and 0.92 to 1 with bfloat16 products; LSTM, on a Zen 5 core, 0.88 (H=48) to 1.09 (96) and
+// 0.82 (96) to 1.02 (256).
+template <class Terms>
+constexpr bool kCanGoAhead = kAccumulators == 24 && std::is_same_v<Terms, Numbers<float>>;
 
 // The sum of a product's terms in the order of step.h's `product`: parts of kPartialTerms.
 template <class T, int N>
@@ -49,7 +50,7 @@ struct PartialSums {
 };
 
 // A projection of up to kAheadTiles tiles of rows that goes on a little at a time.
-template <class Cell, class T, class Terms>
+template <class Cell, class T>
 class Ahead {
  public:
   static constexpr int P = kAheadPanels<Cell>, G = Cell::kGates, Q = P * G;
@@ -86,9 +87,7 @@ class Ahead {
                     FUSEDRNN_LAMBDA { w[q] = load(row + q / G * panel_size() + q % G * V); });
       unroll<R>([&](auto r) FUSEDRNN_LAMBDA {
         const Vec<T> a_k = splat<Vec<T>>(a[r * step_.input_stride]);
-        unroll<Q>([&](auto q) FUSEDRNN_LAMBDA {
-          acc[r * Q + q] = Terms::multiply_add(a_k, w[q], acc[r * Q + q]);
-        });
+        unroll<Q>([&](auto q) FUSEDRNN_LAMBDA { acc[r * Q + q] = fma(a_k, w[q], acc[r * Q + q]); });
       });
     }
     unroll<R * Q>([&](auto i) FUSEDRNN_LAMBDA { part[i] = acc[i]; });
@@ -145,9 +144,9 @@ class Ahead {
 };
 
 // forward_tile of one row, and as much of the projection ahead as fits beside it.
-template <class Cell, class T, class Terms>
-void forward_beside(const ForwardStep<T>& s, int64_t block, Ahead<Cell, T, Terms>& ahead) {
-  using A         = Ahead<Cell, T, Terms>;
+template <class Cell, class T>
+void forward_beside(const ForwardStep<T>& s, int64_t block, Ahead<Cell, T>& ahead) {
+  using A         = Ahead<Cell, T>;
   constexpr int P = A::P, G = A::G, Q = A::Q, V = A::V;
   // Terms to each one of the projection, so that that comes faster than the steps that need it.
   constexpr int kUnit      = A::R - 1;
@@ -165,7 +164,7 @@ void forward_beside(const ForwardStep<T>& s, int64_t block, Ahead<Cell, T, Terms
       const T* const w = row + q / G * panel_size + q % G * V;
       // LSTM, where a vector is a cache line: 0.98 of the time on a Zen 4, 0.98 to 1.01 on a Zen 5. GRU: 1.05.
       if (kVectorBytes == 64 && G == 4) __builtin_prefetch(w + 4 * G * V);
-      acc[q] = Terms::multiply_add(h_k, load(w), acc[q]);
+      acc[q] = fma(h_k, load(w), acc[q]);
     });
   };
   while (k < s.K) {

@@ -61,7 +61,7 @@ struct ForwardLayout {
     const bool one_matrix  = s.offsets || s.B == 1 || a.input_stride_t == s.B * a.input_stride_b;
     chunk_rows             = one_matrix ? max64(s.B, min64(rows, kChunkRows)) : s.B;
     constexpr int64_t tile = kAheadTile<Cell>;
-    if (kCanGoAhead<Cell, T, Terms> && s.B == 1 && !s.offsets && s.T > 2 * tile) {
+    if (kCanGoAhead<Terms> && s.B == 1 && !s.offsets && s.T > 2 * tile) {
       // The first rows are projected before any step: few of a few (1.06 times as fast at T = 20).
       ahead_rows = s.T > 2 * kAheadTiles * tile ? kAheadTiles * tile : tile;
     }
@@ -226,14 +226,14 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   };
   constexpr int ahead_panels = kAheadPanels<Cell>;
   const int64_t ahead_end = shard.block_end - (shard.block_end - shard.block_begin) % ahead_panels;
-  Ahead<Cell, T, Terms> ahead(shard.block_begin, ahead_end);
+  Ahead<Cell, T> ahead(shard.block_begin, ahead_end);
   // Begins the projection of the steps from i on; the last ones, less than a tile, are done at once.
   const auto start_ahead = [&](int64_t i) {
     ProjectStep<T> tile = project;
     const int64_t count = min64(ahead_rows, s.T - i);
     const int tiles     = int(count) / kAheadTile<Cell>;
-    tile.input          = project_input(i, 0, count, time_sign * input_stride);
-    tile.input_stride   = (layout.kConverts ? 1 : time_sign) * project.input_stride;
+    tile.input          = a.input + input_at(i);
+    tile.input_stride   = time_sign * project.input_stride;
     tile.gates          = ahead_gates(i);
     tile.gates_stride   = (layout.gates ? 1 : time_sign) * G * H;
     run_tiles<ProjectTiles<Cell, T, Terms>>(tile, tiles * kAheadTile<Cell>, count,
@@ -301,14 +301,14 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
     }
 
     if (ahead_rows > 0) {
-      if constexpr (kCanGoAhead<Cell, T, Terms>) {
+      if constexpr (kCanGoAhead<Terms>) {
         // Back and forth, as run_tiles goes: the time without over with it is 1.0 to 1.21 (RNN, H =
-        // 96 to 320), 1.03 to 1.04 (GRU, 96 to 160), 0.97 to 1.03 for LSTM.
-        const bool back     = Cell::kGates < 4 && i % 2 == 1;
+        // 96 to 320), 1.03 to 1.04 (GRU, 96 to 160), 1.0 to 1.05 (LSTM, 56 to 128).
+        const bool back     = i % 2 == 1;
         const int64_t turns = (ahead_end - shard.block_begin) / ahead_panels;
         for (int64_t turn = 0; turn < turns; ++turn) {
           const int64_t at = back ? turns - 1 - turn : turn;
-          forward_beside<Cell, T, Terms>(step, shard.block_begin + at * ahead_panels, ahead);
+          forward_beside<Cell, T>(step, shard.block_begin + at * ahead_panels, ahead);
         }
         run_tiles<ForwardTiles<Cell, T, Terms>>(step, 0, 1, ahead_end, shard.block_end, false);
       }
