@@ -22,6 +22,7 @@ SIZES = [
     (10, 7, 65, 33, 1),
     (9, 64, 40, 130, 1),
     (11, 1, 600, 48, 2),
+    (9, 3, 20, 260, 1),  # more units than a block of the weights' gradients
 ]
 
 

@@ -130,7 +130,7 @@ FUSEDRNN_CELL V at_least(V x, Element<V> low) {
 }
 
 // e / (e + a). The remainder of a first quotient corrects it, and since that is of e and a apart, the
-// rounding of e + a as well.
+// rounding of e + a as well; near 1 the remainder's own rounding takes its place.
 template <class V>
 FUSEDRNN_CELL V quotient(V e, Element<V> a) {
   const V reciprocal = approximate_reciprocal(e + a);

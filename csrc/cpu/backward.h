@@ -18,7 +18,11 @@ template <class Cell, class T, class Terms>
 struct BackwardLayout {
   static constexpr bool kConverts = Terms::kInLane > 1;
 
-  // For gates that are computed again, elements: packed weight_ih and weight_hh,
+  // Elements. Where products take other than numbers, and where it pays to copy these, with one row's
+  // number above the next one's (first: on cache lines):
+  int64_t input_strips = 0;  // [lanes, I], in_strips: the input of all rows,
+  int64_t h_strips     = 0;  // [lanes, P], in_strips: h_prev
+  // For gates that are computed again: packed weight_ih and weight_hh,
   int64_t forward_input     = 0;
   int64_t forward_recurrent = 0;
   int64_t gates             = 0;  // [N, G*H], unless they share grad_gates' memory,
@@ -39,11 +43,9 @@ struct BackwardLayout {
   int64_t unprojected = 0;  // [N, H]: what weight_hr was multiplied with
   // Where products take other than numbers, the terms of:
   int64_t step_terms   = 0;  // [2, B, lanes]: grad_gates of a step,
-  int64_t rows_terms   = 0;  // of each thread: of the rows it works on,
-  int64_t input_weight = 0;  // [lanes, I]: weight_ih,
-  // and, also where they are numbers if it pays, with one row's number above the next one's,
-  int64_t input_strips  = 0;  // [lanes, I], in_strips: the input of all rows,
-  int64_t h_strips      = 0;  // [lanes, P], in_strips: h_prev
+  int64_t input_weight = 0;  // [lanes, I]: weight_ih
+  // Of each thread: the terms of the rows, or the copy of the part of grad_gates, that it works on.
+  int64_t rows_terms    = 0;
   int64_t group_rows    = 0;  // of each of group_threads: what a sample's gradients are products of
   int64_t group_threads = 0;
   int64_t threads;  // at most
@@ -133,7 +135,9 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   const Walk walk(s, d);
   const BackwardLayout<Cell, T, Terms> layout(a);
 
-  T* const forward_input     = scratch.numbers(d);
+  T* const input_strips      = scratch.numbers(d);
+  T* const h_strips          = input_strips + layout.input_strips;
+  T* const forward_input     = h_strips + layout.h_strips;
   T* const forward_recurrent = forward_input + layout.forward_input;
   T* const own_gates         = forward_recurrent + layout.forward_recurrent;
   T* const own_extra         = own_gates + layout.gates;
@@ -149,9 +153,7 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   T* const grad_gates        = unprojected + layout.unprojected;
   T* const step_terms        = grad_gates + layout.grad_gates;
   T* const input_weight      = step_terms + layout.step_terms;
-  T* const input_strips      = input_weight + layout.input_weight;
-  T* const h_strips          = input_strips + layout.input_strips;
-  T* const thread_memory     = h_strips + layout.h_strips;
+  T* const thread_memory     = input_weight + layout.input_weight;
   T* const rows_terms        = thread_memory + shard.direction_rank * layout.rows_terms;
   T* const all_group_rows    = thread_memory + layout.threads * layout.rows_terms;
 
@@ -270,6 +272,8 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
 
   BackwardStep<T> step{};
   step.finish = backward_tile<Cell, T>;
+  // Saved gates that stay in L2 are there in time: the time without over with it, on a Zen 5 core, is
+  // 1.01 to 1.03 in float32, 1.01 to 1.05 in bfloat16, from (8, 100, 128) on.
   step.fetch = rows * (G + E) * H * int64_t(sizeof(T)) > l2_bytes() ? fetch_tile<Cell, T> : nullptr;
   step.H     = H;
   step.carry = carry;

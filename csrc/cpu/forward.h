@@ -199,12 +199,11 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
     return false;
   };
   // The input of rows [begin, end) from step i's first row on, for project.
-  const auto project_input = [&](int64_t i, int64_t begin, int64_t end,
-                                 int64_t stride) -> const T* {
+  const auto project_input = [&](int64_t i, int64_t begin, int64_t end) -> const T* {
     if (!layout.kConverts) return a.input + input_at(i);
     as_stored<Terms>(a.input, a.input_bf16, [&](const auto* input) {
-      to_terms<Terms>(input + input_at(i) + begin * stride, stride, input_terms + begin * project.K,
-                      project.K, end - begin, a.I);
+      to_terms<Terms>(input + input_at(i) + begin * input_stride, input_stride,
+                      input_terms + begin * project.K, project.K, end - begin, a.I);
     });
     return input_terms;
   };
@@ -233,7 +232,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
     const int64_t count = min64(ahead_rows, s.T - i);
     const int tiles     = int(count) / kAheadTile<Cell>;
     tile.input          = a.input + input_at(i);
-    tile.input_stride   = time_sign * project.input_stride;
+    tile.input_stride   = time_sign * input_stride;
     tile.gates          = ahead_gates(i);
     tile.gates_stride   = (layout.gates ? 1 : time_sign) * G * H;
     run_tiles<ProjectTiles<Cell, T, Terms>>(tile, tiles * kAheadTile<Cell>, count,
@@ -256,10 +255,12 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
       return layout.gates ? chunk_gates + (row - chunk_first) * G * H
                           : a.gates + (first + row) * G * H;
     };
-    if (ahead_rows > 0 && i % ahead_rows == 0) {
-      if (i == 0) start_ahead(0);
-      ahead.finish();
-      if (i + ahead_rows < s.T) start_ahead(i + ahead_rows);
+    if constexpr (kCanGoAhead<Terms>) {
+      if (ahead_rows > 0 && i % ahead_rows == 0) {
+        if (i == 0) start_ahead(0);
+        ahead.finish();
+        if (i + ahead_rows < s.T) start_ahead(i + ahead_rows);
+      }
     }
     if (layout.packed() && ahead_rows == 0 && i == chunk_end) {
       const int64_t begin = i;
@@ -272,7 +273,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
       if (all_rows) {
         const int64_t in_memory_last = d == 0 ? chunk_end - 1 : begin;
         const int64_t end = walk.offset(in_memory_last) + walk.count(in_memory_last) - chunk_first;
-        project.input     = project_input(in_memory_first, 0, end, input_stride);
+        project.input     = project_input(in_memory_first, 0, end);
         project.gates     = gates_of(chunk_first);
         run_tiles<ProjectTiles<Cell, T, Terms>>(project, 0, end, shard.block_begin, shard.block_end,
                                                 false);
@@ -280,7 +281,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
         for (int64_t j = begin; j < chunk_end; ++j) {
           const int64_t row = min64(shard.row_begin, walk.count(j));
           const int64_t end = min64(shard.row_end, walk.count(j));
-          project.input     = project_input(j, row, end, input_stride);
+          project.input     = project_input(j, row, end);
           project.gates     = gates_of(walk.offset(j));
           run_tiles<ProjectTiles<Cell, T, Terms>>(project, row, end, shard.block_begin,
                                                   shard.block_end, false);

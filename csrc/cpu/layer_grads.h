@@ -1,5 +1,6 @@
 // The gradients of a layer's input, weights and biases, after the backward recurrence has left
-// grad_gates: products in the register tiles of step.h, over operands as they lie in memory. Every
+// grad_gates: products in the register tiles of step.h, over operands as they lie in memory or, for the
+// weights where that pays, copies of them. Every
 // element is summed by one thread in one order, so that the bits do not depend on how many there are.
 #pragma once
 
@@ -12,7 +13,8 @@ namespace {
 // tiles of a column pass over them.
 constexpr int64_t kPartialRows = 128;
 
-// Columns that lie side by side whatever the layout of a product's second factor is.
+// Panels that lie side by side whatever the layout of a product's second factor is; no tile of fewer
+// begins in the midst of them and ends behind them, since panels are taken from the first on.
 constexpr int kStripPanels = 4;
 template <class T>
 constexpr int64_t kStrip = kStripPanels * kLanes<T>;
@@ -53,7 +55,8 @@ void to_strips(const From* from, int64_t rows, int64_t columns, T* to, int64_t f
 template <class T>
 struct ProductStep {
   int64_t K;
-  const T* a;  // a(m, k) = a[m * a_stride_m + k * a_stride_k]; one of the strides is 1
+  const T*
+      a;  // a(m, k) = a[m * a_stride_m + k * a_stride_k]; one of the strides is 1, AMX's the latter
   int64_t a_stride_m, a_stride_k;
   Columns<T> b;
   T* out;           // [..., columns]
@@ -68,20 +71,12 @@ FUSEDRNN_INLINE void product_columns(const ProductStep<T>& s, const T* a, const 
   const auto lanes = [&](int p) FUSEDRNN_LAMBDA { return kWhole || p < P - 1 ? V : last_lanes; };
   Vec<T> acc[M][P] = {};
   if constexpr (Terms::kTileRows > 0) {
+    static_assert(P <= kStripPanels, "b lies in one strip");
     // b's last vector may reach beyond the row: into lanes that are not stored.
     Terms::add_product(
         acc, rows, s.K,
         [&](auto tile, int64_t k) FUSEDRNN_LAMBDA {
-          if (s.a_stride_k == 1) {
-            Terms::template load_tile<tile>(a + k, s.a_stride_m * int64_t(sizeof(T)));
-          } else {  // a's columns lie in rows
-            Vec<T> block[V];
-            for (int j = 0; j < V; ++j) {
-              block[j] = k + j < s.K ? load(a + (k + j) * s.a_stride_k, rows) : Vec<T>{};
-            }
-            transpose<T>(block);
-            Terms::template load_tile<tile>(block, kVectorBytes);
-          }
+          Terms::template load_tile<tile>(a + k, s.a_stride_m * int64_t(sizeof(T)));
         },
         [&](auto tile, int64_t k, auto p) FUSEDRNN_LAMBDA {
           Terms::template load_tile<tile>(b + k * s.b.stride + p * V,
@@ -138,8 +133,7 @@ struct ProductTiles {
 constexpr int64_t kBlockRows = 192;
 
 // s, with all its terms, for m in [begin, end) and all columns; without terms, zero is added.
-// prepare(part, m, rows, k) is called before the product of so many rows from m on and part.K lanes from
-// k on.
+// prepare(part, rows, k) is called before the product of so many rows and of part.K lanes from k on.
 template <class T, class Terms = Numbers<T>, class Prepare>
 void matrix_product(const ProductStep<T>& s, int64_t begin, int64_t end, const Prepare& prepare) {
   if (s.K == 0 && !s.accumulate) {
@@ -154,20 +148,20 @@ void matrix_product(const ProductStep<T>& s, int64_t begin, int64_t end, const P
       part.b.data         += k * s.b.stride;
       part.out            += m * s.columns;
       part.accumulate      = s.accumulate || k > 0;
-      prepare(part, m, rows, k);
+      prepare(part, rows, k);
       run_tiles<ProductTiles<T, Terms>>(part, 0, rows, 0, blocks_of<T>(s.columns), false);
     }
   }
 }
 template <class T, class Terms = Numbers<T>>
 void matrix_product(const ProductStep<T>& s, int64_t begin, int64_t end) {
-  matrix_product<T, Terms>(s, begin, end, [](ProductStep<T>&, int64_t, int64_t, int64_t) {});
+  matrix_product<T, Terms>(s, begin, end, [](ProductStep<T>&, int64_t, int64_t) {});
 }
 
-// Whether columns_product, whose copies are N columns of b once and M of a for each of these, is the
-// faster way for numbers. Training in float32 without them over with them, on a Zen 5 core: 1.02 (LSTM
-// and GRU, H=256), 1.03 to 1.06 (LSTM, 512), 1.02 (RNN, 1024), but 0.99 (RNN, 256), 1.0 (LSTM, 192), 0.95
-// (RNN, 128). Terms of pairs have to be made anyway.
+// Whether columns_product is the faster way for numbers: b, N columns, is copied once for all gates,
+// which are M columns of a and copied once for each b. Training in float32 without the copies over with
+// them, on a Zen 5 core: 1.02 (LSTM and GRU, H=256), 1.03 to 1.06 (LSTM, 512), 1.02 (RNN, 1024), but 0.99
+// (RNN, 256), 1.0 (LSTM, 192), 0.95 (RNN, 128). Terms of pairs have to be made anyway.
 inline bool pays_to_copy(int64_t M, int64_t N) { return M >= 1024 && N >= 256; }
 
 // Numbers of the copy of a part of a below.
@@ -179,15 +173,20 @@ constexpr int64_t kCopiedPart = kBlockRows * kPartialRows;
 template <class T, class Terms>
 void columns_product(const T* a, int64_t a_stride, int64_t count, const Columns<T>& b, T* out,
                      int64_t columns, T* copy, int64_t begin, int64_t end) {
-  matrix_product<T, Terms>({lanes<Terms>(count), a, 1, 0, b, out, columns, false}, begin, end,
-                           [&](ProductStep<T>& part, int64_t m, int64_t rows, int64_t k) {
-                             const int64_t first = k * Terms::kInLane;
-                             to_columns_of_terms<Terms>(
-                                 a + first * a_stride + m, a_stride, copy, kBlockRows,
-                                 min64(count - first, part.K * Terms::kInLane), rows);
-                             part.a          = copy;
-                             part.a_stride_k = kBlockRows;
-                           });
+  matrix_product<T, Terms>(
+      {lanes<Terms>(count), a, 1, a_stride * Terms::kInLane, b, out, columns, false}, begin, end,
+      [&](ProductStep<T>& part, int64_t rows, int64_t k) {
+        const int64_t some = min64(count - k * Terms::kInLane, part.K * Terms::kInLane);
+        if constexpr (Terms::kTileRows > 0) {
+          to_turned_columns_of_terms<Terms>(part.a, a_stride, copy, kPartialRows, some, rows);
+          part.a_stride_m = kPartialRows;
+          part.a_stride_k = 1;
+        } else {
+          to_columns_of_terms<Terms>(part.a, a_stride, copy, kBlockRows, some, rows);
+          part.a_stride_k = kBlockRows;
+        }
+        part.a = copy;
+      });
 }
 
 // out[0..] = sum_r a[r][0..] for N vectors of columns, the last of `lanes` lanes. Sums of 16 rows, then

@@ -1,5 +1,5 @@
-// The weights, laid out in the order in which the register tiles of step.h read them: panels of V hidden units (V lanes of one vector), each dense, so that a step
-// streams them front to back.
+// The weights, laid out in the order in which the register tiles of step.h read them: panels of V hidden
+// units (V lanes of one vector), each dense, so that a step streams them front to back.
 //
 //   forward   [H/V] x { bias row [G][V], then [K] rows of [G][V] }: all gates of V units
 //   backward  [P/V] x {                       [K] rows of    [V] }
@@ -84,6 +84,27 @@ void to_columns_of_terms(const From* from, int64_t from_stride, T* to, int64_t t
     for (int64_t j = 0; j < columns; j += V) {
       const int n = int(columns - j < V ? columns - j : V);
       store(to + j, Terms::above_each_other(a + j, b ? b + j : nullptr, n), n);
+    }
+  }
+}
+
+// The same turned: row m of `to` [columns, lanes], whole vectors, has the terms of column m.
+template <class Terms, class From, class T>
+void to_turned_columns_of_terms(const From* from, int64_t from_stride, T* to, int64_t to_stride,
+                                int64_t rows, int64_t columns) {
+  constexpr int V         = kLanes<T>;
+  constexpr int64_t kRows = V * Terms::kInLane;
+  for (int64_t row = 0; row < rows; row += kRows) {
+    const int64_t some_rows = rows - row < kRows ? rows - row : kRows;
+    for (int64_t m = 0; m < columns; m += V) {
+      const int64_t some_columns = columns - m < V ? columns - m : V;
+      Vec<T> block[V]            = {};
+      to_columns_of_terms<Terms>(from + row * from_stride + m, from_stride,
+                                 reinterpret_cast<T*>(block), V, some_rows, some_columns);
+      transpose<T>(block);
+      for (int64_t j = 0; j < some_columns; ++j) {
+        store(to + (m + j) * to_stride + row / Terms::kInLane, block[j]);
+      }
     }
   }
 }

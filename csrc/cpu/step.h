@@ -339,18 +339,19 @@ FUSEDRNN_INLINE void backward_units(const BackwardStep<T>& s, int64_t row, int64
   }
 }
 
+// What backward_tile reads and writes: short pieces of rows far apart, which no hardware foresees.
 template <class Cell, class T>
 void fetch_tile(const GradHStep<T>& step, int64_t row, int64_t block, int M, int P) {
-  const auto& s      = static_cast<const BackwardStep<T>&>(step);
-  const int64_t unit = block * kLanes<T>;
-  const auto fetch   = [&](const T* from) FUSEDRNN_LAMBDA {
-    for (int p = 0; p < P; ++p) __builtin_prefetch(from + unit + p * kLanes<T>);
+  constexpr int G  = Cell::kGates;
+  constexpr int E  = Cell::kGradGates;
+  const auto& s    = static_cast<const BackwardStep<T>&>(step);
+  const auto fetch = [&](const T* from) FUSEDRNN_LAMBDA {
+    const auto first = reinterpret_cast<const char*>(from + block * kLanes<T>);
+    for (int byte = 0; byte < P * kVectorBytes; byte += 64) __builtin_prefetch(first + byte);
   };
   for (int64_t m = row; m < row + M; ++m) {
-    for (int g = 0; g < Cell::kGates; ++g) fetch(s.gates + (m * Cell::kGates + g) * s.H);
-    for (int e = 0; e < Cell::kGradGates; ++e) {
-      fetch(s.grad_gates + (m * Cell::kGradGates + e) * s.H);
-    }
+    for (int g = 0; g < G; ++g) fetch(s.gates + (m * G + g) * s.H);
+    for (int e = 0; e < E && s.grad_gates != s.gates; ++e) fetch(s.grad_gates + (m * E + e) * s.H);
     if constexpr (Cell::kHasExtra) fetch(s.extra + m * s.H);
     if constexpr (Cell::kHasCell || Cell::kPrevIsH) fetch(s.prev + m * s.H);
     if (s.grad_h.output) fetch(s.grad_h.output + m * s.grad_h.output_stride);
