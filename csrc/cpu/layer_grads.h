@@ -1,7 +1,7 @@
 // The gradients of a layer's input, weights and biases, after the backward recurrence has left
 // grad_gates: products in the register tiles of step.h, over operands as they lie in memory or, for the
-// weights where that pays, copies of them. Every
-// element is summed by one thread in one order, so that the bits do not depend on how many there are.
+// weights where that pays, copies of them. Every element is summed by one thread in one order, so that
+// the bits do not depend on how many there are.
 #pragma once
 
 #include "step.h"
@@ -55,8 +55,8 @@ void to_strips(const From* from, int64_t rows, int64_t columns, T* to, int64_t f
 template <class T>
 struct ProductStep {
   int64_t K;
-  const T*
-      a;  // a(m, k) = a[m * a_stride_m + k * a_stride_k]; one of the strides is 1, AMX's the latter
+  // a(m, k) = a[m * a_stride_m + k * a_stride_k]; one of the strides is 1, with AMX a_stride_k.
+  const T* a;
   int64_t a_stride_m, a_stride_k;
   Columns<T> b;
   T* out;           // [..., columns]
