@@ -161,7 +161,8 @@ void matrix_product(const ProductStep<T>& s, int64_t begin, int64_t end) {
 // Whether columns_product is the faster way for numbers: b, N columns, is copied once for all gates,
 // which are M columns of a and copied once for each b. Training in float32 without the copies over with
 // them, on a Zen 5 core: 1.02 (LSTM and GRU, H=256), 1.03 to 1.06 (LSTM, 512), 1.02 (RNN, 1024), but 0.99
-// (RNN, 256), 1.0 (LSTM, 192), 0.95 (RNN, 128). Terms of pairs have to be made anyway.
+// (RNN, 256), 1.0 (LSTM, 192), 0.95 (RNN, 128); with AVX2 1.2 (LSTM and GRU, 256), 1.05 (RNN, 512) and
+// 0.95 (LSTM, 192). Terms of pairs have to be made anyway.
 inline bool pays_to_copy(int64_t M, int64_t N) { return M >= 1024 && N >= 256; }
 
 // Numbers of the copy of a part of a below.
