@@ -54,9 +54,8 @@ def prepacked(model: nn.Module) -> Iterator[None]:
     cell take up to 1.4 times as long. `model` is one of fusedrnn's modules or holds some; each of
     its layers is laid out at its second call with the same weights, which takes as much memory
     again as they do. Short calls read weights as they are outside, and results differ by roundings;
-    of float32 weights at reduced precision (autocast,
-    torch.set_float32_matmul_precision("medium")) their products are bfloat16's inside and float32's
-    outside.
+    of float32 weights at reduced precision (autocast, torch.set_float32_matmul_precision("medium"))
+    their products are bfloat16's inside and float32's outside.
 
     Weights that torch counts as changed (in-place operations, load_state_dict), that are other
     tensors than before, or that a step of an optimizer may have changed, are laid out anew; those

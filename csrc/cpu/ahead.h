@@ -5,6 +5,7 @@
 // (160), 1.13 (GRU, 128), 1.14 (192), 1.12 (RNN, 128), 1.12 (192).
 #pragma once
 
+#include "../walk.h"
 #include "step.h"
 
 namespace fusedrnn {

@@ -4,6 +4,7 @@
 // the bits do not depend on how many there are.
 #pragma once
 
+#include "../walk.h"
 #include "step.h"
 
 namespace fusedrnn {
@@ -46,7 +47,7 @@ template <class Terms, class From, class T>
 void to_strips(const From* from, int64_t rows, int64_t columns, T* to, int64_t first, int64_t K) {
   for (int64_t n = 0; n < columns; n += kStrip<T>) {
     to_columns_of_terms<Terms>(from + n, columns, to + (n * K + first * kStrip<T>), kStrip<T>, rows,
-                               columns - n < kStrip<T> ? columns - n : kStrip<T>);
+                               min64(columns - n, kStrip<T>));
   }
 }
 
@@ -140,10 +141,10 @@ void matrix_product(const ProductStep<T>& s, int64_t begin, int64_t end, const P
     std::memset(s.out + begin * s.columns, 0, sizeof(T) * size_t((end - begin) * s.columns));
   }
   for (int64_t m = begin; m < end; m += kBlockRows) {
-    const int64_t rows = end - m < kBlockRows ? end - m : kBlockRows;
+    const int64_t rows = min64(end - m, kBlockRows);
     for (int64_t k = 0; k < s.K; k += kPartialRows) {
       ProductStep<T> part  = s;
-      part.K               = s.K - k < kPartialRows ? s.K - k : kPartialRows;
+      part.K               = min64(s.K - k, kPartialRows);
       part.a              += m * s.a_stride_m + k * s.a_stride_k;
       part.b.data         += k * s.b.stride;
       part.out            += m * s.columns;
