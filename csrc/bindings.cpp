@@ -112,7 +112,7 @@ struct NewTensor {
 struct Panels {
   int cell_index;
   Dtype dtype;
-  bool bf16;
+  Precision products;
   int64_t I, H, P, D;
   std::vector<const void*> sources;  // the weights' memory: elsewhere are other weights
   Memory memory{};
@@ -132,8 +132,8 @@ struct Layer {
   bool projects   = false;
   bool cells      = false;  // c of every step is a result too
   bool to_initial = false;
-  bool again      = false;  // backward computes the gates again
-  bool bf16       = false;  // float32's products may be bfloat16's
+  bool again      = false;     // backward computes the gates again
+  Precision least = kHighest;  // that products of float32 must have
   TensorView input, states[2], reset;
   static constexpr int kWeights = 5;  // of each direction: weight_ih, weight_hh, biases, weight_hr
   TensorView weights[2][kWeights];
@@ -150,10 +150,15 @@ struct Layer {
   Dtype wide_dtype() const { return is_narrow(dtype()) ? Dtype::kFloat32 : dtype(); }
   int64_t weights_of_direction() const { return projects ? 5 : 4; }
   // Whether forward reads bfloat16 tensors as they are.
-  bool reads_bf16() const { return bf16_products() && dtype() == Dtype::kBfloat16; }
-  bool bf16_products() const {
-    return kernels().bf16_products && !projects &&
-           (dtype() == Dtype::kBfloat16 || (bf16 && dtype() == Dtype::kFloat32));
+  bool reads_bf16() const { return dtype() == Dtype::kBfloat16 && products() == kMedium; }
+  // What products are, where the weights are laid out for them. float16's 11 bits fit into the 8 and 8
+  // of two bfloat16 parts.
+  Precision products() const {
+    const Precision enough = dtype() == Dtype::kBfloat16  ? kMedium
+                             : dtype() == Dtype::kFloat16 ? kHigh
+                             : dtype() == Dtype::kFloat32 ? least
+                                                          : kHighest;
+    return projects || !kernels().f32[enough] ? kHighest : enough;
   }
 
   // Reads a tensor, dense; false if it is not of this shape and dtype, or not ordinary.
@@ -225,12 +230,12 @@ struct Layer {
     if (object != Py_None) {
       const Items options(object);
       if (options.size() != 6) throw py::type_error("expected ops.Options");
-      batch_sizes  = options[0];
-      mask         = options[1];
-      to_initial   = is_true(options[2]);
-      cells        = is_true(options[3]);
-      again        = is_true(options[4]) && cell.saved > 1;  // RNN saves h alone
-      bf16        |= is_true(options[5]);
+      batch_sizes = options[0];
+      mask        = options[1];
+      to_initial  = is_true(options[2]);
+      cells       = is_true(options[3]);
+      again       = is_true(options[4]) && cell.saved > 1;  // RNN saves h alone
+      if (is_true(options[5])) least = kMedium;
     }
     if (cells && !cell.has_cell_state) return false;
     if (batch_sizes != Py_None) {
@@ -294,7 +299,7 @@ struct Layer {
   void take(PyObject* object) {
     if (object == Py_None) return;
     const auto* const p = py::handle(object).cast<const Panels*>();
-    if (p->cell_index == cell_index && p->dtype == dtype() && p->bf16 == bf16_products() &&
+    if (p->cell_index == cell_index && p->dtype == dtype() && p->products == products() &&
         p->I == I && p->H == H && p->P == P && p->D == D && p->sources == sources()) {
       panels = p;
       ++p->calls;
@@ -434,7 +439,7 @@ const KernelsOf<T>& kernels_for(const Layer& layer) {
   if constexpr (std::is_same_v<T, double>) {
     return kernels().f64;
   } else {
-    return layer.bf16_products() ? *kernels().bf16_products : kernels().f32;
+    return *kernels().f32[layer.products()];
   }
 }
 
@@ -507,13 +512,13 @@ py::tuple compute(Layer& layer, PyObject* like, int num_threads, py::object* sav
   return results;
 }
 
-// forward(cell, save, num_threads, bf16, input, initial, weights, options, panels) -> (results, saved),
-// or None, or NotImplemented if torch made no ordinary tensor.
+// forward(cell, save, num_threads, precision, input, initial, weights, options, panels) ->
+// (results, saved), or None, or NotImplemented if torch made no ordinary tensor.
 py::object forward(PyObject* const* arguments) {
   Layer layer;
   const bool save       = arguments[1] == Py_True;
   const int num_threads = int(PyLong_AsLong(arguments[2]));
-  layer.bf16            = arguments[3] == Py_True;
+  layer.least           = precision_of(arguments[3]);
   PyObject* const like  = arguments[4];
   const Items initial(arguments[5]), weights(arguments[6]);
   if (!layer.read(int(PyLong_AsLong(arguments[0])), like, initial, weights, arguments[7], false)) {
@@ -577,7 +582,7 @@ py::object plain(PyObject* const* arguments) {
     return py::none();
   }
   // Without panels plan.h packs nothing for one row, which is then multiplied as it is.
-  layer.bf16        = (layer.N > 1 || panels_of != Py_None) && torch.rounds_to_bf16();
+  if (layer.N > 1 || panels_of != Py_None) layer.least = torch.float32_precision();
   py::object panels = py::none();
   if (panels_of != Py_None) panels = py::handle(panels_of)(weights);
   layer.take(panels.ptr());
@@ -627,12 +632,12 @@ void run_backward(const Layer& layer, const KernelsOf<T>& kernels, int num_threa
   }
 }
 
-// backward(cell, num_threads, bf16, input, initial, weights, options, saved, grads, needed, groups) ->
-// gradients, or None, or NotImplemented if it is one of grads that is not ordinary.
+// backward(cell, num_threads, precision, input, initial, weights, options, saved, grads, needed,
+// groups) -> gradients, or None, or NotImplemented if it is one of grads that is not ordinary.
 py::object backward(PyObject* const* arguments) {
   Layer layer;
   const int num_threads = int(PyLong_AsLong(arguments[1]));
-  layer.bf16            = arguments[2] == Py_True;
+  layer.least           = precision_of(arguments[2]);
   PyObject* const like  = arguments[3];
   const Items initial(arguments[4]), weights(arguments[5]), grads(arguments[8]),
       needed(arguments[9]);
@@ -667,12 +672,12 @@ py::object backward(PyObject* const* arguments) {
   const int64_t states = initial.size();
   // A short call multiplies float32 numbers as they are: as forward did, so that gates are computed
   // again as they were (but for groups').
-  const bool bf16_products =
-      layer.bf16_products() && groups == 0 &&
+  const bool as_forward =
+      layer.products() != kHighest && groups == 0 &&
       (layer.reads_bf16() || kernels_for<float>(layer)
                                  .plan[layer.cell_index](forward_args<float>(layer, num_threads))
                                  .packed);
-  if (bf16_products && layer.reads_bf16()) layer.give_bits(states > 0 && wanted(1));
+  if (as_forward && layer.reads_bf16()) layer.give_bits(states > 0 && wanted(1));
   layer.widen_all(num_threads);
   for (TensorView* grad : {&gradients.output, &gradients.h_n, &gradients.c_n, &gradients.cells}) {
     layer.widen(grad, num_threads);
@@ -702,7 +707,7 @@ py::object backward(PyObject* const* arguments) {
     gradients.weights[i / of_direction][i % of_direction] = weight.data;
   }
   if (layer.wide_dtype() == Dtype::kFloat32) {
-    run_backward<float>(layer, bf16_products ? *kernels().bf16_products : kernels().f32,
+    run_backward<float>(layer, *kernels().f32[as_forward ? layer.products() : kHighest],
                         num_threads, groups, saved.data, gradients);
   } else {
     run_backward<double>(layer, kernels().f64, num_threads, groups, saved.data, gradients);
@@ -734,11 +739,11 @@ void pack_weights(const Layer& layer, Panels* panels) {
   }
 }
 
-// pack(cell, bf16, input, weights) -> Panels for calls of forward with these weights, or None. Of the
-// input [1, 1, I] the numbers are not read.
+// pack(cell, precision, input, weights) -> Panels for calls of forward with these weights, or None. Of
+// the input [1, 1, I] the numbers are not read.
 py::object pack(PyObject* const* arguments) {
   Layer layer;
-  layer.bf16 = arguments[1] == Py_True;
+  layer.least = precision_of(arguments[1]);
   if (!layer.read(int(PyLong_AsLong(arguments[0])), arguments[2], Items(py::tuple().ptr()),
                   Items(arguments[3]), Py_None, false)) {
     return py::none();
@@ -746,8 +751,8 @@ py::object pack(PyObject* const* arguments) {
   // A weight's copy will be gone, and another one may come to lie where it was.
   if (!layer.copies.empty()) return py::none();
   auto panels =
-      std::make_unique<Panels>(Panels{layer.cell_index, layer.dtype(), layer.bf16_products(),
-                                      layer.I, layer.H, layer.P, layer.D, layer.sources()});
+      std::make_unique<Panels>(Panels{layer.cell_index, layer.dtype(), layer.products(), layer.I,
+                                      layer.H, layer.P, layer.D, layer.sources()});
   if (layer.reads_bf16()) layer.give_bits();
   layer.widen_all(1);
   (layer.wide_dtype() == Dtype::kFloat32 ? pack_weights<float>
@@ -755,12 +760,12 @@ py::object pack(PyObject* const* arguments) {
   return py::cast(std::move(panels));
 }
 
-// plan(cell, num_threads, bf16, given, input, initial, weights, options) -> (threads, row_shards,
-// unit_shards, packed, chunk, whether products are bfloat16's) or None. given: with panels.
+// plan(cell, num_threads, precision, given, input, initial, weights, options) -> (threads, row_shards,
+// unit_shards, packed, chunk, the products' precision) or None. given: with panels.
 py::object plan(PyObject* const* arguments) {
   Layer layer;
   layer.check_only = true;
-  layer.bf16       = arguments[2] == Py_True;
+  layer.least      = precision_of(arguments[2]);
   const bool given = arguments[3] == Py_True;
   if (!layer.read(int(PyLong_AsLong(arguments[0])), arguments[4], Items(arguments[5]),
                   Items(arguments[6]), arguments[7], false)) {
@@ -775,8 +780,9 @@ py::object plan(PyObject* const* arguments) {
     return kernels_for<T>(layer).plan[layer.cell_index](args);
   };
   const Plan made = layer.wide_dtype() == Dtype::kFloat32 ? planned(0.0f) : planned(0.0);
-  return py::make_tuple(made.threads, made.row_shards, made.unit_shards, made.packed, made.chunk,
-                        layer.reads_bf16() || (made.packed && layer.bf16_products()));
+  return py::make_tuple(
+      made.threads, made.row_shards, made.unit_shards, made.packed, made.chunk,
+      kPrecisions[layer.reads_bf16() || made.packed ? layer.products() : kHighest]);
 }
 
 // As a Python function of n positional arguments. pybind11's own would convert each argument with a
@@ -826,8 +832,9 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.attr("isas") = isa_names();
   m.def(
-      "has_bf16_products", [] { return kernels().bf16_products != nullptr; },
-      "Whether the kernels that run can multiply bfloat16 numbers themselves.");
+      "has_precision",
+      [](py::handle word) { return kernels().f32[precision_of(word.ptr())] != nullptr; },
+      "Whether the kernels that run have products of this Precision (csrc/sequence.h).");
 #if defined(FUSEDRNN_CUDA_ARCHS)
   m.attr("cuda") = FUSEDRNN_CUDA_ARCHS;
   add_cuda(m);

@@ -62,7 +62,7 @@ struct ForwardArgs {
   const scalar_t* weight_hh[2];  // [G*H, P]
   const scalar_t* bias_hh[2];    // [G*H], or null
   const scalar_t* weight_hr[2];  // [P, H], LSTM only, or null: then P = H
-  // In place of the above, for kernels of bf16_products: bfloat16's bits; null: there are none.
+  // In place of the above, for kernels of precision kMedium: bfloat16's bits; null: there are none.
   const uint16_t *input_bf16, *weight_ih_bf16[2], *weight_hh_bf16[2];
   // The same weights and biases as KernelsOf::pack has laid them out; null: done for the call. With
   // them, only whether weight_hr is null is read.
@@ -147,13 +147,20 @@ struct KernelsOf {
   int64_t (*pack[kNumCells])(const ForwardArgs<scalar_t>&, int64_t d, scalar_t* panels);
 };
 
+// What float32's products are, but for grad_h0's, as torch.set_float32_matmul_precision's words have
+// it; sums are float32.
+enum Precision {
+  kHighest,  // of the numbers themselves
+  kHigh,     // of two bfloat16 parts of each, high and low, without low times low
+  kMedium    // of the numbers rounded to bfloat16
+};
+
 struct Kernels {
   const char* isa;
-  KernelsOf<float> f32;
+  // By Precision. But for kHighest not for a projection, nor for groups, and null where the CPU has no
+  // instruction that would make it faster.
+  const KernelsOf<float>* f32[kMedium + 1];
   KernelsOf<double> f64;
-  // With the factors of all products, but for grad_h0's, rounded to bfloat16, and sums in float32. Not
-  // for a projection, nor for groups. Null where the CPU has no instruction for it.
-  const KernelsOf<float>* bf16_products;
   // Conversion of n numbers; num_threads as above.
   void (*widen)(Narrow, const uint16_t* from, float* to, int64_t n, int num_threads);
   void (*narrow)(Narrow, const float* from, uint16_t* to, int64_t n, int num_threads);

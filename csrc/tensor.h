@@ -10,6 +10,8 @@
 #include <exception>
 #include <vector>
 
+#include "sequence.h"
+
 namespace fusedrnn {
 
 namespace py = pybind11;
@@ -91,6 +93,17 @@ inline bool is_true(PyObject* object) {
   return truth == 1;
 }
 
+// By Precision, torch.set_float32_matmul_precision's words.
+constexpr const char* kPrecisions[] = {"highest", "high", "medium"};
+inline Precision precision_of(PyObject* word) {
+  for (const Precision p : {kHighest, kHigh, kMedium}) {
+    if (PyUnicode_Check(word) && PyUnicode_CompareWithASCIIString(word, kPrecisions[p]) == 0) {
+      return p;
+    }
+  }
+  throw py::value_error("expected a word of torch.set_float32_matmul_precision");
+}
+
 // Torch gave us a tensor that we cannot use (a TorchFunctionMode can wrap them).
 struct NotOrdinary : std::exception {};
 
@@ -149,8 +162,8 @@ class Torch {
   int num_threads() const {
     return int(PyLong_AsLong(owned(PyObject_CallNoArgs(num_threads_.ptr())).ptr()));
   }
-  bool rounds_to_bf16() const {  // torch.set_float32_matmul_precision("medium")
-    return owned(PyObject_CallNoArgs(precision_.ptr())).equal(medium_);
+  Precision float32_precision() const {
+    return precision_of(owned(PyObject_CallNoArgs(precision_.ptr())).ptr());
   }
   // Whether somebody transforms, rewrites or records torch's operations: functorch, autocast,
   // torch.jit.trace, dispatch modes, forward-mode AD.
@@ -277,7 +290,7 @@ class Torch {
   const dlpack::ExchangeApi* api_ = nullptr;
   py::str is_neg_{"is_neg"}, new_empty_{"new_empty"}, contiguous_{"contiguous"};
   py::tuple dtype_keyword_ = py::make_tuple("dtype");
-  py::str medium_{"medium"}, current_level_{"_current_level"}, is_enabled_{"_is_profiler_enabled"};
+  py::str current_level_{"_current_level"}, is_enabled_{"_is_profiler_enabled"};
 };
 
 }  // namespace fusedrnn

@@ -15,7 +15,7 @@ class Panels:
     calls: int  # that have used them
 
 def isa() -> str: ...
-def has_bf16_products() -> bool: ...
+def has_precision(word: str, /) -> bool: ...
 def release_threads() -> None: ...
 def takes(
     cell: int, input: Tensor, initial: Tensors, weights: Weights, options: Options | None, /
@@ -23,19 +23,19 @@ def takes(
 def plan(
     cell: int,
     num_threads: int,
-    bf16: bool,
+    precision: str,
     given: bool,
     input: Tensor,
     initial: Tensors,
     weights: Weights,
     options: Options | None,
     /,
-) -> tuple[int, int, int, bool, int, bool] | None: ...
+) -> tuple[int, int, int, bool, int, str] | None: ...
 def forward(
     cell: int,
     save: bool,
     num_threads: int,
-    bf16: bool,
+    precision: str,
     input: Tensor,
     initial: Tensors,
     weights: Weights,
@@ -57,11 +57,11 @@ def plain(
     /,
 ) -> tuple[Tensor, ...] | None: ...
 def watched() -> bool: ...
-def pack(cell: int, bf16: bool, input: Tensor, weights: Weights, /) -> Panels | None: ...
+def pack(cell: int, precision: str, input: Tensor, weights: Weights, /) -> Panels | None: ...
 def backward(
     cell: int,
     num_threads: int,
-    bf16: bool,
+    precision: str,
     input: Tensor,
     initial: Tensors,
     weights: Weights,

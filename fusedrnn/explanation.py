@@ -193,16 +193,17 @@ def _why_not_ordinary(input: Tensor, initial: Any, weights: Any) -> str:
 
 
 def _arithmetic(dtype: torch.dtype, plan: ops.Plan, weights: Any) -> str:
-    if plan.bf16:
-        return "numbers multiplied as bfloat16, sums and states in float32, results rounded once"
+    if plan.precision != "highest":
+        what = "bfloat16" if plan.precision == "medium" else "two bfloat16 parts each"
+        return f"numbers multiplied as {what}, sums and states in float32, results rounded once"
     if dtype in (torch.float16, torch.bfloat16):
         return f"{str(dtype)[6:]} widened to float32 once, results rounded once"
     precision = torch.get_float32_matmul_precision()
     if dtype is not torch.float32 or precision == "highest":
         return str(dtype)[6:]
-    if precision == "high":
-        why = "nothing less precise is faster on this CPU"
-    elif not ops.BF16_PRODUCTS:
+    if precision == "high" and not ops.SPLIT_PRODUCTS:
+        why = f"products of that precision would not be faster with {ops.isa()}"
+    elif precision == "medium" and not ops.BF16_PRODUCTS:
         why = "this CPU has no instruction for bfloat16 products that the kernels use"
     elif ops.weights_per_direction(weights) == 5:
         why = "a layer with a projection has no kernel of less precision"

@@ -326,7 +326,7 @@ class _SequenceFunction(Function):
         results, saved = result
         ctx.cell = cell
         ctx.num_states = num_states
-        ctx.bf16 = ops.bf16_allowed()
+        ctx.precision = ops.precision()
         ctx.flags = None if options is None else options[2:]
         ctx.set_materialize_grads(False)
         if options is None:
@@ -353,7 +353,7 @@ class _SequenceFunction(Function):
         found: Sequence[Tensor | None] | None = None
         if not (torch.is_grad_enabled() or ops.transformed()):
             arguments = (*_unpack(num_states, tensors), saved, grads, needed, options)
-            found = ops.backward(cell, *arguments, 0, ctx.bf16)
+            found = ops.backward(cell, *arguments, 0, ctx.precision)
         if found is None:
             found = _reference_backward(cell, num_states, options, tensors, grads, needed)
         return None, None, None, *found

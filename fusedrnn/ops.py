@@ -56,7 +56,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_C.release_threads)
 
 # Whether the kernels multiply bfloat16 numbers by an instruction of their own; else in float32.
-BF16_PRODUCTS = _C.has_bf16_products()
+BF16_PRODUCTS = _C.has_precision("medium")
+# And three of their products for one, of float32 numbers at precision "high" and of float16's.
+SPLIT_PRODUCTS = _C.has_precision("high")
 
 _ISA = _C.isa()  # at import: a FUSEDRNN_ISA that cannot be had is an error here, not at first use
 log.debug("kernels: %s", _ISA)
@@ -159,12 +161,11 @@ def _cuda() -> Any:
     return cuda
 
 
-def bf16_allowed() -> bool:
-    """Whether torch.set_float32_matmul_precision lets float32 be multiplied as bfloat16.
-
-    Options.bf16 says it of one call.
+def precision(bf16: bool = False) -> str:
+    """What torch.set_float32_matmul_precision lets float32's products be, "highest", "high" or
+    "medium"; of a call with Options.bf16, "medium".
     """
-    return _get_float32_matmul_precision() == "medium"
+    return "medium" if bf16 else _get_float32_matmul_precision()
 
 
 class Plan(NamedTuple):
@@ -175,7 +176,8 @@ class Plan(NamedTuple):
     unit_shards: int  # and of the hidden units
     packed: bool  # whether the weights are laid out anew for the call
     chunk: int  # steps whose input is projected at once
-    bf16: bool  # whether numbers are rounded to bfloat16 where they are multiplied
+    # Of products: "medium" of numbers rounded to bfloat16, "high" of two bfloat16 parts of each
+    precision: str
 
 
 def plan(
@@ -190,7 +192,7 @@ def plan(
 
     kept: with what `pack` has laid out.
     """
-    first = (CELLS[cell].number, torch.get_num_threads(), bf16_allowed(), kept)
+    first = (CELLS[cell].number, torch.get_num_threads(), precision(), kept)
     made = _C.plan(*first, input, initial, weights, options)
     return None if made is None else Plan(*made)
 
@@ -227,7 +229,7 @@ def forward(
         call = _recorded(cell, "forward", call)
     threads = torch.get_num_threads()
     result = call(
-        CELLS[cell].number, save, threads, bf16_allowed(), input, initial, weights, options, panels
+        CELLS[cell].number, save, threads, precision(), input, initial, weights, options, panels
     )
     if result is None or result is NotImplemented:
         if not (input.is_cuda and takes(cell, input, initial, weights, options)):
@@ -268,16 +270,15 @@ def plain(
     return results
 
 
-def pack(cell: str, weights: Weights, bf16: bool) -> Any:
-    """One layer's weights laid out for `forward`, or None if it would not take them.
-
-    bf16: whether for calls with Options.bf16.
+def pack(cell: str, weights: Weights, precision: str) -> Any:
+    """One layer's weights laid out for calls of `forward` of a `precision`, or None if it would not
+    take them.
     """
     weight_ih = weights[0]
     if weight_ih is None or weight_ih.dim() != 2:
         return None
     input = weight_ih.new_empty(1, 1, weight_ih.shape[1])
-    return _C.pack(CELLS[cell].number, bf16 or bf16_allowed(), input, weights)
+    return _C.pack(CELLS[cell].number, precision, input, weights)
 
 
 def backward(
@@ -290,18 +291,18 @@ def backward(
     needed: tuple[bool, ...],
     options: Options | None = None,
     groups: int = 0,
-    bf16: bool | None = None,
+    forward_precision: str | None = None,
 ) -> tuple[Tensor | None, ...] | None:
     """The gradients of (input, *initial, *weights) as far as `needed`, from what `forward` saved.
 
-    grads: of each result, None for zero. bf16: what bf16_allowed was in `forward`; None: as it is
-    now. groups: 0, or N for a batch of N samples of B / N rows
-    each, all of one length; those of the weights are then each sample's own, [N, ...]. Returns None
-    if one of `grads` is no ordinary tensor.
+    grads: of each result, None for zero. forward_precision: what `precision` was in `forward`;
+    None: as it is now. groups: 0, or N for a batch of N samples of B / N rows each, all of one
+    length; those of the weights are then each sample's own, [N, ...]. Returns None if one of
+    `grads` is no ordinary tensor.
     RuntimeError if another argument is not as `forward` took or gave it.
     """
-    bf16 = bf16_allowed() if bf16 is None else bf16
-    first: tuple[Any, ...] = (CELLS[cell].number, torch.get_num_threads(), bf16)
+    word = forward_precision or precision()
+    first: tuple[Any, ...] = (CELLS[cell].number, torch.get_num_threads(), word)
     call: Callable[..., Any] = _C.backward
     if input.is_cuda:
         first, call = (cell,), _cuda().backward

@@ -37,7 +37,7 @@ class _Kept(NamedTuple):
 @dataclass
 class _Module:
     contexts: int = 0
-    layers: dict[tuple[int, bool], _Kept] = field(default_factory=dict)  # by number, and bf16
+    layers: dict[tuple[int, str], _Kept] = field(default_factory=dict)  # by number, precision
 
 
 _modules: dict[int, _Module] = {}  # by id: the contexts hold the modules
@@ -54,8 +54,8 @@ def prepacked(model: nn.Module) -> Iterator[None]:
     cell take up to 1.4 times as long. `model` is one of fusedrnn's modules or holds some; each of
     its layers is laid out at its second call with the same weights, which takes as much memory
     again as they do. Short calls read weights as they are outside, and results differ by roundings;
-    of float32 weights at reduced precision (autocast, torch.set_float32_matmul_precision("medium"))
-    their products are bfloat16's inside and float32's outside.
+    of float32 weights at reduced precision (autocast, torch.set_float32_matmul_precision) their
+    products are less precise inside and float32's outside.
 
     Weights that torch counts as changed (in-place operations, load_state_dict), that are other
     tensors than before, or that a step of an optimizer may have changed, are laid out anew; those
@@ -112,13 +112,13 @@ def panels(module: nn.Module, layer: int, cell: str, weights: ops.Weights) -> Pa
         versions = [w._version for w in weights if w is not None]
     except RuntimeError:  # tensors made in inference mode have none
         return None
-    bf16 = ops.bf16_allowed() or autocast_is_bf16()
-    kept = kept_module.layers.get((layer, bf16))
+    precision = ops.precision(autocast_is_bf16())
+    kept = kept_module.layers.get((layer, precision))
     same = kept is not None and kept.versions == versions and all(map(is_, kept.weights, weights))
     if kept is not None and same and kept.seen_before:
         return kept.panels
     # Not at the first call: parametrized weights are other ones each time.
     memory = [w.detach() for w in weights if w is not None]
-    packed = ops.pack(cell, weights, bf16) if same else None
-    kept_module.layers[layer, bf16] = _Kept(tuple(weights), memory, versions, same, packed)
+    packed = ops.pack(cell, weights, precision) if same else None
+    kept_module.layers[layer, precision] = _Kept(tuple(weights), memory, versions, same, packed)
     return packed

@@ -1,4 +1,4 @@
-"""The products on AMX's tiles, on a CPU without them: csrc/cpu/isa_amx.cpp is compiled with
+"""The products on AMX's tiles, on a CPU without them: csrc/cpu/isa_amx*.cpp are compiled with
 amx_on_cpu.h, linked with the other objects of this build, and the tests of bfloat16's products run
 on that in a process of their own. With AMX, test_isa.py does so without an emulation.
 """
@@ -28,7 +28,7 @@ def extension(tmp_path_factory):
     objects = "CMakeFiles/_C.dir/cpu"
     path = with_build_tools()
     environment = {**os.environ, "PATH": path}
-    if built is None or not (BUILD / objects / "isa_amx.cpp.o").exists():
+    if built is None or not (BUILD / objects / "isa_amx_high.cpp.o").exists():
         pytest.skip("no object files of this build, or none for AMX")
     if shutil.which("ninja", path=path) is None:
         pytest.skip("no ninja, which knows how they were made")
@@ -42,7 +42,7 @@ def extension(tmp_path_factory):
         subprocess.run(command, shell=True, check=True, cwd=BUILD, env=environment)
 
     link = commands[-1].replace(built.name, str(folder / built.name))
-    for name in ("dispatch", "isa_amx"):
+    for name in ("dispatch", "isa_amx", "isa_amx_high"):
         (compiles,) = (c for c in commands if c.endswith(f"/{name}.cpp"))
         run(f"{compiles.replace(objects, str(folder))} -O1 -include {header}")
         assert f"{objects}/{name}.cpp.o" in link
@@ -66,7 +66,13 @@ sys.exit(code)
 """
 
 
-ALONE = "test_a_sequence_alone_has_the_bits_that_it_has_in_a_batch"
+OTHERS = (
+    "sequence.py::test_a_sequence_alone_has_the_bits_that_it_has_in_a_batch",
+    "sequence.py::test_every_narrow_number_survives_the_way_to_float32_and_back",
+    "explain.py::test_autocast",
+    "explain.py::test_a_precision",
+    "plain.py::test_follows_the_matmul_precision",
+)
 
 
 def test_products_of_tiles(extension):
@@ -75,7 +81,7 @@ def test_products_of_tiles(extension):
             sys.executable, "-c", RUN, extension,
             "-q", "-x", "-p", "no:cacheprovider",
             HERE / "test_bf16_products.py", HERE / "test_prepacking.py",
-            f"{HERE}/test_sequence.py::{ALONE}",
+            *(f"{HERE}/test_{name}" for name in OTHERS),
         ],
         env={**os.environ, "FUSEDRNN_ISA": "amx"},
         capture_output=True,

@@ -1,6 +1,9 @@
-"""Products of numbers rounded to bfloat16, on CPUs that have an instruction for them: against the
-reference in float64 with the operands of every product rounded, and nothing else.
+"""Products of numbers rounded to bfloat16, or of two such parts of each ("high"), on CPUs that have
+an instruction for them: against the reference in float64 with the operands of every product so, and
+nothing else.
 """
+
+from itertools import permutations
 
 import pytest
 import torch
@@ -26,25 +29,45 @@ SIZES = [
 ]
 
 
+def parts(x):
+    high = x.bfloat16().double()
+    return high, (x - high).bfloat16().double()
+
+
+def high(a, b):
+    (a_high, a_low), (b_high, b_low) = parts(a), parts(b)
+    return a_high @ b_high + a_high @ b_low + a_low @ b_high
+
+
+MULTIPLY = {"medium": lambda a, b: parts(a)[0] @ parts(b)[0], "high": high}
+# "high" is on CPUs with AMX; test_amx.py has it everywhere.
+PRECISIONS = ["medium"] + ["high"] * ops.SPLIT_PRODUCTS
+# float16's products, which its own numbers need to be exact, are those of "high".
+NARROW = [torch.bfloat16] + [torch.float16] * ops.SPLIT_PRODUCTS
+
+
 class RoundedProduct(torch.autograd.Function):
-    """a @ w.T, and both products of its backward pass, with operands rounded to bfloat16."""
+    """a @ w.T, and both products of its backward pass, by `multiply`."""
 
     @staticmethod
-    def forward(ctx, a, w):
-        a, w = a.bfloat16().double(), w.bfloat16().double()
+    def forward(ctx, multiply, a, w):
+        ctx.multiply = multiply
         ctx.save_for_backward(a, w)
-        return a @ w.T
+        return multiply(a, w.T)
 
     @staticmethod
     def backward(ctx, grad):
         a, w = ctx.saved_tensors
-        grad = grad.bfloat16().double()
-        return grad @ w, grad.flatten(0, -2).T @ a.flatten(0, -2)
+        of_weight = ctx.multiply(grad.flatten(0, -2).T, a.flatten(0, -2))
+        return None, ctx.multiply(grad, w), of_weight
 
 
-def rounded_linear(a, w, bias=None):
-    product = RoundedProduct.apply(a, w)
-    return product if bias is None else product + bias
+def rounded_linear(precision):
+    def linear(a, w, bias=None):
+        product = RoundedProduct.apply(MULTIPLY[precision], a, w)
+        return product if bias is None else product + bias
+
+    return linear
 
 
 def in_double(inputs):
@@ -64,8 +87,10 @@ def distance(a, b):
     return ((a.double() - b).norm() / max(1, b.numel()) ** 0.5).item()
 
 
-def check(monkeypatch, cell, size, options=None):
-    """float32 at "medium" is the rounded reference, far closer than to the exact one."""
+def check(monkeypatch, cell, size, precision, options=None):
+    """float32 at "medium" is the rounded reference, far closer than to the exact one. At "high" it
+    is as close to the exact one as the rounded reference is, but for a 2^-15th.
+    """
     inputs = layer_inputs(cell, *size, torch.float32)
     if options is not None and options.batch_sizes is not None:
         inputs = (inputs[0].detach().flatten(0, 1).requires_grad_(), *inputs[1:])
@@ -75,33 +100,75 @@ def check(monkeypatch, cell, size, options=None):
     grads = [torch.randn_like(r) for r in reference.scan(cell, *doubles, *theirs)]
     exact_results, exact = run(reference.scan, cell, doubles, grads, *theirs)
     with monkeypatch.context() as patch:
-        patch.setattr(reference, "linear", rounded_linear)
+        patch.setattr(reference, "linear", rounded_linear(precision))
         rounded_results, rounded = run(reference.scan, cell, doubles, grads, *theirs)
-    with matmul_precision("medium"), ran("kernel_forward", "kernel_backward"):
-        results, found = run(functional.layer, cell, inputs, [g.float() for g in grads], options)
+    floats = [g.float() for g in grads]
+    with matmul_precision(precision), ran("kernel_forward", "kernel_backward"):
+        results, found = run(functional.layer, cell, inputs, floats, options)
     states = len(inputs[1])
     for i, (ours, model, right) in enumerate(
         zip((*results, *found), (*rounded_results, *rounded), (*exact_results, *exact), strict=True)
     ):
         # float32's roundings now and then turn a rounding to bfloat16 the other way.
         noise = 2e-6 * right.abs().max().item()
-        if i == len(results) + 1 and states:  # of h0: its last product is exact
+        if precision == "high":
+            noise = 2.0**-15 * right.abs().max().item()
+            assert distance(ours, right) <= 1.5 * distance(model, right) + noise, i
+        elif i == len(results) + 1 and states:  # of h0: its last product is exact
             assert distance(ours, right) <= 1.5 * distance(model, right) + noise
         else:
             assert distance(ours, model) <= 0.2 * distance(right, model) + noise, i
     # If those bounds could not tell the two apart, they would say nothing.
-    assert distance(exact_results[0], rounded_results[0]) > 1e-4
+    if precision == "medium":
+        assert distance(exact_results[0], rounded_results[0]) > 1e-4
+    assert not torch.equal(results[0], functional.layer(cell, *inputs, options)[0])
 
 
 @pytest.mark.parametrize("cell", LAYER_CELLS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_every_product_is_rounded_and_nothing_else(cell, size, monkeypatch):
-    check(monkeypatch, cell, size)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_product_is_rounded_and_nothing_else(cell, size, precision, monkeypatch):
+    check(monkeypatch, cell, size, precision)
+
+
+@pytest.mark.skipif(not ops.SPLIT_PRODUCTS, reason="no products of two parts here")
+@pytest.mark.parametrize("bias", [0.0, 1000.0])
+def test_three_products_for_one(bias):
+    """One number times one, of which low times low, a 2^-16th at most, is left out."""
+    torch.manual_seed(0)
+    x, w = torch.randn(4000, 1), torch.randn(5, 1)
+    state, zero = torch.zeros(1, 4000, 5), torch.zeros(5, 5)
+    with torch.no_grad(), matmul_precision("high"), ran("kernel_forward"):
+        biases = torch.full((5,), bias), None
+        found = functional.layer("rnn_relu", x[None], (state,), (w, zero, *biases))[0][0]
+    x, w = x.double(), w.double().T
+    expected = (high(x, w) + bias).relu()
+    # float32's own roundings, of the largest of what is added.
+    noise = 2.0**-22 * (expected.abs() + bias)
+    assert ((found - expected).abs() <= noise).all()
+    difference = (found - (x @ w + bias).relu()).abs()
+    assert (difference <= 2.0**-15 * (x @ w).abs() + noise).all()
+    if not bias:
+        assert (difference > 2 * noise).any()
+
+
+@pytest.mark.skipif(not ops.SPLIT_PRODUCTS, reason="no products of two parts here")
+def test_two_parts_of_numbers_that_are_not_finite():
+    inf, nan = float("inf"), float("nan")
+    # 1 and 0.5 have no low part: an infinity's high one times that would be NaN.
+    numbers = torch.tensor([1, 0.5, 1.001, -1, inf, -inf, nan, 3.3e38])
+    x, w = numbers[:, None].repeat(40, 1), numbers[:, None]
+    state, zero = torch.zeros(1, 320, 8), torch.zeros(8, 8)
+    with torch.no_grad(), matmul_precision("high"), ran("kernel_forward"):
+        found = functional.layer("rnn_relu", x[None], (state,), (w, zero, None, None))[0][0]
+    expected = (x * w.T).relu()
+    torch.testing.assert_close(found, expected, rtol=2.0**-15, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("cell", LAYER_CELLS)
 @pytest.mark.parametrize("packed", [False, True])
-def test_boundaries_and_sequences_of_several_lengths(cell, packed, monkeypatch):
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_boundaries_and_sequences_of_several_lengths(cell, packed, precision, monkeypatch):
     T, B, H = 24, 4, 33
     sizes = torch.full((T,), B)
     if packed:  # as many rows, some sequences shorter
@@ -120,24 +187,25 @@ def test_boundaries_and_sequences_of_several_lengths(cell, packed, monkeypatch):
             return x, inputs_of(cell, T, 6, I, H, D, dtype)[1], weights
 
         monkeypatch.setattr(f"{__name__}.layer_inputs", of_six)
-    check(monkeypatch, cell, size, options)
+    check(monkeypatch, cell, size, precision, options)
 
 
 @pytest.mark.parametrize("cell", LAYER_CELLS)
-def test_bfloat16_tensors_are_multiplied_as_they_are(cell):
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_narrow_tensors_are_multiplied_as_they_are(cell, dtype):
     for size in SIZES:
-        narrow = layer_inputs(cell, *size, torch.bfloat16)
+        narrow = layer_inputs(cell, *size, dtype)
         x, initial, weights = narrow
         wide = [t.detach().float().requires_grad_() for t in (x, *initial, *weights)]
         states = len(initial)
         wide = (wide[0], tuple(wide[1 : 1 + states]), tuple(wide[1 + states :]))
-        grads = [torch.randn(r.shape).bfloat16() for r in functional.layer(cell, *narrow)]
+        grads = [torch.randn(r.shape).to(dtype) for r in functional.layer(cell, *narrow)]
         with ran("kernel_forward", "kernel_backward"):
             results, found = run(functional.layer, cell, narrow, grads)
-        with matmul_precision("medium"):
+        with matmul_precision("medium" if dtype is torch.bfloat16 else "high"):
             expected = run(functional.layer, cell, wide, [g.float() for g in grads])
         for ours, right in zip((*results, *found), (*expected[0], *expected[1]), strict=True):
-            assert torch.equal(ours, right.bfloat16())
+            assert torch.equal(ours, right.to(dtype))
 
 
 # Too short for the weights to be laid out anew, but for the last one's.
@@ -155,7 +223,7 @@ def test_short_calls_of_bfloat16_tensors(cell, size, monkeypatch):
         results, found = run(functional.layer, cell, inputs, grads)
     doubled = [g.double() for g in grads]
     _, exact = run(reference.scan, cell, doubles, doubled)
-    monkeypatch.setattr(reference, "linear", rounded_linear)
+    monkeypatch.setattr(reference, "linear", rounded_linear("medium"))
     expected, rounded = run(reference.scan, cell, doubles, doubled)
     for i, (ours, model) in enumerate(zip((*results, *found), (*expected, *rounded), strict=True)):
         bound = 1.1 * distance(model.bfloat16(), model) + 1e-5 * model.abs().max().item()
@@ -166,9 +234,10 @@ def test_short_calls_of_bfloat16_tensors(cell, size, monkeypatch):
 
 @pytest.mark.parametrize("cell", LAYER_CELLS)
 @pytest.mark.parametrize("size", [(20, 33, 24, 40, 1), (20, 2, 130, 128, 2)], ids=str)
-def test_the_same_bits_on_any_number_of_threads(cell, size):
-    inputs = layer_inputs(cell, *size, torch.bfloat16)
-    grads = [torch.randn(r.shape).bfloat16() for r in functional.layer(cell, *inputs)]
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_the_same_bits_on_any_number_of_threads(cell, size, dtype):
+    inputs = layer_inputs(cell, *size, dtype)
+    grads = [torch.randn(r.shape).to(dtype) for r in functional.layer(cell, *inputs)]
     found = []
     for threads in (1, 2, 3, 5):
         with num_threads(threads):
@@ -193,9 +262,10 @@ def test_one_call_alone(cell):
 
 
 @pytest.mark.parametrize("cell", LAYER_CELLS)
-def test_gates_computed_again(cell):
-    inputs = layer_inputs(cell, 12, 5, 9, 33, 2, torch.bfloat16)
-    grads = [torch.randn(r.shape).bfloat16() for r in functional.layer(cell, *inputs)]
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_gates_computed_again(cell, dtype):
+    inputs = layer_inputs(cell, 12, 5, 9, 33, 2, dtype)
+    grads = [torch.randn(r.shape).to(dtype) for r in functional.layer(cell, *inputs)]
     results, kept = run(functional.layer, cell, inputs, grads)
     with ran("kernel_forward", "kernel_backward"):
         same, again = run(functional.layer, cell, inputs, grads, ops.Options(recompute=True))
@@ -219,15 +289,16 @@ class Precision:
 
 
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
-def test_only_medium_and_only_float32_is_rounded(cell):
+def test_what_a_precision_changes(cell):
     assert Precision(cell).changes("medium")
-    assert not Precision(cell).changes("high")
+    assert Precision(cell).changes("high") == ops.SPLIT_PRODUCTS
     assert not Precision(cell, torch.float64).changes("medium")
     assert not Precision(cell, torch.float16).changes("medium")
 
 
 def test_projections_are_not_rounded():
-    assert not Precision("LSTM", proj_size=16).changes("medium")
+    for precision in PRECISIONS:
+        assert not Precision("LSTM", proj_size=16).changes(precision)
 
 
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
@@ -264,13 +335,14 @@ def test_autocast_in_a_graph_has_the_same_products(cell):
 
 
 @pytest.mark.parametrize("cell", LAYER_CELLS)
-def test_short_calls_are_not_rounded_back_or_forth(cell):
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_short_calls_are_not_rounded_back_or_forth(cell, precision):
     inputs = layer_inputs(cell, 2, 3, 40, 64, 1, torch.float32)
     grads = [torch.randn_like(r) for r in functional.layer(cell, *inputs)]
     exact = run(functional.layer, cell, inputs, grads)
-    with matmul_precision("medium"):
-        medium = run(functional.layer, cell, inputs, grads)
-    for a, b in zip((*exact[0], *exact[1]), (*medium[0], *medium[1]), strict=True):
+    with matmul_precision(precision):
+        other = run(functional.layer, cell, inputs, grads)
+    for a, b in zip((*exact[0], *exact[1]), (*other[0], *other[1]), strict=True):
         assert torch.equal(a, b)
 
 
@@ -284,9 +356,10 @@ def test_gates_of_a_short_call_computed_again(cell):
         assert distance(a, b.double()) <= 1e-5 * b.abs().max()
 
 
-@pytest.mark.parametrize("forward", ["medium", "highest"])
-def test_backward_multiplies_as_forward_did(forward):
-    backward = {"medium": "highest", "highest": "medium"}[forward]
+@pytest.mark.parametrize(
+    ("forward", "backward"), [*permutations(["highest", *PRECISIONS], 2)], ids=str
+)
+def test_backward_multiplies_as_forward_did(forward, backward):
     inputs = layer_inputs("lstm", 20, 3, 9, 33, 1, torch.float32)
     leaves = [inputs[0], *inputs[1], *inputs[2]]
     found = []
@@ -297,6 +370,24 @@ def test_backward_multiplies_as_forward_did(forward):
             found.append(torch.autograd.grad(output.sum(), leaves, allow_unused=True))
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("steps", [1, 9])
+def test_each_product_of_backward(cell, precision, steps):
+    inputs = layer_inputs(cell, steps, 40, 40, 33, 1, torch.float32)
+    results, saved = ops.forward(cell, *inputs, True)
+    grads = tuple(map(torch.randn_like, results))
+    states = len(inputs[1])
+    needed = (True,) * (1 + states + 4)
+    exact, other = (
+        ops.backward(cell, *inputs, saved, grads, needed, None, 0, p)
+        for p in ("highest", precision)
+    )
+    same = [*map(torch.equal, exact, other)]
+    # input, states, weight_ih, weight_hh, biases. Of one step, grad_gates are no product's.
+    assert same == [False, *[steps == 1] * states, False, False, *[steps == 1] * 2]
 
 
 def test_an_output_that_is_not_finite():

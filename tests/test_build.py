@@ -120,7 +120,7 @@ def test_one_openmp_runtime_is_loaded():
     assert Path(runtimes[0]).name.startswith("libgomp")
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx", "amx_high"])
 def test_isa_files_offer_no_inline_function(isa):
     """A weak function there could be the copy that the linker keeps, on any CPU.
 

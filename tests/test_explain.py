@@ -96,8 +96,9 @@ def test_autocast(kind, low, monkeypatch):
         said, said_of_low = says(module, x), says(module.to(low), x.to(low))
         assert f" under autocast, results in {dtype}." in said
         products = low is torch.bfloat16 and ops.BF16_PRODUCTS
-        multiplied = "multiplied as bfloat16"
+        multiplied = ", numbers multiplied as "
         assert (multiplied if products and kind in LAYERS else ", float32 ") in said
+        products = products or (ops.SPLIT_PRODUCTS and kind in LAYERS)
         assert (multiplied if products else f", {str(low)[6:]} widened") in said_of_low
         assert ", float64." in says(module.double(), x.double())
         assert "several dtypes" in fusedrnn.explain(module, x)
@@ -169,24 +170,25 @@ def test_plans(shape, directions, words):
     assert words in fusedrnn.explain(module, torch.empty(shape))
 
 
-def test_a_precision_that_the_kernels_have():
-    module = build(modules, "LSTM", I, H)
-    x = torch.randn(T, B, I)
-    with matmul_precision("medium"):
-        if ops.BF16_PRODUCTS:
-            assert "multiplied as bfloat16" in says(module, x)
-            assert "few steps do not pay" in says(module, x[:1])
-            projected = build(modules, "LSTM", I, H, proj_size=2)
-            assert "'medium', but a layer with a projection" in says(projected, x)
-        else:
-            assert "'medium', but this CPU has no instruction" in says(module, x)
-        assert ", float64." in says(module.double(), x.double())
-
-
-def test_a_precision_that_no_kernel_serves_is_told():
+@pytest.mark.parametrize(
+    ("precision", "served", "words", "excuse"),
+    [
+        ("medium", ops.BF16_PRODUCTS, ", numbers multiplied as bfloat16", "this CPU has no"),
+        ("high", ops.SPLIT_PRODUCTS, "as two bfloat16 parts each", "products of that"),
+    ],
+    ids=["medium", "high"],
+)
+def test_a_precision(precision, served, words, excuse):
     module = build(modules, "LSTM", I, H)
     x = torch.randn(T, B, I)
     exact = module(x)[0]
-    with matmul_precision("high"):
-        assert "'high', but nothing less precise is faster" in says(module, x)
-        assert torch.equal(module(x)[0], exact)
+    with matmul_precision(precision):
+        assert torch.equal(module(x)[0], exact) == (not served)
+        if served:
+            assert words in says(module, x)
+            assert f"{precision!r}, but so few steps do not pay" in says(module, x[:1])
+            projected = build(modules, "LSTM", I, H, proj_size=2)
+            assert f"{precision!r}, but a layer with a projection" in says(projected, x)
+        else:
+            assert f"{precision!r}, but {excuse}" in says(module, x)
+        assert ", float64." in says(module.double(), x.double())

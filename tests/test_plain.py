@@ -74,7 +74,7 @@ def test_has_the_bits_of_the_long_way(kind, dtype, batch, hx, plain, monkeypatch
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("precision", ["highest", "medium"])
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 @pytest.mark.parametrize("batch", [1, 20])
 @pytest.mark.parametrize("kind", ["LSTM", "GRUCell"])
 def test_follows_the_matmul_precision(kind, batch, precision, plain, monkeypatch):

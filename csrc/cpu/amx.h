@@ -114,6 +114,40 @@ struct TilePairs : Pairs {
   }
 };
 
+// Numbers as sums of two bfloat16's, high and low, and a product of two as three: high high, high low
+// and low high. Left out, and rounded away in low, are 2^-15 of a product at most, if low is no
+// denormal. A product that overflows may be NaN.
+struct TileSplitPairs : TilePairs {
+  using Stored                     = float;
+  static constexpr int kGroupLanes = 3;
+
+  template <Factor kFactor, int kPart>
+  static FUSEDRNN_INLINE Vec<float> load(const float* row, int64_t n) {
+    return halves(part<kFactor, kPart>(load_up_to(row, n)),
+                  part<kFactor, kPart>(load_up_to(row + kLanes<float>, n - kLanes<float>)));
+  }
+  template <Factor kFactor, int kPart>
+  static FUSEDRNN_INLINE Vec<float> above_each_other(const float* a, const float* b, int n) {
+    return alternate(halves(part<kFactor, kPart>(fusedrnn::load(a, n)),
+                            part<kFactor, kPart>(b ? fusedrnn::load(b, n) : Vec<float>{})));
+  }
+
+ private:
+  // What is rounded to a factor's part: high, high, low of the first; high, low, high of the second.
+  // An infinity or NaN is in the first part alone: with the other's low 0 it would make a NaN.
+  template <Factor kFactor, int kPart>
+  static FUSEDRNN_INLINE Vec<float> part(Vec<float> x) {
+    if constexpr (kPart == 0) return x;
+    typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+    const auto high           = (Halves)_mm512_cvtneps_pbh((__m512)x);
+    const Vec<float> low      = x - from_bits(__builtin_convertvector(high, Bits32) << 16);
+    constexpr int kNotFinite  = 0x99;
+    const __mmask16 is_finite = _mm512_knot(_mm512_fpclass_ps_mask((__m512)low, kNotFinite));
+    constexpr bool kLow       = kPart == (kFactor == kFirst ? 2 : 1);
+    return (Vec<float>)_mm512_maskz_mov_ps(is_finite, (__m512)(kLow ? low : x));
+  }
+};
+
 }  // namespace
 }  // namespace fusedrnn
 

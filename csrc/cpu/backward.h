@@ -16,7 +16,7 @@ constexpr bool kShareGates = Cell::kGates == Cell::kGradGates;
 // How a backward call lays out a direction's scratch.
 template <class Cell, class T, class Terms>
 struct BackwardLayout {
-  static constexpr bool kConverts = Terms::kInLane > 1;
+  static constexpr bool kConverts = Terms::kGroup > 1;
 
   // Elements. Where products take other than numbers, and where it pays to copy these, with one row's
   // number above the next one's (first: on cache lines):
@@ -114,7 +114,7 @@ void gates_to_terms(const Part& part, int64_t H, const T* gates, int64_t stride,
   const int64_t gate_lanes = lanes<Terms>(H);
   for (int g = 0; g < G; ++g) {
     to_terms<Terms>(gates + part.row_begin * stride + g * H + part.column, stride,
-                    to + (part.row_begin * G + g) * gate_lanes + part.column / Terms::kInLane,
+                    to + (part.row_begin * G + g) * gate_lanes + lanes<Terms>(part.column),
                     G * gate_lanes, part.row_end - part.row_begin, part.columns);
   }
 }
@@ -369,10 +369,11 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   // Once grad_gates and h_prev are whole, each thread takes some rows of every gradient.
   direction_barrier.wait();
   if (layout.input_weight || layout.input_strips || layout.h_strips) {
-    // convert(first, end, lane) for this thread's part of so many rows.
+    // convert(first, count, lane) for this thread's part of so many rows.
     const auto share = [&](int64_t all, const auto& convert) {
-      const int64_t lane = mine(lanes<Terms>(all)), first = lane * Terms::kInLane;
-      convert(first, min64(all, next(lanes<Terms>(all)) * Terms::kInLane) - first, lane);
+      const int64_t first = mine(groups<Terms>(all)) * Terms::kGroup;
+      const int64_t end   = min64(all, next(groups<Terms>(all)) * Terms::kGroup);
+      convert(first, end - first, lanes<Terms>(first));
     };
     const auto to_own_strips = [&](const auto* from, int64_t columns, T* to) {
       share(rows, [&](int64_t first, int64_t count, int64_t lane) {
@@ -387,9 +388,9 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     for (int g = 0; layout.input_weight && a.grad_input[d] && g < G; ++g) {
       as_stored<Terms>(a.weight_ih[d], a.weight_ih_bf16[d], [&](const auto* weight) {
         share(H, [&](int64_t first, int64_t count, int64_t lane) {
-          to_columns_of_terms<Terms>(weight + (g * H + first) * a.I, a.I,
-                                     input_weight + (g * lanes<Terms>(H) + lane) * a.I, a.I, count,
-                                     a.I);
+          to_columns_of_terms<Terms, kSecond>(weight + (g * H + first) * a.I, a.I,
+                                              input_weight + (g * lanes<Terms>(H) + lane) * a.I,
+                                              a.I, count, a.I);
         });
       });
     }
@@ -426,14 +427,14 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     }
     T* const out = a.grad_h0 + d * s.B * P;
     // The row blocks from kRecurrentRow on belong to the first columns, the ones before to the rest.
-    constexpr int kFirst = G - Cell::kRecurrentRow;
+    constexpr int kAfter = G - Cell::kRecurrentRow;
     const T* const w     = a.weight_hh[d];
     const auto after     = in_rows(w + Cell::kRecurrentRow * H * P, P);
-    ProductStep<T> part{kFirst * H, initial_gates, E * H, 1, after, out, P, false};
+    ProductStep<T> part{kAfter * H, initial_gates, E * H, 1, after, out, P, false};
     matrix_product<T>(part, B_begin, B_end);
     if (Cell::kRecurrentRow) {
       part.K          = Cell::kRecurrentRow * H;
-      part.a          = initial_gates + kFirst * H;
+      part.a          = initial_gates + kAfter * H;
       part.b          = in_rows(w, P);
       part.accumulate = true;
       matrix_product<T>(part, B_begin, B_end);

@@ -23,15 +23,17 @@ struct Isa {
 };
 
 #if defined(FUSEDRNN_X86)
-// avx512's, and products of bfloat16 numbers.
-Kernels with_products(const char* isa, const KernelsOf<float>& bf16_products) {
-  Kernels all       = kernels_avx512();
-  all.isa           = isa;
-  all.bf16_products = &bf16_products;
+// avx512's, and less precise products.
+Kernels with_products(const char* isa, const KernelsOf<float>* high,
+                      const KernelsOf<float>* medium) {
+  Kernels all      = kernels_avx512();
+  all.isa          = isa;
+  all.f32[kHigh]   = high;
+  all.f32[kMedium] = medium;
   return all;
 }
 const Kernels& avx512_bf16() {
-  static const Kernels kernels = with_products("avx512_bf16", kernels_avx512_bf16());
+  static const Kernels kernels = with_products("avx512_bf16", nullptr, &kernels_avx512_bf16());
   return kernels;
 }
 #endif
@@ -53,7 +55,7 @@ const Kernels& amx() {
           "FUSEDRNN_ISA=amx: Linux refuses this process the use of AMX's tiles. Unset FUSEDRNN_ISA "
           "to get the best kernels that do without.");
     }
-    return with_products("amx", kernels_amx());
+    return with_products("amx", &kernels_amx_high(), &kernels_amx());
   }();
   return kernels;
 }

@@ -11,6 +11,7 @@ const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
 const KernelsOf<float>& kernels_avx512_bf16();
 const KernelsOf<float>& kernels_amx();
+const KernelsOf<float>& kernels_amx_high();
 #endif
 
 // The kernels of the best ISA that this CPU has, or of the one that `name` asks for; throws

@@ -13,7 +13,8 @@ namespace {
 // steps is projected just before they run, so that gates_x is still in the cache when they read it.
 template <class Cell, class T, class Terms>
 struct ForwardLayout {
-  static constexpr bool kConverts = Terms::kInLane > 1;
+  static constexpr bool kConverts  = Terms::kGroup > 1;
+  static constexpr bool kReadsBf16 = !std::is_same<typename Terms::Stored, T>::value;
 
   int64_t recurrent   = 0;  // elements: packed weight_hh,
   int64_t input       = 0;  // packed weight_ih,
@@ -39,7 +40,7 @@ struct ForwardLayout {
     const int64_t rows  = rows_before(s, s.T);
     const auto round_up = [](int64_t elements) { return (elements + 15) / 16 * 16; };
     if (!all_alike(s)) started = round_up(2 * s.B * a.P);
-    stored               = kConverts && a.weight_hh_bf16[0];
+    stored               = kReadsBf16 && a.weight_hh_bf16[0];
     const int64_t passes = s.T * ((s.B + kUnpackedRows - 1) / kUnpackedRows);
     weight_bytes         = Cell::kGates * a.H * (a.I + a.P) *
                            int64_t(stored ? sizeof(typename Terms::Stored) : sizeof(T));
@@ -191,9 +192,8 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
     T* const terms  = h_terms + i % 2 * s.B * step.K;
     const Part part = part_of_h(count);
     to_terms<Terms>(step.h_prev + part.row_begin * step.h_prev_stride + part.column,
-                    step.h_prev_stride,
-                    terms + part.row_begin * step.K + part.column / Terms::kInLane, step.K,
-                    part.row_end - part.row_begin, part.columns);
+                    step.h_prev_stride, terms + part.row_begin * step.K + lanes<Terms>(part.column),
+                    step.K, part.row_end - part.row_begin, part.columns);
     step.h_prev        = terms;
     step.h_prev_stride = step.K;
     return false;
@@ -317,7 +317,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
       run_tiles<ForwardTiles<Cell, T, Terms>>(step, row_begin, row_end, shard.block_begin,
                                               shard.block_end, i % 2 == 1);
     } else if (layout.stored) {
-      if constexpr (layout.kConverts) {
+      if constexpr (layout.kReadsBf16) {
         run_short(Terms{}, i, a.input_bf16, a.weight_ih_bf16[d], a.weight_hh_bf16[d], row_begin,
                   row_end);
       }

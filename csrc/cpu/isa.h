@@ -1,6 +1,6 @@
 // The body of every isa_*.cpp: the whole of the CPU kernels under that file's compiler flags, and
-// one function that hands them out; where the flags have AVX512-BF16 or AMX, those of its products alone.
-// Define FUSEDRNN_ISA_NAME (avx2, ...) before including it.
+// one function that hands them out; with FUSEDRNN_TERMS those of its products alone. Define
+// FUSEDRNN_ISA_NAME (avx2, ...) before including it, and FUSEDRNN_TERMS (Pairs, ...) if not all.
 //
 // Rules for what this includes: only our headers, <c*> headers and intrinsics; everything in an
 // unnamed namespace; no STL containers, no torch, no exceptions. An inline function of anybody
@@ -40,24 +40,19 @@ constexpr KernelsOf<T> kernels_of() {
 
 }  // namespace
 
-#if defined(__AVX512BF16__)
+#if defined(FUSEDRNN_TERMS)
 const KernelsOf<float>& FUSEDRNN_KERNELS(FUSEDRNN_ISA_NAME)() {
-#if defined(__AMX_BF16__)
-  using Terms = TilePairs;
-#else
-  using Terms = Pairs;
-#endif
-  static constexpr KernelsOf<float> kernels = kernels_of<float, Terms>();
+  static constexpr KernelsOf<float> kernels = kernels_of<float, FUSEDRNN_TERMS>();
   return kernels;
 }
 #else
 const Kernels& FUSEDRNN_KERNELS(FUSEDRNN_ISA_NAME)() {
-  static constexpr Kernels kernels = {FUSEDRNN_NAME_STRING(FUSEDRNN_ISA_NAME),
-                                      kernels_of<float>(),
-                                      kernels_of<double>(),
-                                      nullptr,
-                                      widen,
-                                      narrow};
+  static constexpr KernelsOf<float> f32 = kernels_of<float>();
+  static constexpr Kernels kernels      = {FUSEDRNN_NAME_STRING(FUSEDRNN_ISA_NAME),
+                                           {&f32, nullptr, nullptr},
+                                           kernels_of<double>(),
+                                           widen,
+                                           narrow};
   return kernels;
 }
 #endif

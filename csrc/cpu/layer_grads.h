@@ -11,8 +11,10 @@ namespace fusedrnn {
 namespace {
 
 // Terms of one partial sum here: so many rows of 256 bytes (b's under a tile) stay in L1 while all
-// tiles of a column pass over them.
+// tiles of a column pass over them; rounded down to whole blocks of to_turned_columns_of_terms.
 constexpr int64_t kPartialRows = 128;
+template <class Terms, class T>
+constexpr int64_t kPartialLanes = kPartialRows - kPartialRows % (kLanes<T> * Terms::kGroupLanes);
 
 // Panels that lie side by side whatever the layout of a product's second factor is; no tile of fewer
 // begins in the midst of them and ends behind them, since panels are taken from the first on.
@@ -46,8 +48,8 @@ constexpr int64_t strips_size(int64_t K, int64_t columns) {
 template <class Terms, class From, class T>
 void to_strips(const From* from, int64_t rows, int64_t columns, T* to, int64_t first, int64_t K) {
   for (int64_t n = 0; n < columns; n += kStrip<T>) {
-    to_columns_of_terms<Terms>(from + n, columns, to + (n * K + first * kStrip<T>), kStrip<T>, rows,
-                               min64(columns - n, kStrip<T>));
+    to_columns_of_terms<Terms, kSecond>(from + n, columns, to + (n * K + first * kStrip<T>),
+                                        kStrip<T>, rows, min64(columns - n, kStrip<T>));
   }
 }
 
@@ -142,9 +144,9 @@ void matrix_product(const ProductStep<T>& s, int64_t begin, int64_t end, const P
   }
   for (int64_t m = begin; m < end; m += kBlockRows) {
     const int64_t rows = min64(end - m, kBlockRows);
-    for (int64_t k = 0; k < s.K; k += kPartialRows) {
+    for (int64_t k = 0; k < s.K; k += kPartialLanes<Terms, T>) {
       ProductStep<T> part  = s;
-      part.K               = min64(s.K - k, kPartialRows);
+      part.K               = min64(s.K - k, kPartialLanes<Terms, T>);
       part.a              += m * s.a_stride_m + k * s.a_stride_k;
       part.b.data         += k * s.b.stride;
       part.out            += m * s.columns;
@@ -175,19 +177,21 @@ constexpr int64_t kCopiedPart = kBlockRows * kPartialRows;
 template <class T, class Terms>
 void columns_product(const T* a, int64_t a_stride, int64_t count, const Columns<T>& b, T* out,
                      int64_t columns, T* copy, int64_t begin, int64_t end) {
+  constexpr bool kTurned = Terms::kTileRows > 0;
   matrix_product<T, Terms>(
-      {lanes<Terms>(count), a, 1, a_stride * Terms::kInLane, b, out, columns, false}, begin, end,
+      {lanes<Terms>(count), a, 1, 0, b, out, columns, false}, begin, end,
       [&](ProductStep<T>& part, int64_t rows, int64_t k) {
-        const int64_t some = min64(count - k * Terms::kInLane, part.K * Terms::kInLane);
-        if constexpr (Terms::kTileRows > 0) {
-          to_turned_columns_of_terms<Terms>(part.a, a_stride, copy, kPartialRows, some, rows);
-          part.a_stride_m = kPartialRows;
-          part.a_stride_k = 1;
+        const auto numbers  = [](int64_t k) { return k / Terms::kGroupLanes * Terms::kGroup; };
+        const T* const from = part.a + numbers(k) * a_stride;
+        const int64_t some  = min64(count - numbers(k), numbers(part.K));
+        if constexpr (kTurned) {
+          to_turned_columns_of_terms<Terms>(from, a_stride, copy, kPartialRows, some, rows);
         } else {
-          to_columns_of_terms<Terms>(part.a, a_stride, copy, kBlockRows, some, rows);
-          part.a_stride_k = kBlockRows;
+          to_columns_of_terms<Terms, kFirst>(from, a_stride, copy, kBlockRows, some, rows);
         }
-        part.a = copy;
+        part.a          = copy;
+        part.a_stride_m = kTurned ? kPartialRows : 1;
+        part.a_stride_k = kTurned ? 1 : kBlockRows;
       });
 }
 

@@ -5,7 +5,7 @@
 //   backward  [P/V] x {                       [K] rows of    [V] }
 //
 // for weights [G*H, K], K = I or P, and [K, P], K = G*H; of weight_hr, [P, H] and [P, H], with G = 1.
-// Pairs of terms (vec.h) share a lane: then there are half as many rows.
+// Where a group of numbers takes fewer or more lanes (vec.h), there are lanes(K) rows of terms.
 //
 // Units beyond H are zero. Not a cache: a packed copy lives as long as the call (weights change in
 // ways that no version counter shows), unless the caller keeps it (ForwardArgs::panels).
@@ -51,59 +51,87 @@ constexpr int64_t forward_panel_size(int64_t K) {
 // read(array), of bfloat16's bits if that is how it is stored: then there are no numbers.
 template <class Terms, class T, class Read>
 FUSEDRNN_INLINE void as_stored(const T* numbers, const uint16_t* bf16, const Read& read) {
-  if constexpr (Terms::kInLane > 1) {
+  if constexpr (!std::is_same<typename Terms::Stored, T>::value) {
     if (bf16) return read(bf16);
   }
   read(numbers);
 }
 
-// Rows of `columns` numbers to rows of terms, lanes of them; `to` begins where `from` does.
+// The lanes of N vectors in turns.
+template <class T, int N, int... Is>
+FUSEDRNN_INLINE void in_turns(Vec<T> (&v)[N], std::integer_sequence<int, Is...>) {
+  static_assert(N == 1 || N == 3);
+  if constexpr (N == 3) {
+    constexpr int V   = kLanes<T>;
+    const Vec<T> a[N] = {v[0], v[1], v[2]};
+    unroll<N>([&](auto i) FUSEDRNN_LAMBDA {
+      constexpr int at   = i * V;
+      const Vec<T> of_01 = __builtin_shufflevector(
+          a[0], a[1], ((at + Is) % N == 1 ? V + (at + Is) / N : (at + Is) / N)...);
+      v[i] = __builtin_shufflevector(of_01, a[2], ((at + Is) % N == 2 ? V + (at + Is) / N : Is)...);
+    });
+  }
+}
+
+// Rows of `columns` numbers to rows of a first factor's terms; `to` begins where `from` does.
 template <class Terms, class From, class T>
 void to_terms(const From* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows,
               int64_t columns) {
-  constexpr int V = kLanes<T>;
+  constexpr int V = kLanes<T>, kParts = Terms::kGroupLanes;
   for (int64_t row = 0; row < rows; ++row, from += from_stride, to += to_stride) {
-    const int64_t row_lanes = lanes<Terms>(columns);
-    for (int64_t k = 0; k < row_lanes; k += V) {
-      const int64_t at = k * Terms::kInLane;
-      store(to + k, Terms::load(from + at, columns - at),
-            int(row_lanes - k < V ? row_lanes - k : V));
+    for (int64_t at = 0; at < columns; at += V * Terms::kGroup) {
+      Vec<T> terms[kParts];
+      unroll<kParts>([&](auto part) FUSEDRNN_LAMBDA {
+        terms[part] = Terms::template load<kFirst, part>(from + at, columns - at);
+      });
+      in_turns<T>(terms, std::make_integer_sequence<int, V>{});
+      T* const out       = to + lanes<Terms>(at);
+      const int64_t left = lanes<Terms>(columns - at);
+      unroll<kParts>([&](auto i) FUSEDRNN_LAMBDA {
+        const int64_t n = left - i * V;
+        if (i == 0 || n > 0) store(out + i * V, terms[i], int(n < V ? n : V));
+      });
     }
   }
 }
 
-// Columns of terms: a row of `to` [lanes, columns] has those of as many rows of `from` as a lane holds,
-// of `rows` in all.
-template <class Terms, class From, class T>
+// Columns of a factor's terms: of `rows` rows of `from`, each group gives kGroupLanes rows of `to`
+// [lanes, columns].
+template <class Terms, Factor kFactor, class From, class T>
 void to_columns_of_terms(const From* from, int64_t from_stride, T* to, int64_t to_stride,
                          int64_t rows, int64_t columns) {
   constexpr int V = kLanes<T>;
-  for (int64_t row = 0; row < rows; row += Terms::kInLane, to += to_stride) {
+  for (int64_t row = 0; row < rows; row += Terms::kGroup) {
     const From* const a = from + row * from_stride;
     const From* const b = row + 1 < rows ? a + from_stride : nullptr;
-    for (int64_t j = 0; j < columns; j += V) {
-      const int n = int(columns - j < V ? columns - j : V);
-      store(to + j, Terms::above_each_other(a + j, b ? b + j : nullptr, n), n);
-    }
+    unroll<Terms::kGroupLanes>([&](auto part) FUSEDRNN_LAMBDA {
+      for (int64_t j = 0; j < columns; j += V) {
+        const int n = int(columns - j < V ? columns - j : V);
+        store(to + j,
+              Terms::template above_each_other<kFactor, part>(a + j, b ? b + j : nullptr, n), n);
+      }
+      to += to_stride;
+    });
   }
 }
 
-// The same turned: row m of `to` [columns, lanes], whole vectors, has the terms of column m.
+// A first factor's turned: row m of `to` [columns, lanes], whole vectors, has the terms of column m.
 template <class Terms, class From, class T>
 void to_turned_columns_of_terms(const From* from, int64_t from_stride, T* to, int64_t to_stride,
                                 int64_t rows, int64_t columns) {
-  constexpr int V         = kLanes<T>;
-  constexpr int64_t kRows = V * Terms::kInLane;
+  constexpr int V = kLanes<T>, kParts = Terms::kGroupLanes;
+  constexpr int64_t kRows = V * Terms::kGroup;
   for (int64_t row = 0; row < rows; row += kRows) {
     const int64_t some_rows = rows - row < kRows ? rows - row : kRows;
     for (int64_t m = 0; m < columns; m += V) {
       const int64_t some_columns = columns - m < V ? columns - m : V;
-      Vec<T> block[V]            = {};
-      to_columns_of_terms<Terms>(from + row * from_stride + m, from_stride,
-                                 reinterpret_cast<T*>(block), V, some_rows, some_columns);
-      transpose<T>(block);
-      for (int64_t j = 0; j < some_columns; ++j) {
-        store(to + (m + j) * to_stride + row / Terms::kInLane, block[j]);
+      Vec<T> block[kParts][V]    = {};
+      to_columns_of_terms<Terms, kFirst>(from + row * from_stride + m, from_stride,
+                                         reinterpret_cast<T*>(block), V, some_rows, some_columns);
+      for (int i = 0; i < kParts; ++i) {
+        transpose<T>(block[i]);
+        T* const out = to + m * to_stride + lanes<Terms>(row) + i * V;
+        for (int64_t j = 0; j < some_columns; ++j) store(out + j * to_stride, block[i][j]);
       }
     }
   }
@@ -120,17 +148,20 @@ void pack_forward(T* panels, const From* weight, const T* bias, int64_t H, int64
     for (int g = 0; g < G; ++g) {
       const int64_t row = g * H + block * V;
       store(panel + g * V, bias ? load(bias + row, units) : Vec<T>{});
-      for (int64_t k = 0; k < lanes<Terms>(K); k += V) {
-        const int64_t first = k * Terms::kInLane;
-        const int columns   = int(lanes<Terms>(K) - k < V ? lanes<Terms>(K) - k : V);
-        Vec<T> tile[V];
-        unroll<V>([&](auto u) FUSEDRNN_LAMBDA {
-          tile[u] = u < units ? Terms::load(weight + (row + u) * K + first, K - first) : Vec<T>{};
-        });
-        transpose<T>(tile);
-        T* out = panel + ((k + 1) * G + g) * V;
-        unroll<V>([&](auto j) FUSEDRNN_LAMBDA {
-          if (j < columns) store(out + j * G * V, tile[j]);
+      for (int64_t k = 0; k < K; k += V * Terms::kGroup) {
+        const int64_t columns = groups<Terms>(K - k);
+        unroll<Terms::kGroupLanes>([&](auto part) FUSEDRNN_LAMBDA {
+          Vec<T> tile[V];
+          unroll<V>([&](auto u) FUSEDRNN_LAMBDA {
+            tile[u] = u < units
+                          ? Terms::template load<kSecond, part>(weight + (row + u) * K + k, K - k)
+                          : Vec<T>{};
+          });
+          transpose<T>(tile);
+          T* const out = panel + ((lanes<Terms>(k) + part + 1) * G + g) * V;
+          unroll<V>([&](auto j) FUSEDRNN_LAMBDA {
+            if (j < columns) store(out + j * Terms::kGroupLanes * G * V, tile[j]);
+          });
         });
       }
     }
@@ -138,7 +169,7 @@ void pack_forward(T* panels, const From* weight, const T* bias, int64_t H, int64
 }
 
 // The same for the backward product, from weight [G*H, columns]. Its row blocks begin with
-// Cell::kRecurrentRow, in the order of grad_gates (sequence.h); a lane's terms are of one block.
+// Cell::kRecurrentRow, in the order of grad_gates (sequence.h); a group is of one block.
 template <class Cell, class T, class Terms = Numbers<T>, class From = T>
 void pack_backward(T* panels, const From* weight, int64_t H, int64_t columns, int64_t begin,
                    int64_t end) {
@@ -148,8 +179,12 @@ void pack_backward(T* panels, const From* weight, int64_t H, int64_t columns, in
     const int left = int(columns - block * V < V ? columns - block * V : V);
     for (int g = 0; g < G; ++g) {
       const From* in = weight + (g + Cell::kRecurrentRow) % G * H * columns + block * V;
-      for (int64_t k = 0; k < H; k += Terms::kInLane, in += Terms::kInLane * columns, out += V) {
-        store(out, Terms::above_each_other(in, k + 1 < H ? in + columns : nullptr, left));
+      for (int64_t k = 0; k < H; k += Terms::kGroup, in += Terms::kGroup * columns) {
+        const From* const below = k + 1 < H ? in + columns : nullptr;
+        unroll<Terms::kGroupLanes>([&](auto part) FUSEDRNN_LAMBDA {
+          store(out, Terms::template above_each_other<kSecond, part>(in, below, left));
+          out += V;
+        });
       }
     }
   }

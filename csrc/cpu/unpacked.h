@@ -35,10 +35,10 @@ void affine_unpacked(Vec<T> (&out)[M], const typename Terms::Stored* a, int64_t 
   // One row's product waits for its weights: the caches deliver runs of lines faster, float32's of an
   // LSTM cell from L2 in 0.83 to 1.0 of the time of single lines of 8 weight rows, by where they lie
   // (Zen 5, H=128). bfloat16's rows are short for that: 0.97 to 1.16.
-  constexpr bool kRuns       = M == 1 && Terms::kInLane == 1;
+  constexpr bool kRuns       = M == 1 && Terms::kGroup == 1;
   constexpr int kRows        = kRuns ? V : M == 1 ? 8 : 4;  // of weights: to hide latency
   constexpr int U            = V < kRows ? V : kRows;
-  constexpr int64_t kNumbers = V * Terms::kInLane;
+  constexpr int64_t kNumbers = V * Terms::kGroup;
   Vec<T> sums[M][V];
   unroll<V / U>([&](auto part) FUSEDRNN_LAMBDA {
     const typename Terms::Stored* rows[U];
@@ -98,7 +98,7 @@ void unpacked_tile(const UnpackedStep<T, Terms>& s, int64_t row, int64_t block) 
   const int64_t unit = block * kLanes<T>;
   const int units    = lanes_of<T>(H, unit);
   // Its rows are of lanes.
-  const int64_t h_stride = s.step.h_prev_stride * Terms::kInLane;
+  const int64_t h_stride = s.step.h_prev_stride * Terms::kGroup;
   const auto* const h =
       reinterpret_cast<const typename Terms::Stored*>(s.step.h_prev) + row * h_stride;
   Vec<T> gates_x[G][M], gates_h[G][M];

@@ -205,20 +205,26 @@ FUSEDRNN_INLINE Vec<double> from_bits(Bits64 v) { return (Vec<double>)v; }
 
 // What a lane of a product's operands holds: a number, or two numbers rounded to bfloat16, next to
 // each other in their sum. The same tiles multiply either; only how operands are laid out differs.
-// A row of n numbers has lanes(n) lanes; load(row, n) are the first V of them, zeros behind the n-th
-// number; above_each_other(a, b, n) are the terms of n columns in the row a and the one below it.
+// A group of kGroup numbers takes kGroupLanes lanes, its parts, which may differ between a product's
+// factors; a row of n numbers has lanes(n). load(row, n) is a part of the first V groups, zeros behind
+// the n-th number; above_each_other(a, b, n) is one of n columns in the row a and the one below it.
 // An array of Stored is read without a conversion. kTileRows: of a register tile, where registers for
 // it are not vectors (amx.h). A Scope lives in each thread while it works.
+enum Factor { kFirst, kSecond };
+
 template <class T>
 struct Numbers {
-  using Stored                   = T;
-  static constexpr int kInLane   = 1;
-  static constexpr int kTileRows = 0;
+  using Stored                     = T;
+  static constexpr int kGroup      = 1;
+  static constexpr int kGroupLanes = 1;
+  static constexpr int kTileRows   = 0;
   struct Scope {};
   static FUSEDRNN_INLINE Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) { return fma(a, b, c); }
+  template <Factor = kFirst, int = 0>
   static FUSEDRNN_INLINE Vec<T> load(const T* row, int64_t n) {
     return fusedrnn::load(row, int(n < kLanes<T> ? n : kLanes<T>));
   }
+  template <Factor = kFirst, int = 0>
   static FUSEDRNN_INLINE Vec<T> above_each_other(const T* a, const T*, int n) {
     return fusedrnn::load(a, n);
   }
@@ -226,41 +232,46 @@ struct Numbers {
 
 #if defined(__AVX512BF16__)
 struct Pairs {
-  using Stored                   = uint16_t;  // a bfloat16's bits
-  static constexpr int kInLane   = 2;
-  static constexpr int kTileRows = 0;
+  using Stored                     = uint16_t;  // a bfloat16's bits
+  static constexpr int kGroup      = 2;
+  static constexpr int kGroupLanes = 1;
+  static constexpr int kTileRows   = 0;
   struct Scope {};
   static FUSEDRNN_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
   }
+  template <Factor = kFirst, int = 0>
   static FUSEDRNN_INLINE Vec<float> load(const float* row, int64_t n) {
     return halves(load_up_to(row, n), load_up_to(row + kLanes<float>, n - kLanes<float>));
   }
+  template <Factor = kFirst, int = 0>
   static FUSEDRNN_INLINE Vec<float> load(const uint16_t* row, int64_t n) {
     const auto mask = n < 32 ? __mmask32((1u << n) - 1) : ~__mmask32(0);
     return (Vec<float>)_mm512_maskz_loadu_epi16(mask, row);
   }
+  template <Factor = kFirst, int = 0>
   static FUSEDRNN_INLINE Vec<float> above_each_other(const float* a, const float* b, int n) {
-    const Vec<float> high = b ? fusedrnn::load(b, n) : Vec<float>{};
-    return alternate(halves(fusedrnn::load(a, n), high), std::make_integer_sequence<int, 32>{});
+    return alternate(halves(fusedrnn::load(a, n), b ? fusedrnn::load(b, n) : Vec<float>{}));
   }
+  template <Factor = kFirst, int = 0>
   static FUSEDRNN_INLINE Vec<float> above_each_other(const uint16_t* a, const uint16_t* b, int n) {
     const auto mask    = __mmask16((1u << n) - 1);
     const __m256i low  = _mm256_maskz_loadu_epi16(mask, a);
     const __m256i high = b ? _mm256_maskz_loadu_epi16(mask, b) : __m256i{};
-    return alternate((Vec<float>)__builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7),
-                     std::make_integer_sequence<int, 32>{});
+    return alternate((Vec<float>)__builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7));
   }
 
- private:
+ protected:
   static FUSEDRNN_INLINE Vec<float> halves(Vec<float> low, Vec<float> high) {
     return (Vec<float>)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
   }
   // The 16 numbers of the first half in turns with those of the second.
+  static FUSEDRNN_INLINE Vec<float> alternate(Vec<float> v) {
+    return alternate((Vec<int16_t>)v, std::make_integer_sequence<int, 32>{});
+  }
   template <int... Is>
-  static FUSEDRNN_INLINE Vec<float> alternate(Vec<float> v, std::integer_sequence<int, Is...>) {
-    const Vec<int16_t> words = (Vec<int16_t>)v;
-    return (Vec<float>)__builtin_shufflevector(words, words, (Is % 2 * 16 + Is / 2)...);
+  static FUSEDRNN_INLINE Vec<float> alternate(Vec<int16_t> v, std::integer_sequence<int, Is...>) {
+    return (Vec<float>)__builtin_shufflevector(v, v, (Is % 2 * 16 + Is / 2)...);
   }
   static FUSEDRNN_INLINE Vec<float> load_up_to(const float* p, int64_t n) {
     return n <= 0 ? Vec<float>{} : fusedrnn::load(p, int(n < kLanes<float> ? n : kLanes<float>));
@@ -269,8 +280,12 @@ struct Pairs {
 #endif
 
 template <class Terms>
+FUSEDRNN_INLINE int64_t groups(int64_t n) {
+  return (n + Terms::kGroup - 1) / Terms::kGroup;
+}
+template <class Terms>
 FUSEDRNN_INLINE int64_t lanes(int64_t n) {
-  return (n + Terms::kInLane - 1) / Terms::kInLane;
+  return groups<Terms>(n) * Terms::kGroupLanes;
 }
 
 // Denormal operands and results count as zero while this lives, in this thread: a state that decays
