@@ -53,6 +53,15 @@ KEY = ("cell", "dtype", "batch", "steps", "size", "threads", "mode")  # what tel
 NOISE_ROUNDS = 21
 NOISE_BOUND = 0.03  # of the ratio of a call to itself; on an idle machine its quartiles are nearer
 OTHERS_BOUND = 0.05  # of the time of all CPUs
+# Environment variables that leave a library fewer instructions or kernels than the machine has.
+LIMITING = (
+    "FUSEDRNN_ISA",
+    "FUSEDRNN_KERNEL",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+)
 LOOP_MS = 200.0  # where a call of torch.nn takes longer, the Python loop is left out
 
 Shape = tuple[int, int, int]  # B, T, H; and I = H
@@ -190,6 +199,7 @@ def environment(threads: Sequence[int]) -> dict[str, Any]:
         "cpu": common.cpu_model(),
         "cores": common.cores(),
         "isa": fusedrnn.isa(),
+        "limited": {name: os.environ[name] for name in LIMITING if name in os.environ},
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": list(threads),
         "torch": torch.__version__,
@@ -586,6 +596,9 @@ def start_lines(content: dict[str, Any]) -> list[str]:
         f"- commit {machine['commit']}; {machine['date']}, load average at the start "
         f"{machine['load_average']}",
     ]
+    if limited := machine.get("limited"):
+        settings = ", ".join(f"{name}={value}" for name, value in limited.items())
+        lines.append(f"- limited by the environment: {settings}")
     lines += [f"- missing: {name}: {why}" for name, why in content["missing"].items()]
     for count, limit in content["limits"].items():
         gemm = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in limit["gemm"].items())

@@ -99,6 +99,18 @@ def test_run_describes_the_machine(finished):
     assert finished[1]["noise"]["1"]["low"] <= finished[1]["noise"]["1"]["high"]
 
 
+def test_what_limits_a_library_is_said(finished, monkeypatch):
+    def said():
+        lines = suite.start_lines(finished[1] | {"environment": suite.environment([1])})
+        return [line for line in lines if "limited" in line]
+
+    for name in suite.LIMITING:
+        monkeypatch.delenv(name, raising=False)
+    assert said() == []
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert said() == ["- limited by the environment: ONEDNN_MAX_CPU_ISA=AVX2"]
+
+
 def test_operations_are_those_of_the_products():
     """Counted as torch counts them, over the loop of the reference."""
     from torch.utils.flop_counter import FlopCounterMode
