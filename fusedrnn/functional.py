@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
@@ -166,8 +167,6 @@ def kernel_layer(
         except RuntimeError:  # a subclass that does not say, such as ExpandedWeight
             return None
         if recorded and not torch.is_inference_mode_enabled():  # torch records nothing there
-            if not ops.takes(cell, input, initial, weights, options):
-                return None
             return _APPLY[cell](cell, len(initial), options, *tensors)  # type: ignore[no-any-return]
     result = ops.forward(cell, input, initial, weights, False, options, panels)
     return None if result is None else result[0]
@@ -311,18 +310,26 @@ class _SequenceFunction(Function):
     gates that backward needs, and double backward has everything it starts from.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any, cell: str, num_states: int, options: ops.Options | None, *tensors: Tensor | None
+    @classmethod
+    def apply(
+        cls, cell: str, num_states: int, options: ops.Options | None, *tensors: Tensor | None
     ) -> Any:
-        arguments = _unpack(num_states, tensors)
-        result = ops.forward(cell, *arguments, True, options)
-        if result is None:
-            ops.check_layer(cell, *arguments, options)
+        results = super().apply(cell, num_states, options, *tensors)  # type: ignore[no-untyped-call]
+        if results is None:
+            ops.check_layer(cell, *_unpack(num_states, tensors), options)
             raise RuntimeError(
                 "Expected dense tensors of one floating-point dtype on one device, got "
                 + ", ".join(f"{t.dtype} on {t.device}" for t in tensors if t is not None)
             )
+        return results
+
+    @staticmethod
+    def forward(
+        ctx: Any, cell: str, num_states: int, options: ops.Options | None, *tensors: Tensor | None
+    ) -> Any:
+        result = ops.forward(cell, *_unpack(num_states, tensors), True, options)
+        if result is None:
+            return None
         results, saved = result
         ctx.cell = cell
         ctx.num_states = num_states
@@ -337,10 +344,11 @@ class _SequenceFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        for device in _AUTOCAST_DEVICES:
-            if torch.is_autocast_enabled(device):  # it is for forward passes
-                with torch.autocast(device, enabled=False):
-                    return _SequenceFunction.backward(ctx, *grads)
+        if _is_any_autocast_enabled():  # which is for forward passes
+            for device in _AUTOCAST_DEVICES:
+                if torch.is_autocast_enabled(device):
+                    with torch.autocast(device, enabled=False):
+                        return _SequenceFunction.backward(ctx, *grads)
         cell, num_states, needed = ctx.cell, ctx.num_states, ctx.needs_input_grad[3:]
         if ctx.flags is None:
             *tensors, saved = ctx.saved_tensors
@@ -348,7 +356,7 @@ class _SequenceFunction(Function):
         else:
             *tensors, saved, batch_sizes, reset = ctx.saved_tensors
             options = ops.Options(batch_sizes, reset, *ctx.flags)
-        if all(g is None for g in grads):
+        if all([g is None for g in grads]):
             return (None,) * (3 + len(tensors))
         found: Sequence[Tensor | None] | None = None
         if not (torch.is_grad_enabled() or ops.transformed()):
@@ -379,6 +387,7 @@ _FUNCTIONS = {
     "rnn_relu": RNNFunction,
 }
 # Function.apply without its first half, which looks for functorch (ops.watched has): 2.6 us a call.
+# None, with nothing recorded, where the kernels do not take the tensors.
 _APPLY: dict[str, Any] = {name: super(Function, f).apply for name, f in _FUNCTIONS.items()}
 
 
