@@ -369,29 +369,24 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   // Once grad_gates and h_prev are whole, each thread takes some rows of every gradient.
   direction_barrier.wait();
   if (layout.input_weight || layout.input_strips || layout.h_strips) {
-    // convert(first, count, lane) for this thread's part of so many rows.
-    const auto share = [&](int64_t all, const auto& convert) {
-      const int64_t first = mine(groups<Terms>(all)) * Terms::kGroup;
-      const int64_t end   = min64(all, next(groups<Terms>(all)) * Terms::kGroup);
-      convert(first, end - first, lanes<Terms>(first));
+    // This thread's part of `all` rows.
+    const auto convert = [&](const auto* from, int64_t all, int64_t columns, Columns<T> to) {
+      const int64_t first  = mine(groups<Terms>(all)) * Terms::kGroup;
+      const int64_t end    = min64(all, next(groups<Terms>(all)) * Terms::kGroup);
+      to.data             += lanes<Terms>(first) * to.stride;
+      to_columns<Terms>(from + first * columns, end - first, columns, to);
     };
-    const auto to_own_strips = [&](const auto* from, int64_t columns, T* to) {
-      share(rows, [&](int64_t first, int64_t count, int64_t lane) {
-        to_strips<Terms>(from + first * columns, count, columns, to, lane, lanes<Terms>(rows));
-      });
-    };
+    const int64_t row_lanes = lanes<Terms>(rows);
     if (layout.input_strips) {
-      as_stored<Terms>(a.input, a.input_bf16,
-                       [&](const auto* input) { to_own_strips(input, a.I, input_strips); });
+      as_stored<Terms>(a.input, a.input_bf16, [&](const auto* input) {
+        convert(input, rows, a.I, in_strips(input_strips, row_lanes));
+      });
     }
-    if (layout.h_strips) to_own_strips(all_h_prev, P, h_strips);
+    if (layout.h_strips) convert(all_h_prev, rows, P, in_strips(h_strips, row_lanes));
     for (int g = 0; layout.input_weight && a.grad_input[d] && g < G; ++g) {
       as_stored<Terms>(a.weight_ih[d], a.weight_ih_bf16[d], [&](const auto* weight) {
-        share(H, [&](int64_t first, int64_t count, int64_t lane) {
-          to_columns_of_terms<Terms, kSecond>(weight + (g * H + first) * a.I, a.I,
-                                              input_weight + (g * lanes<Terms>(H) + lane) * a.I,
-                                              a.I, count, a.I);
-        });
+        convert(weight + g * H * a.I, H, a.I,
+                in_rows(input_weight + g * lanes<Terms>(H) * a.I, a.I));
       });
     }
     direction_barrier.wait();
@@ -403,8 +398,8 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
         const int64_t count = min64(kBlockRows, next(rows) - row);
         gates_to_terms<Terms>({0, count, 0, H}, H, grad_gates_x + row * E * H, E * H, rows_terms,
                               G);
-        matrix_product<T, Terms>({grad_h.K, rows_terms, grad_h.K, 1, in_rows(input_weight, a.I),
-                                  out + row * a.I, a.I, false},
+        matrix_product<T, Terms>({grad_h.K, rows_terms, grad_h.K, 1,
+                                  in_rows<const T>(input_weight, a.I), out + row * a.I, a.I, false},
                                  0, count);
       }
     } else {

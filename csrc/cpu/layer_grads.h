@@ -26,17 +26,17 @@ constexpr int64_t kStrip = kStripPanels * kLanes<T>;
 // lanes of terms.
 template <class T>
 struct Columns {
-  const T* data;
+  T* data;
   int64_t stride, strip;
 };
 // A matrix with rows of so many columns.
 template <class T>
-Columns<T> in_rows(const T* data, int64_t columns) {
+Columns<T> in_rows(T* data, int64_t columns) {
   return {data, columns, kStrip<T>};
 }
 // Every kStrip columns a matrix of their own, of K rows.
 template <class T>
-Columns<T> in_strips(const T* data, int64_t K) {
+Columns<T> in_strips(T* data, int64_t K) {
   return {data, kStrip<T>, K * kStrip<T>};
 }
 template <class T>
@@ -44,12 +44,12 @@ constexpr int64_t strips_size(int64_t K, int64_t columns) {
   return (columns + kStrip<T> - 1) / kStrip<T> * kStrip<T> * K;
 }
 
-// Rows of numbers, from lane `first` of K lanes of terms on, into their places in_strips.
+// Rows of so many numbers into their places in b, from the first on.
 template <class Terms, class From, class T>
-void to_strips(const From* from, int64_t rows, int64_t columns, T* to, int64_t first, int64_t K) {
+void to_columns(const From* from, int64_t rows, int64_t columns, const Columns<T>& b) {
   for (int64_t n = 0; n < columns; n += kStrip<T>) {
-    to_columns_of_terms<Terms, kSecond>(from + n, columns, to + (n * K + first * kStrip<T>),
-                                        kStrip<T>, rows, min64(columns - n, kStrip<T>));
+    to_columns_of_terms<Terms, kSecond>(from + n, columns, b.data + n / kStrip<T> * b.strip,
+                                        b.stride, rows, min64(columns - n, kStrip<T>));
   }
 }
 
@@ -61,7 +61,7 @@ struct ProductStep {
   // a(m, k) = a[m * a_stride_m + k * a_stride_k]; one of the strides is 1, with AMX a_stride_k.
   const T* a;
   int64_t a_stride_m, a_stride_k;
-  Columns<T> b;
+  Columns<const T> b;
   T* out;           // [..., columns]
   int64_t columns;  // N
   bool accumulate;
@@ -124,9 +124,10 @@ void product_tile(const ProductStep<T>& s, int64_t m, int64_t block, int rows) {
 
 template <class T, class Terms_>
 struct ProductTiles {
-  using Step             = ProductStep<T>;
-  using Terms            = Terms_;
-  static constexpr int Q = 1;
+  using Step                     = ProductStep<T>;
+  using Terms                    = Terms_;
+  static constexpr int Q         = 1;
+  static constexpr bool kHasNext = false;
   template <int M, int P>
   static constexpr Tile<Step> tile = product_tile<T, Terms, M, P>;
 };
@@ -175,7 +176,7 @@ constexpr int64_t kCopiedPart = kBlockRows * kPartialRows;
 // is made a matrix of terms in `copy` first: where it lies, its rows are far apart, mostly a power of
 // two, and fall into the same few lines of the caches.
 template <class T, class Terms>
-void columns_product(const T* a, int64_t a_stride, int64_t count, const Columns<T>& b, T* out,
+void columns_product(const T* a, int64_t a_stride, int64_t count, const Columns<const T>& b, T* out,
                      int64_t columns, T* copy, int64_t begin, int64_t end) {
   constexpr bool kTurned = Terms::kTileRows > 0;
   matrix_product<T, Terms>(
