@@ -273,7 +273,7 @@ struct Layer {
   bool read_batch_sizes(PyObject* object) {
     TensorView view;
     if (!Torch::get().read(object, &view) || view.dtype != Dtype::kInt64 || view.dims != 1 ||
-        view.shape[0] == 0 || (!view.is_dense() && !copy(object, &view)) || !view.is_dense()) {
+        view.shape[0] == 0) {
       return false;
     }
     const auto* const sizes = static_cast<const int64_t*>(view.data);
@@ -281,7 +281,7 @@ struct Layer {
     B                       = sizes[0];
     offsets.assign(1, 0);
     for (int64_t t = 0; t < T; ++t) {
-      const int64_t size = sizes[t];
+      const int64_t size = sizes[t * view.strides[0]];
       if (size <= 0 || size > (t ? offsets[size_t(t)] - offsets[size_t(t) - 1] : B)) return false;
       offsets.push_back(offsets.back() + size);
     }

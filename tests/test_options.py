@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 from helpers import ran
-from layers import LAYER_CELLS, relative_error
+from layers import LAYER_CELLS, layer_inputs, relative_error
 
 from fusedrnn import LSTM, functional, ops
 
@@ -305,3 +305,17 @@ def test_wrong_projections():
     hx = (torch.zeros(1, 2, 2), torch.zeros(1, 2, 2))
     with pytest.raises(RuntimeError, match=r"c0 must be \[1, 2, 5\]"):
         functional.layer("lstm", input, hx, (*w, torch.randn(2, 5)))
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+def test_batch_sizes_of_any_stride(cell):
+    sizes = torch.tensor([3, 9, 2, 9, 2, 9])[::2]
+    _, initial, weights = layer_inputs(cell, 1, 3, 4, 5, 1, torch.float32)
+    x = torch.randn(7, 4, requires_grad=True)
+    strided, dense = (ops.Options(s) for s in (sizes, sizes.contiguous()))
+    assert ops.takes(cell, x, initial, weights, strided)
+    with ran("kernel_forward", "kernel_backward"):
+        ours = functional.layer(cell, x, initial, weights, strided)
+        ours[0].sum().backward()
+    expected = functional.layer(cell, x, initial, weights, dense)
+    assert all(map(torch.equal, ours, expected))

@@ -54,19 +54,22 @@ FUSEDRNN_INLINE int64_t part_end(int64_t k, int64_t K) {
 
 // Whether a tile's loads leave room to fetch weights for later ones: a low one's do not (0.98 to 1.0
 // at 8 rows of an LSTM, H=512), nor AVX2's (0.96 to 0.99).
-template <int M, int P, int Q>
-constexpr bool kFetches = kVectorBytes == 64 && 3 * M * P * Q > 2 * kAccumulators;
+constexpr bool fetches(int64_t M, int64_t P, int64_t Q) {
+  return kVectorBytes == 64 && 3 * M * P * Q > 2 * kAccumulators;
+}
 
 // acc[m][p*Q + q] += sum_k a[m*lda + k] panel_p[k][q] for k in [begin, end), ascending; k counts lanes
-// of terms. Beside each k, next[k * Q * V] is fetched to L2.
-template <class Terms, int M, int P, int Q, class T>
+// of terms. Beside each k, next[k * Q * V] is fetched to L2, if it is a pointer and the tile fetches.
+template <class Terms, int M, int P, int Q, class T, class Next>
 FUSEDRNN_INLINE void partial_product(Vec<T> (&acc)[M][P * Q], const T* a, int64_t lda,
                                      int64_t begin, int64_t end, const T* panels,
-                                     int64_t panel_size, const T* next) {
+                                     int64_t panel_size, [[maybe_unused]] Next next) {
   constexpr int V = kLanes<T>;
   for (int64_t k = begin; k < end; ++k) {
     const T* row = panels + k * Q * V;
-    if (kFetches<M, P, Q>) __builtin_prefetch(next + k * Q * V, 0, 2);
+    if constexpr (std::is_pointer<Next>::value && fetches(M, P, Q)) {
+      __builtin_prefetch(next + k * Q * V, 0, 2);
+    }
     if constexpr (M <= P * Q) {
       Vec<T> a_k[M];
       unroll<M>([&](auto m) FUSEDRNN_LAMBDA { a_k[m] = splat<Vec<T>>(a[m * lda + k]); });
@@ -91,10 +94,10 @@ FUSEDRNN_INLINE void partial_product(Vec<T> (&acc)[M][P * Q], const T* a, int64_
 
 // acc[m][p*Q + q] += sum_k a[m*lda + k] panel_p[k][q], in one order whatever M and P are: a row's
 // bits do not depend on the tile that it falls into.
-template <class Terms, int M, int P, int Q, class T>
+template <class Terms, int M, int P, int Q, class T, class Next>
 FUSEDRNN_INLINE void product(Vec<T> (&acc)[M][P * Q], [[maybe_unused]] int rows, const T* a,
                              int64_t lda, int64_t K, const T* panels, int64_t panel_size,
-                             [[maybe_unused]] const T* next) {
+                             [[maybe_unused]] Next next) {
   if constexpr (Terms::kTileRows > 0) {
     constexpr int V = kLanes<T>;
     Terms::add_product(
@@ -107,7 +110,9 @@ FUSEDRNN_INLINE void product(Vec<T> (&acc)[M][P * Q], [[maybe_unused]] int rows,
         });
   } else {
     int64_t end = part_end(0, K);
-    if (!next) next = panels;  // what is there already
+    if constexpr (std::is_pointer<Next>::value) {
+      if (!next) next = panels;  // what is there already
+    }
     partial_product<Terms, M, P, Q>(acc, a, lda, 0, end, panels, panel_size, next);
     while (end < K) {
       const int64_t begin   = end;
@@ -267,7 +272,7 @@ void grad_h_tile(const GradHStep<T>& s, int64_t row, int64_t block, int rows) {
   Vec<T> acc[M][P] = {};
   if (g.terms) {
     product<Terms, M, P, 1>(acc, rows, g.terms + row * g.stride, g.stride, g.K,
-                            g.panels + block * panel_size, panel_size, static_cast<T*>(nullptr));
+                            g.panels + block * panel_size, panel_size, nullptr);
   }
   Vec<T> products[M * P];
   for_rows<Terms, M>(rows, [&](auto m) FUSEDRNN_LAMBDA {
@@ -447,13 +452,14 @@ Tile<typename Tiles::Step> tile_of(int rows, int log2_panels) {
 }
 
 // What the i-th of the tiles that share P panels fetches to L2 of those from `block` on: line i of each
-// row of terms. Null if there is none, or the tiles are fewer than the lines: some of them without the
-// others are slower than none (0.91 at 16 rows). So weights beyond L2 come while the multipliers have
-// work: the time of an inference call without over with it, on a Zen 5 core at H = 1024, is 1.19 (LSTM),
-// 1.28 (GRU) and 1.0 (RNN) for 32 rows, 1.07, 1.07 and 1.06 for 64; 1.0 to 1.03 at H = 512.
+// row of terms. Null if there is no such line, or if fewer tiles fetch than there are lines: some
+// without the others are slower than none (0.91 at 16 rows). So weights beyond L2 come while the
+// multipliers have work: the time of an inference call without over with it, on a Zen 5 core at
+// H = 1024, is 1.19 (LSTM), 1.28 (GRU) and 1.0 (RNN) for 32 rows, 1.07, 1.07 and 1.06 for 64; 1.0 to
+// 1.03 at H = 512.
 template <int Q, class T>
-const T* next_line(const T* panels, int64_t K, int64_t block, int P, int64_t tiles, int64_t i) {
-  constexpr int kLine = 64 / int(sizeof(T)), kLines = (Q * kLanes<T> + kLine - 1) / kLine;
+const T* next_line(const T* panels, int64_t K, int64_t block, int64_t P, int64_t tiles, int64_t i) {
+  constexpr int64_t kLine = 64 / int64_t(sizeof(T)), kLines = (Q * kLanes<T> + kLine - 1) / kLine;
   if (tiles < P * kLines || i >= P * kLines) return nullptr;
   return panels + (block + i / kLines) * forward_panel_size<Q, T>(K) + Q * kLanes<T> +
          i % kLines * kLine;
@@ -466,11 +472,13 @@ const T* next_line(const T* panels, int64_t K, int64_t block, int P, int64_t til
 template <class Tiles>
 void run_tiles(const typename Tiles::Step& given, int64_t row_begin, int64_t row_end,
                int64_t block_begin, int64_t block_end, bool descending) {
-  using Step                                                  = typename Tiles::Step;
-  using Terms                                                 = typename Tiles::Terms;
+  using Step  = typename Tiles::Step;
+  using Terms = typename Tiles::Terms;
+
   std::conditional_t<Tiles::kHasNext, Step, const Step&> step = given;
-  constexpr int kRows                                         = kMaxRows<Terms, Tiles::Q>;
-  const int64_t rows                                          = row_end - row_begin;
+
+  constexpr int kRows = kMaxRows<Terms, Tiles::Q>;
+  const int64_t rows  = row_end - row_begin;
   if (rows <= 0) return;
   const int64_t tiles  = (rows + kRows - 1) / kRows;
   const int low        = int(rows / tiles);  // `taller` tiles have one row more
@@ -483,18 +491,21 @@ void run_tiles(const typename Tiles::Step& given, int64_t row_begin, int64_t row
   while (done < blocks) {
     while ((int64_t(1) << log2_panels) > blocks - done) --log2_panels;
     const int64_t panels = int64_t(1) << log2_panels;
-    const auto tall_tile = tile_of<Tiles>(low + 1, log2_panels);
-    const auto low_tile  = tile_of<Tiles>(low, log2_panels);
+    // The taller ones come first.
+    [[maybe_unused]] const int64_t fetching = fetches(low, panels, Tiles::Q)       ? tiles
+                                              : fetches(low + 1, panels, Tiles::Q) ? taller
+                                                                                   : 0;
+    const auto tall_tile                    = tile_of<Tiles>(low + 1, log2_panels);
+    const auto low_tile                     = tile_of<Tiles>(low, log2_panels);
     for (; done + panels <= blocks; done += panels) {
       const int64_t block = descending ? block_end - done - panels : block_begin + done;
       int64_t row         = row_begin;
       for (int64_t i = 0; i < tiles; ++i) {
         if constexpr (Tiles::kHasNext) {
-          step.next = blocks - done >= 2 * panels
-                          ? next_line<Tiles::Q>(step.panels, step.K,
-                                                block + (descending ? -panels : panels),
-                                                int(panels), tiles, i)
-                          : nullptr;
+          const int64_t next = block + (descending ? -panels : panels);
+          step.next = blocks - done < 2 * panels  // the next tiles are no such
+                          ? nullptr
+                          : next_line<Tiles::Q>(step.panels, step.K, next, panels, fetching, i);
         }
         if (i < taller) {
           tall_tile(step, row, block, low + 1);
