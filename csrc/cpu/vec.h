@@ -203,6 +203,9 @@ FUSEDRNN_INLINE Bits64 to_bits(Vec<double> v) { return (Bits64)v; }
 FUSEDRNN_INLINE Vec<float> from_bits(Bits32 v) { return (Vec<float>)v; }
 FUSEDRNN_INLINE Vec<double> from_bits(Bits64 v) { return (Vec<double>)v; }
 
+// Of a product.
+enum Factor { kFirst, kSecond };
+
 // What a lane of a product's operands holds: a number, or two numbers rounded to bfloat16, next to
 // each other in their sum. The same tiles multiply either; only how operands are laid out differs.
 // A group of kGroup numbers takes kGroupLanes lanes, its parts, which may differ between a product's
@@ -210,8 +213,6 @@ FUSEDRNN_INLINE Vec<double> from_bits(Bits64 v) { return (Vec<double>)v; }
 // the n-th number; above_each_other(a, b, n) is one of n columns in the row a and the one below it.
 // An array of Stored is read without a conversion. kTileRows: of a register tile, where registers for
 // it are not vectors (amx.h). A Scope lives in each thread while it works.
-enum Factor { kFirst, kSecond };
-
 template <class T>
 struct Numbers {
   using Stored                     = T;
