@@ -108,7 +108,7 @@ FUSEDRNN_INLINE void product_columns(const ProductStep<T>& s, const T* a, const 
 }
 
 template <class T, class Terms, int M, int P>
-void product_tile(const ProductStep<T>& s, int64_t m, int64_t block, int rows) {
+void product_tile(const ProductStep<T>& s, int64_t m, int64_t block, int rows, const char*) {
   constexpr int64_t V = kLanes<T>;
   const int64_t n     = block * V;
   const int64_t left  = s.columns - n - (P - 1) * V;
@@ -127,7 +127,7 @@ struct ProductTiles {
   using Step                     = ProductStep<T>;
   using Terms                    = Terms_;
   static constexpr int Q         = 1;
-  static constexpr bool kHasNext = false;
+  static constexpr bool kFetches = false;
   template <int M, int P>
   static constexpr Tile<Step> tile = product_tile<T, Terms, M, P>;
 };

@@ -59,7 +59,8 @@ constexpr bool fetches(int64_t M, int64_t P, int64_t Q) {
 }
 
 // acc[m][p*Q + q] += sum_k a[m*lda + k] panel_p[k][q] for k in [begin, end), ascending; k counts lanes
-// of terms. Beside each k, next[k * Q * V] is fetched to L2, if it is a pointer and the tile fetches.
+// of terms. Beside each k, the line k * Q vectors after `next` is fetched to L2, if that is a pointer and
+// the tile fetches.
 template <class Terms, int M, int P, int Q, class T, class Next>
 FUSEDRNN_INLINE void partial_product(Vec<T> (&acc)[M][P * Q], const T* a, int64_t lda,
                                      int64_t begin, int64_t end, const T* panels,
@@ -68,7 +69,7 @@ FUSEDRNN_INLINE void partial_product(Vec<T> (&acc)[M][P * Q], const T* a, int64_
   for (int64_t k = begin; k < end; ++k) {
     const T* row = panels + k * Q * V;
     if constexpr (std::is_pointer<Next>::value && fetches(M, P, Q)) {
-      __builtin_prefetch(next + k * Q * V, 0, 2);
+      __builtin_prefetch(next + k * Q * kVectorBytes, 0, 2);
     }
     if constexpr (M <= P * Q) {
       Vec<T> a_k[M];
@@ -111,7 +112,7 @@ FUSEDRNN_INLINE void product(Vec<T> (&acc)[M][P * Q], [[maybe_unused]] int rows,
   } else {
     int64_t end = part_end(0, K);
     if constexpr (std::is_pointer<Next>::value) {
-      if (!next) next = panels;  // what is there already
+      if (!next) next = reinterpret_cast<const char*>(panels);  // what is there already
     }
     partial_product<Terms, M, P, Q>(acc, a, lda, 0, end, panels, panel_size, next);
     while (end < K) {
@@ -127,11 +128,10 @@ FUSEDRNN_INLINE void product(Vec<T> (&acc)[M][P * Q], [[maybe_unused]] int rows,
   }
 }
 
-// acc = bias + a W^T of M rows of K lanes and P panels, from pack_forward's panels. next: null, or of
-// later panels, to fetch.
+// acc = bias + a W^T of M rows of K lanes and P panels, from pack_forward's panels.
 template <int G, class Terms, int M, int P, class T>
 FUSEDRNN_INLINE void affine(Vec<T> (&acc)[M][P * G], int rows, const T* a, int64_t lda, int64_t K,
-                            const T* all_panels, int64_t block, const T* next) {
+                            const T* all_panels, int64_t block, const char* next) {
   constexpr int V          = kLanes<T>;
   const int64_t panel_size = forward_panel_size<G, T>(K);
   const T* panels          = all_panels + block * panel_size;
@@ -151,15 +151,14 @@ struct ProjectStep {
   int64_t input_stride;
   T* gates;  // rows of G*H
   int64_t gates_stride;
-  const T* panels;          // pack_forward's
-  const T* next = nullptr;  // run_tiles'
+  const T* panels;  // pack_forward's
 };
 
 template <int G, class T, class Terms, int M, int P>
-void project_tile(const ProjectStep<T>& s, int64_t row, int64_t block, int rows) {
+void project_tile(const ProjectStep<T>& s, int64_t row, int64_t block, int rows, const char* next) {
   Vec<T> acc[M][P * G];
   affine<G, Terms, M, P>(acc, rows, s.input + row * s.input_stride, s.input_stride, s.K, s.panels,
-                         block, s.next);
+                         block, next);
   for_rows<Terms, M>(rows, [&](auto m) FUSEDRNN_LAMBDA {
     unroll<P>([&](auto p) FUSEDRNN_LAMBDA {
       const int64_t unit = (block + p) * kLanes<T>;
@@ -185,8 +184,7 @@ struct ForwardStep {
   int64_t prev_stride;
   T* h;  // [B, H]: before the projection, if there is one; or null
   int64_t h_stride;
-  const T* panels;          // pack_forward's
-  const T* next = nullptr;  // run_tiles'
+  const T* panels;  // pack_forward's
 };
 
 // The cell for V units of one row, both products in registers.
@@ -213,11 +211,11 @@ FUSEDRNN_INLINE void forward_units(const ForwardStep<T>& s, int64_t row, int64_t
 }
 
 template <class Cell, class T, class Terms, int M, int P>
-void forward_tile(const ForwardStep<T>& s, int64_t row, int64_t block, int rows) {
+void forward_tile(const ForwardStep<T>& s, int64_t row, int64_t block, int rows, const char* next) {
   constexpr int G = Cell::kGates;
   Vec<T> acc[M][P * G];
   affine<G, Terms, M, P>(acc, rows, s.h_prev + row * s.h_prev_stride, s.h_prev_stride, s.K,
-                         s.panels, block, s.next);
+                         s.panels, block, next);
   // Not unrolled: through memory, the cell's code stands once per tile and not M*P times.
   Vec<T> sums[M * P * G];
   for_rows<Terms, M>(rows, [&](auto m) FUSEDRNN_LAMBDA {
@@ -264,7 +262,7 @@ struct GradHStep {
 };
 
 template <class T, class Terms, int M, int P>
-void grad_h_tile(const GradHStep<T>& s, int64_t row, int64_t block, int rows) {
+void grad_h_tile(const GradHStep<T>& s, int64_t row, int64_t block, int rows, const char*) {
   const GradH<T>& g        = s.grad_h;
   const int64_t panel_size = g.K * kLanes<T>;
   const int tile_rows      = Terms::kTileRows > 0 ? rows : M;
@@ -397,9 +395,10 @@ void recompute_h(int64_t H, int64_t block_begin, int64_t block_end, const T* gat
 }
 
 // Tiles by rows and log2 of panels; null where the accumulators would not fit. A tile of registers has
-// its own number of rows, M; one of AMX's has those that it is called with.
+// its own number of rows, M; one of AMX's has those that it is called with. next: null, or a line of
+// later panels, for those that fetch.
 template <class Step>
-using Tile = void (*)(const Step&, int64_t row, int64_t block, int rows);
+using Tile = void (*)(const Step&, int64_t row, int64_t block, int rows, const char* next);
 
 constexpr int kMaxPanelsLog2 = 3;
 
@@ -408,7 +407,7 @@ struct ProjectTiles {
   using Step                     = ProjectStep<T>;
   using Terms                    = Terms_;
   static constexpr int Q         = Cell::kGates;
-  static constexpr bool kHasNext = true;
+  static constexpr bool kFetches = true;
   template <int M, int P>
   static constexpr Tile<Step> tile = project_tile<Q, T, Terms, M, P>;
 };
@@ -417,7 +416,7 @@ struct ForwardTiles {
   using Step                     = ForwardStep<T>;
   using Terms                    = Terms_;
   static constexpr int Q         = Cell::kGates;
-  static constexpr bool kHasNext = true;
+  static constexpr bool kFetches = true;
   template <int M, int P>
   static constexpr Tile<Step> tile = forward_tile<Cell, T, Terms, M, P>;
 };
@@ -426,7 +425,7 @@ struct GradHTiles {
   using Step                     = GradHStep<T>;
   using Terms                    = Terms_;
   static constexpr int Q         = 1;
-  static constexpr bool kHasNext = false;
+  static constexpr bool kFetches = false;
   template <int M, int P>
   static constexpr Tile<Step> tile = grad_h_tile<T, Terms, M, P>;
 };
@@ -458,11 +457,13 @@ Tile<typename Tiles::Step> tile_of(int rows, int log2_panels) {
 // H = 1024, is 1.19 (LSTM), 1.28 (GRU) and 1.0 (RNN) for 32 rows, 1.07, 1.07 and 1.06 for 64; 1.0 to
 // 1.03 at H = 512.
 template <int Q, class T>
-const T* next_line(const T* panels, int64_t K, int64_t block, int64_t P, int64_t tiles, int64_t i) {
-  constexpr int64_t kLine = 64 / int64_t(sizeof(T)), kLines = (Q * kLanes<T> + kLine - 1) / kLine;
+const char* next_line(const T* panels, int64_t K, int64_t block, int64_t P, int64_t tiles,
+                      int64_t i) {
+  constexpr int64_t kLines = (Q * kVectorBytes + 63) / 64;
   if (tiles < P * kLines || i >= P * kLines) return nullptr;
-  return panels + (block + i / kLines) * forward_panel_size<Q, T>(K) + Q * kLanes<T> +
-         i % kLines * kLine;
+  const T* const terms =
+      panels + (block + i / kLines) * forward_panel_size<Q, T>(K) + Q * kLanes<T>;
+  return reinterpret_cast<const char*>(terms) + i % kLines * 64;
 }
 
 // All units [block_begin, block_end) of rows [row_begin, row_end), in tiles of nearly equal height.
@@ -470,12 +471,9 @@ const T* next_line(const T* panels, int64_t K, int64_t block, int64_t P, int64_t
 // weights does not fit the cache is still half there. Worth 1.6x a step on a Xeon at B=1, H=512;
 // nothing on a Zen 4 core (0.96 to 1.01 of the time at H=256 and 512).
 template <class Tiles>
-void run_tiles(const typename Tiles::Step& given, int64_t row_begin, int64_t row_end,
+void run_tiles(const typename Tiles::Step& step, int64_t row_begin, int64_t row_end,
                int64_t block_begin, int64_t block_end, bool descending) {
-  using Step  = typename Tiles::Step;
   using Terms = typename Tiles::Terms;
-
-  std::conditional_t<Tiles::kHasNext, Step, const Step&> step = given;
 
   constexpr int kRows = kMaxRows<Terms, Tiles::Q>;
   const int64_t rows  = row_end - row_begin;
@@ -501,17 +499,18 @@ void run_tiles(const typename Tiles::Step& given, int64_t row_begin, int64_t row
       const int64_t block = descending ? block_end - done - panels : block_begin + done;
       int64_t row         = row_begin;
       for (int64_t i = 0; i < tiles; ++i) {
-        if constexpr (Tiles::kHasNext) {
-          const int64_t next = block + (descending ? -panels : panels);
-          step.next = blocks - done < 2 * panels  // the next tiles are no such
-                          ? nullptr
-                          : next_line<Tiles::Q>(step.panels, step.K, next, panels, fetching, i);
+        const char* next = nullptr;
+        if constexpr (Tiles::kFetches) {
+          if (blocks - done >= 2 * panels) {  // else the next tiles are no such
+            next = next_line<Tiles::Q>(step.panels, step.K, block + (descending ? -panels : panels),
+                                       panels, fetching, i);
+          }
         }
         if (i < taller) {
-          tall_tile(step, row, block, low + 1);
+          tall_tile(step, row, block, low + 1, next);
           row += low + 1;
         } else {
-          low_tile(step, row, block, low);
+          low_tile(step, row, block, low, next);
           row += low;
         }
       }
