@@ -137,7 +137,11 @@ void to_turned_columns_of_terms(const From* from, int64_t from_stride, T* to, in
   }
 }
 
-// The panels of blocks [begin, end), from weight [G*H, K] and bias [G*H] (or null).
+// The panels of blocks [begin, end), from weight [G*H, K] and bias [G*H] (or null). V rows are read side
+// by side, and the next V fetched meanwhile, for hardware follows fewer streams. The time of an inference
+// call without over with it, on a Zen 5 core at (B, T, H), in float32 / bfloat16: LSTM (1, 20, 512) 1.08 /
+// -, (1, 100, 512) 1.0 to 1.01 / 1.09 to 1.12, (8, 20, 512) - / 1.13, (1, 100, 128) 0.98 to 1.0; GRU
+// (1, 20, 512) 1.13; RNN 0.96; with AVX2 1.13, GRU 1.21.
 template <int G, class T, class Terms = Numbers<T>, class From = T>
 void pack_forward(T* panels, const From* weight, const T* bias, int64_t H, int64_t K, int64_t begin,
                   int64_t end) {
@@ -146,16 +150,17 @@ void pack_forward(T* panels, const From* weight, const T* bias, int64_t H, int64
     T* panel        = panels + block * forward_panel_size<G, T>(lanes<Terms>(K));
     const int units = int(H - block * V < V ? H - block * V : V);
     for (int g = 0; g < G; ++g) {
-      const int64_t row = g * H + block * V;
+      const int64_t row          = g * H + block * V;
+      const int64_t to_next_rows = (g + 1 < G ? H : V - (G - 1) * H) * K;
       store(panel + g * V, bias ? load(bias + row, units) : Vec<T>{});
       for (int64_t k = 0; k < K; k += V * Terms::kGroup) {
         const int64_t columns = groups<Terms>(K - k);
         unroll<Terms::kGroupLanes>([&](auto part) FUSEDRNN_LAMBDA {
           Vec<T> tile[V];
           unroll<V>([&](auto u) FUSEDRNN_LAMBDA {
-            tile[u] = u < units
-                          ? Terms::template load<kSecond, part>(weight + (row + u) * K + k, K - k)
-                          : Vec<T>{};
+            const From* const from = weight + (row + u) * K + k;
+            __builtin_prefetch(from + to_next_rows);
+            tile[u] = u < units ? Terms::template load<kSecond, part>(from, K - k) : Vec<T>{};
           });
           transpose<T>(tile);
           T* const out = panel + ((lanes<Terms>(k) + part + 1) * G + g) * V;
