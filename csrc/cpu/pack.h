@@ -138,14 +138,15 @@ void to_turned_columns_of_terms(const From* from, int64_t from_stride, T* to, in
 }
 
 // The panels of blocks [begin, end), from weight [G*H, K] and bias [G*H] (or null). V rows are read side
-// by side, and the next V fetched meanwhile, for hardware follows fewer streams. The time of an inference
-// call without over with it, on a Zen 5 core at (B, T, H), in float32 / bfloat16: LSTM (1, 20, 512) 1.08 /
-// -, (1, 100, 512) 1.0 to 1.01 / 1.09 to 1.12, (8, 20, 512) - / 1.13, (1, 100, 128) 0.98 to 1.0; GRU
-// (1, 20, 512) 1.13; RNN 0.96; with AVX2 1.13, GRU 1.21.
+// by side, and those that follow are fetched meanwhile. The time of an inference call without over with
+// it, on a Zen 5 core at (B, T, H): LSTM 1.08 in float32 at (1, 20, 512), 1.09 and 1.13 in bfloat16 at
+// (1, 100, 512) and (8, 20, 512), 0.98 to 1.0 at (1, 100, 128); with AVX2 1.13 at (1, 20, 512), where it
+// is 1.13 for GRU and 0.96 for RNN with AVX-512.
 template <int G, class T, class Terms = Numbers<T>, class From = T>
 void pack_forward(T* panels, const From* weight, const T* bias, int64_t H, int64_t K, int64_t begin,
                   int64_t end) {
-  constexpr int V = kLanes<T>;
+  constexpr int V         = kLanes<T>;
+  constexpr int64_t kLine = 64 / int64_t(sizeof(From));
   for (int64_t block = begin; block < end; ++block) {
     T* panel        = panels + block * forward_panel_size<G, T>(lanes<Terms>(K));
     const int units = int(H - block * V < V ? H - block * V : V);
@@ -159,7 +160,9 @@ void pack_forward(T* panels, const From* weight, const T* bias, int64_t H, int64
           Vec<T> tile[V];
           unroll<V>([&](auto u) FUSEDRNN_LAMBDA {
             const From* const from = weight + (row + u) * K + k;
-            __builtin_prefetch(from + to_next_rows);
+            for (int64_t i = 0; i < V * Terms::kGroup; i += kLine) {
+              __builtin_prefetch(from + to_next_rows + i);
+            }
             tile[u] = u < units ? Terms::template load<kSecond, part>(from, K - k) : Vec<T>{};
           });
           transpose<T>(tile);
