@@ -454,25 +454,31 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
       const int64_t of_ih = (E - G + g) * H;
       const int64_t of_hh = (g - Cell::kRecurrentRow + G) % G * H;
       const int64_t row   = (n * G + g) * H;
-      const auto product  = [&](int64_t column, const T* b, const T* strips, int64_t columns,
-                                T* out) {
-        const T* const own_gates = f.grad_gates + column;
-        T* const rows_of_out     = out + row * columns;
-        if (strips) {
-          columns_product<T, Terms>(own_gates, E * H, f.count,
-                                    in_strips(strips, lanes<Terms>(f.count)), rows_of_out, columns,
-                                    rows_terms, units.begin, units.end);
-        } else {
-          matrix_product<T>(
-              {f.count, own_gates, 1, E * H, in_rows(b, columns), rows_of_out, columns, false},
-              units.begin, units.end);
+      // Computes a product, or returns it for `copied` if its second factor was copied.
+      const auto product = [&](int64_t column, const T* b, const T* strips, int64_t columns,
+                               T* out) -> ColumnsProduct<T> {
+        T* const rows_of_out = out ? out + row * columns : nullptr;
+        if (out && !strips) {
+          matrix_product<T>({f.count, f.grad_gates + column, 1, E * H, in_rows(b, columns),
+                             rows_of_out, columns, false},
+                            units.begin, units.end);
         }
+        return {in_strips(strips, lanes<Terms>(f.count)), strips ? rows_of_out : nullptr, columns};
       };
-      if (T* const out = a.grad_weight_ih[d]) {
-        product(of_ih, f.input, layout.input_strips ? input_strips : nullptr, a.I, out);
-      }
-      if (T* const out = a.grad_weight_hh[d]) {
-        product(of_hh, f.h_prev, layout.h_strips ? h_strips : nullptr, P, out);
+      const auto copied = [&](int64_t column, const ColumnsProduct<T>(&products)[2]) {
+        if (!products[0].out && !products[1].out) return;
+        columns_products<T, Terms>(f.grad_gates + column, E * H, f.count, products, rows_terms,
+                                   units.begin, units.end);
+      };
+      const ColumnsProduct<T> ih = product(
+          of_ih, f.input, layout.input_strips ? input_strips : nullptr, a.I, a.grad_weight_ih[d]);
+      const ColumnsProduct<T> hh =
+          product(of_hh, f.h_prev, layout.h_strips ? h_strips : nullptr, P, a.grad_weight_hh[d]);
+      if (of_ih == of_hh) {
+        copied(of_ih, {ih, hh});
+      } else {
+        copied(of_ih, {ih, {}});
+        copied(of_hh, {hh, {}});
       }
       const auto sums = [&](int64_t column, T* out) {
         column_sums(out + row, f.grad_gates + column, E * H, f.count, units.begin, units.end);

@@ -136,33 +136,41 @@ struct ProductTiles {
 // (96 and 384: within 2 percent, mostly slower).
 constexpr int64_t kBlockRows = 192;
 
-// s, with all its terms, for m in [begin, end) and all columns; without terms, zero is added.
-// prepare(part, rows, k) is called before the product of so many rows and of part.K lanes from k on.
-template <class T, class Terms = Numbers<T>, class Prepare>
-void matrix_product(const ProductStep<T>& s, int64_t begin, int64_t end, const Prepare& prepare) {
-  if (s.K == 0 && !s.accumulate) {
-    std::memset(s.out + begin * s.columns, 0, sizeof(T) * size_t((end - begin) * s.columns));
-  }
+// part(m, rows, k, terms) for `terms` of K lanes of terms from k on and `rows` of rows [begin, end) from
+// m on, until that is all.
+template <class Terms, class T, class Part>
+void for_parts(int64_t K, int64_t begin, int64_t end, const Part& part) {
   for (int64_t m = begin; m < end; m += kBlockRows) {
-    const int64_t rows = min64(end - m, kBlockRows);
-    for (int64_t k = 0; k < s.K; k += kPartialLanes<Terms, T>) {
-      ProductStep<T> part  = s;
-      part.K               = min64(s.K - k, kPartialLanes<Terms, T>);
-      part.a              += m * s.a_stride_m + k * s.a_stride_k;
-      part.b.data         += k * s.b.stride;
-      part.out            += m * s.columns;
-      part.accumulate      = s.accumulate || k > 0;
-      prepare(part, rows, k);
-      run_tiles<ProductTiles<T, Terms>>(part, 0, rows, 0, blocks_of<T>(s.columns), false);
+    for (int64_t k = 0; k < K; k += kPartialLanes<Terms, T>) {
+      part(m, min64(end - m, kBlockRows), k, min64(K - k, kPartialLanes<Terms, T>));
     }
   }
 }
-template <class T, class Terms = Numbers<T>>
-void matrix_product(const ProductStep<T>& s, int64_t begin, int64_t end) {
-  matrix_product<T, Terms>(s, begin, end, [](ProductStep<T>&, int64_t, int64_t) {});
+
+// s, for so many rows and all columns.
+template <class Terms, class T>
+void run_part(const ProductStep<T>& s, int64_t rows) {
+  run_tiles<ProductTiles<T, Terms>>(s, 0, rows, 0, blocks_of<T>(s.columns), false);
 }
 
-// Whether columns_product is the faster way for numbers: b, N columns, is copied once for all gates,
+// s, with all its terms, for m in [begin, end) and all columns; without terms, zero is added.
+template <class T, class Terms = Numbers<T>>
+void matrix_product(const ProductStep<T>& s, int64_t begin, int64_t end) {
+  if (s.K == 0 && !s.accumulate) {
+    std::memset(s.out + begin * s.columns, 0, sizeof(T) * size_t((end - begin) * s.columns));
+  }
+  for_parts<Terms, T>(s.K, begin, end, [&](int64_t m, int64_t rows, int64_t k, int64_t terms) {
+    ProductStep<T> part  = s;
+    part.K               = terms;
+    part.a              += m * s.a_stride_m + k * s.a_stride_k;
+    part.b.data         += k * s.b.stride;
+    part.out            += m * s.columns;
+    part.accumulate      = s.accumulate || k > 0;
+    run_part<Terms>(part, rows);
+  });
+}
+
+// Whether columns_products is the faster way for numbers: b, N columns, is copied once for all gates,
 // which are M columns of a and copied once for each b. Training in float32 without the copies over with
 // them, on a Zen 5 core: 1.02 (LSTM and GRU, H=256), 1.03 to 1.06 (LSTM, 512), 1.02 (RNN, 1024), but 0.99
 // (RNN, 256), 1.0 (LSTM, 192), 0.95 (RNN, 128); with AVX2 1.2 (LSTM and GRU, 256), 1.05 (RNN, 512) and
@@ -172,28 +180,40 @@ inline bool pays_to_copy(int64_t M, int64_t N) { return M >= 1024 && N >= 256; }
 // Numbers of the copy of a part of a below.
 constexpr int64_t kCopiedPart = kBlockRows * kPartialRows;
 
-// out[m][n] = sum_r a[r][m] b(r, n) over `count` rows of numbers, for m in [begin, end). Each part of a
-// is made a matrix of terms in `copy` first: where it lies, its rows are far apart, mostly a power of
-// two, and fall into the same few lines of the caches.
+template <class T>
+struct ColumnsProduct {
+  Columns<const T> b;
+  T* out;  // [..., columns]; null: not wanted
+  int64_t columns;
+};
+
+// out[m][n] = sum_r a[r][m] b(r, n) over `count` > 0 rows of numbers, for m in [begin, end), of two
+// products. Each part of a is made a matrix of terms in `copy` first: where it lies, its rows are far
+// apart, mostly a power of two, and fall into the same few lines of the caches. One copy serves both:
+// with two, training an LSTM takes 1.02 of the time at (32, 100, 256), 1.0 at (64, 50, 1024), on a Zen 5.
 template <class T, class Terms>
-void columns_product(const T* a, int64_t a_stride, int64_t count, const Columns<const T>& b, T* out,
-                     int64_t columns, T* copy, int64_t begin, int64_t end) {
+void columns_products(const T* a, int64_t a_stride, int64_t count,
+                      const ColumnsProduct<T> (&products)[2], T* copy, int64_t begin, int64_t end) {
   constexpr bool kTurned = Terms::kTileRows > 0;
-  matrix_product<T, Terms>(
-      {lanes<Terms>(count), a, 1, 0, b, out, columns, false}, begin, end,
-      [&](ProductStep<T>& part, int64_t rows, int64_t k) {
-        const auto numbers  = [](int64_t k) { return k / Terms::kGroupLanes * Terms::kGroup; };
-        const T* const from = part.a + numbers(k) * a_stride;
-        const int64_t some  = min64(count - numbers(k), numbers(part.K));
-        if constexpr (kTurned) {
-          to_turned_columns_of_terms<Terms>(from, a_stride, copy, kPartialRows, some, rows);
-        } else {
-          to_columns_of_terms<Terms, kFirst>(from, a_stride, copy, kBlockRows, some, rows);
-        }
-        part.a          = copy;
-        part.a_stride_m = kTurned ? kPartialRows : 1;
-        part.a_stride_k = kTurned ? 1 : kBlockRows;
-      });
+  const int64_t K        = lanes<Terms>(count);
+  for_parts<Terms, T>(K, begin, end, [&](int64_t m, int64_t rows, int64_t k, int64_t terms) {
+    const auto numbers  = [](int64_t k) { return k / Terms::kGroupLanes * Terms::kGroup; };
+    const T* const from = a + m + numbers(k) * a_stride;
+    const int64_t some  = min64(count - numbers(k), numbers(terms));
+    if constexpr (kTurned) {
+      to_turned_columns_of_terms<Terms>(from, a_stride, copy, kPartialRows, some, rows);
+    } else {
+      to_columns_of_terms<Terms, kFirst>(from, a_stride, copy, kBlockRows, some, rows);
+    }
+    for (const ColumnsProduct<T>& p : products) {
+      if (!p.out) continue;
+      const Columns<const T> b{p.b.data + k * p.b.stride, p.b.stride, p.b.strip};
+      run_part<Terms>(
+          ProductStep<T>{terms, copy, kTurned ? kPartialRows : 1, kTurned ? 1 : kBlockRows, b,
+                         p.out + m * p.columns, p.columns, k > 0},
+          rows);
+    }
+  });
 }
 
 // out[0..] = sum_r a[r][0..] for N vectors of columns, the last of `lanes` lanes. Sums of 16 rows, then
