@@ -345,9 +345,10 @@ def _addresses(of_directions: Sequence[Tensor | None]) -> list[int]:
 
 def _tf32() -> bool:
     """Whether torch allows TF32 to recurrent layers."""
-    rnn = getattr(torch.backends.cudnn, "rnn", None)
-    if rnn is not None:
-        return bool(rnn.fp32_precision == "tf32")
+    # From torch 2.9 on; before, cudnn.rnn is a module without it, or not imported yet.
+    precision = getattr(getattr(torch.backends.cudnn, "rnn", None), "fp32_precision", None)
+    if precision is not None:
+        return bool(precision == "tf32")
     return bool(torch.backends.cudnn.allow_tf32)
 
 

@@ -17,7 +17,8 @@ they compute in float32, where it would convert to its own dtype, and round the 
 bfloat16's they also round what they multiply, on CPUs that multiply bfloat16. The results' dtype is
 torch.nn's: autocast's own for LSTM and RNN, and for a step of RNN; the wider of that and
 of the initial state (without one, of the input) for GRU and for a step of LSTM. torch.nn.LSTM gives
-other dtypes for some float16 inputs and raises for others; here it is the same rule for all.
+other dtypes for some float16 inputs and raises for others, and its layers give float16 under
+bfloat16's autocast on a CUDA device; here it is the same rule for all.
 float64 stays float64, as in torch.
 """
 

@@ -169,15 +169,32 @@ def test_no_kernel_spills():
     assert [k for k in kernels if k[2] != "0" or k[3] != "0"] == []
 
 
-@with_cuda
-def test_tensor_cores_are_used():
+def machine_code():
+    """Of both paths' kernels, by name."""
     architecture = fusedrnn._C.cuda.split(", ")[0]
     text = cuobjdump("-sass", "-arch", f"sm_{architecture}")
-    of_kernel = dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", text, re.DOTALL))
-    seen = set()
-    for kernel, code in of_kernel.items():
-        if not re.search(r"(forward|backward)_(step|block)", kernel):
+    of_kernel = re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", text, re.DOTALL)
+    return {k: code for k, code in of_kernel if re.search(r"(forward|backward)_(step|block)", k)}
+
+
+@with_cuda
+def test_the_reciprocal_is_an_instruction():
+    """And no subroutine, which a division is; but in float64."""
+    seen = 0
+    for kernel, code in machine_code().items():
+        if "ExactId" in kernel:
             continue
+        assert not re.search(r"\*/\s+CALL", code), kernel  # unconditional
+        if "forward" in kernel and "Lstm" in kernel:
+            assert "MUFU.RCP" in code
+            seen += 1
+    assert seen
+
+
+@with_cuda
+def test_tensor_cores_are_used():
+    seen = set()
+    for kernel, code in machine_code().items():
         if "ExactI" in kernel:
             assert "HMMA" not in code
             seen.add("exact")
@@ -236,6 +253,19 @@ def test_architectures_can_be_named(tmp_path, named, built, codes):
     commands = (tmp_path / "build" / "compile_commands.json").read_text()
     found = re.findall(r"arch=compute_(\w+),code=\[(\w+)\]", commands)
     assert ", ".join(map(" ".join, dict.fromkeys(found))) == codes
+
+
+@needs_nvcc
+@pytest.mark.parametrize(("present", "built"), [("7.5 8.9", "89"), ("9.0 9.0", "90a")])
+def test_built_for_the_cards_that_are_here(tmp_path, present, built):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '%s\\n' {present}\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    done = configured(tmp_path, path, FUSEDRNN_CUDA="1", FUSEDRNN_CUDA_ARCHS="")
+    assert done.returncode == 0, done.stderr
+    assert f"fusedrnn: CUDA kernels for sm_{built}\n" in done.stdout
 
 
 def test_cuda_can_be_left_out(tmp_path):

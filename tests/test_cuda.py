@@ -2,6 +2,8 @@
 backward, both paths, every kind of number and every option; and that the emulation would notice if
 a barrier were missing. On a GPU: test_cuda_device.py."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from emulated import emulated, module
@@ -358,6 +360,15 @@ def test_forced_path_that_cannot_be():
         pytest.raises(RuntimeError, match="there is none for H = 208, P = 208 in"),
     ):
         layer_of(208).block(False)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_in_older_torch(allowed, monkeypatch):
+    """Before 2.9 cudnn.rnn is a module without the setting, or not imported yet."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    for rnn in (None, SimpleNamespace()):
+        monkeypatch.setattr(torch.backends.cudnn, "rnn", rnn, raising=False)
+        assert cuda._tf32() == allowed
 
 
 def test_torch_can_be_asked_for():

@@ -236,6 +236,8 @@ def by_reference(monkeypatch, module, input, hx, dtype):
 @pytest.mark.parametrize(("number", "path"), PATHS)
 def test_modules(number, path, kind, options, choose, monkeypatch):
     dtype, options = dtype_of(number), OPTIONS[options]
+    if path == "block" and "proj_size" in options:
+        pytest.skip("the block path has no projection")
     module = build(modules, kind, I, H, **options).to(dtype).eval()
     for call in CALLS:
         if call == "return_cell_states" and kind != "LSTM":
@@ -269,8 +271,9 @@ def test_autocast(kind, low):
     exact.square().sum().backward()
     expected_grads = [p.grad for p in double.parameters()]
     input = input.to(DEVICE)
-    with torch.autocast(DEVICE.type, low):
-        expected = flat(theirs(input))
+    if low is torch.float16:  # torch takes it for bfloat16 too
+        with torch.autocast(DEVICE.type, low):
+            assert {r.dtype for r in flat(theirs(input))} == {low}
     for inside in (True, False):  # backward, that is
         ours.zero_grad()
         with ran(*TRAINED):
@@ -280,7 +283,6 @@ def test_autocast(kind, low):
                     results[0].float().square().sum().backward()
             if not inside:
                 results[0].float().square().sum().backward()
-        assert [r.dtype for r in results] == [e.dtype for e in expected]
         assert {r.dtype for r in results} == {low}
         rounding = torch.finfo(low).eps
         assert (results[0].double().cpu() - exact).abs().max() < 8 * rounding
@@ -292,7 +294,7 @@ def test_autocast(kind, low):
 # Streams ------------------------------------------------------------------------------------------
 
 # Every kernel of both paths, in about a millisecond.
-BUSY = dict(T=20, B=37, I=16, H=96, D=2)
+BUSY = dict(T=20, B=37, I=16, H=64, D=2)  # float32's weights fit 99 KB of shared memory
 
 
 def step_of_training(module, input):

@@ -33,6 +33,10 @@ __device__ __forceinline__ double from_bits(int64_t bits) {
 __device__ __forceinline__ float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 __device__ __forceinline__ double fma(double a, double b, double c) { return ::fma(a, b, c); }
 
+// Those of ptx.cuh, which the ones below would hide from the cells.
+using fusedrnn::approximate_reciprocal;
+using fusedrnn::to_float;
+
 // Not approximate: there is no instruction for it, and float64 is not what a GPU is bought for.
 __device__ __forceinline__ double approximate_reciprocal(double x) { return 1 / x; }
 
