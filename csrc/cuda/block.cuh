@@ -81,7 +81,7 @@ class Resident {
     constexpr int kUnrolled = (kInRegisters + kSegments - 1) / kSegments;
 #pragma unroll
     for (int b = 0; b < kUnrolled; ++b) {
-      if (b < blocks_) multiply_block<kSameStates, true>(sums, states, b);
+      if (b == 0 || b < blocks_) multiply_block<kSameStates, true>(sums, states, b);
     }
 #pragma unroll 1
     for (int b = kUnrolled; b < blocks_; ++b) multiply_block<kSameStates, false>(sums, states, b);
@@ -153,73 +153,84 @@ class StateBuffers {
   int row_bytes_, segment_;
 };
 
+// A lane's numbers, those of its sums: two rows, and units that are 8 apart.
+struct BlockNumbers {
+  static constexpr int kCount = kSums;
+  static constexpr int kRows  = 2;
+  FUSEDRNN_INLINE static constexpr int row(int i) { return i % 2; }
+  FUSEDRNN_INLINE static constexpr int unit(int i) { return i / 2 * 8; }
+};
+using BlockPlace = Place<BlockNumbers>;
+
 // Grid: tiles of 8 rows, directions. One warp for each tile of units.
 template <class N, class C>
 __global__ void __launch_bounds__(kBlockWarps* kWarp, 1)
     forward_block(const __grid_constant__ ForwardLayer<N> a) {
-  using acc_t     = typename N::acc_t;
-  using scalar_t  = typename N::scalar_t;
-  const int d     = blockIdx.y;
-  const int lane  = threadIdx.x % kWarp;
-  const int row0  = blockIdx.x * kRowTile;
-  const int unit0 = threadIdx.x / kWarp * kUnitTile;
-  const int64_t T = a.sequences.T, B = a.sequences.B;
+  using acc_t    = typename N::acc_t;
+  using scalar_t = typename N::scalar_t;
+  using State    = std::conditional_t<C::kHasCell, acc_t, scalar_t>;
+  const int d    = blockIdx.y;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int first = blockIdx.x * kRowTile;
+  const int64_t T = a.sequences.T;
+  const BlockPlace place{first + sum_row(lane, 0), warp * kUnitTile + sum_unit(lane, 0)};
 
-  const Resident<N, C::kGates, false> weights(a.weight_hh[d], a.H, threadIdx.x / kWarp, lane);
+  const Resident<N, C::kGates, false> weights(a.weight_hh[d], a.H, warp, lane);
   const StateBuffers<N> states(a.H, C::kGates, 1, false);
   states.clear();
 
+  scalar_t bias[kSums / 2][C::kGates]{};
+#pragma unroll
+  for (int i = 0; i < kSums; i += 2) load_bias<N, C>(bias[i / 2], a, d, place.unit_of(i));
   acc_t prev[kSums]{};  // c, or h
-  acc_t gates_x[kSums][C::kGates]{};
+  Inputs<N, C, BlockNumbers> inputs;
 
-  // The lane's i-th number of the state before step t, made of what the step before it left.
-  const auto begin_step = [&](int64_t t, const Step& step, int i, acc_t h, acc_t c) {
-    const int row = row0 + sum_row(lane, i), unit = unit0 + sum_unit(lane, i);
-    if (row >= step.count || unit >= a.H) return;
-    load_gates_x<N, C>(gates_x[i], a, d, step.offset + row, unit);  // arrives during the product
-    const Source source = step.source(row);
-    const int64_t state = (d * B + row) * a.H + unit;
-    if (source != Source::kPrevious) {
-      h = source == Source::kInitial ? number<acc_t>(a.h0, state) : acc_t(0);
-      c = source == Source::kInitial ? number<acc_t>(a.c0, state) : acc_t(0);
-    }
-    const scalar_t stored = Rounded<scalar_t>::of(h);
-    states.write(int(t % 2), sum_row(lane, i), 0, unit, stored);
-    prev[i] = C::kHasCell ? c : acc_t(to_float(stored));
+  // The states before step t, made of what the step before it left.
+  const auto begin_step = [&](int64_t t, const Step& step, acc_t(&h)[kSums], acc_t(&c)[kSums]) {
+    const auto sources = place.sources(step);
+    place.each(place.has(step.count, a.H), [&](int i) {
+      const Source source = sources.of[i];
+      if (source != Source::kPrevious) {
+        h[i] = c[i]     = 0;
+        const int64_t B = a.sequences.B;
+        const auto of   = [&](const scalar_t* initial) {
+          return acc_t(to_float(load(place.ith(place.in(initial, d * B, a.H), a.H, i))));
+        };
+        if (source == Source::kInitial && a.h0) h[i] = of(a.h0);
+        if (source == Source::kInitial && a.c0) c[i] = of(a.c0);
+      }
+      const scalar_t stored = Rounded<scalar_t>::of(h[i]);
+      states.write(int(t % 2), place.row_of(i) - first, 0, place.unit_of(i), stored);
+      prev[i] = C::kHasCell ? c[i] : acc_t(to_float(stored));
+    });
   };
 
   sync_threads();  // cleared
-#pragma unroll
-  for (int i = 0; i < kSums; ++i) begin_step(0, step_of(a.sequences, d, 0), i, 0, 0);
+  Step step = step_of(a.sequences, d, 0);
+  inputs.load_from(a, d, step, place);
+  acc_t h[kSums]{}, c[kSums]{};
+  begin_step(0, step, h, c);
   sync_threads();
   for (int64_t t = 0; t < T; ++t) {
     acc_t sums[C::kGates][kSums]{};
-#pragma unroll
-    for (int i = 0; i < kSums; i += 2) {  // the bias from cache: registers are what is scarce
-      const int unit = unit0 + sum_unit(lane, i);
-      acc_t bias[C::kGates]{};
-      if (unit < a.H) load_bias<N, C>(bias, a, d, unit);
-#pragma unroll
-      for (int g = 0; g < C::kGates; ++g) sums[g][i] = sums[g][i + 1] = bias[g];
-    }
     weights.template multiply<true>(
         sums, [&](int s, int b, int i) { return states.read(int(t % 2), lane, s, b, i); });
-    const Step step = step_of(a.sequences, d, t), next = step_of(a.sequences, d, t + 1);
+    // Of all four, also where the layer has no such row or unit: one waits while others compute.
+    typename C::template Forward<acc_t> results[kSums];
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
-      const int row = row0 + sum_row(lane, i), unit = unit0 + sum_unit(lane, i);
-      acc_t h = 0, c = 0;
-      if (row < step.count && unit < a.H) {
-        acc_t gates_h[C::kGates];
+      acc_t gates_h[C::kGates];
 #pragma unroll
-        for (int g = 0; g < C::kGates; ++g) gates_h[g] = sums[g][i];
-        const auto result = C::forward(gates_x[i], gates_h, prev[i]);
-        put_cell<N, C>(a, d, step, row, unit, result);
-        h = result.h;
-        if constexpr (C::kHasCell) c = result.extra;
-      }
-      begin_step(t + 1, next, i, h, c);
+      for (int g = 0; g < C::kGates; ++g) gates_h[g] = acc_t(to_float(bias[i / 2][g])) + sums[g][i];
+      results[i] = inputs.forward(i, gates_h, prev[i]);
+      h[i]       = results[i].h;
+      if constexpr (C::kHasCell) c[i] = results[i].extra;
     }
+    const Step next = step_of(a.sequences, d, t + 1);
+    inputs.load_from(a, d, next, place);  // arrives during the next product
+    begin_step(t + 1, next, h, c);
+    put_cells<N, C>(a, d, step, place, results);
+    step = next;
     sync_threads();
   }
 }
@@ -228,60 +239,61 @@ __global__ void __launch_bounds__(kBlockWarps* kWarp, 1)
 template <class N, class C>
 __global__ void __launch_bounds__(kBlockWarps* kWarp, 1)
     backward_block(const __grid_constant__ BackwardLayer<N> a) {
-  using acc_t     = typename N::acc_t;
-  using scalar_t  = typename N::scalar_t;
-  const int d     = blockIdx.y;
-  const int lane  = threadIdx.x % kWarp;
-  const int row0  = blockIdx.x * kRowTile;
-  const int unit0 = threadIdx.x / kWarp * kUnitTile;
+  using acc_t    = typename N::acc_t;
+  using scalar_t = typename N::scalar_t;
+  const int d    = blockIdx.y;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int first = blockIdx.x * kRowTile;
+  const int64_t B = a.sequences.B;
+  const BlockPlace place{first + sum_row(lane, 0), warp * kUnitTile + sum_unit(lane, 0)};
 
-  const Resident<N, C::kGates, true> weights(a.weight_hh[d], a.H, threadIdx.x / kWarp, lane);
+  const Resident<N, C::kGates, true> weights(a.weight_hh[d], a.H, warp, lane);
   const StateBuffers<N> states(a.H, C::kGates, C::kGates, true);
   states.clear();
   acc_t carry[kSums]{};
   sync_threads();
 
-  const int64_t last = a.grad_h0 || a.grad_c0 ? -1 : 0;
+  BlockPlace::Sources after = place.sources(Step{});  // of the step after
+  const int64_t last        = a.grad_h0 || a.grad_c0 ? -1 : 0;
   for (int64_t t = a.sequences.T - 1; t >= last; --t) {  // at -1 only the initial states receive
-    const Step step = step_of(a.sequences, d, t), after = step_of(a.sequences, d, t + 1);
-    // Loaded before the product, while which they arrive.
-    Saved<N, C> saved[kSums]{};
-    acc_t grad_h[kSums]{}, grad_c[kSums]{};
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) {
-      const int row = row0 + sum_row(lane, i), unit = unit0 + sum_unit(lane, i);
-      if (row >= step.count || unit >= a.H) continue;
-      saved[i]  = load_saved<N, C>(a, d, step, row, unit);
-      grad_h[i] = grad_of_h(a, d, step, row, unit);
-      if constexpr (C::kHasCell) grad_c[i] = grad_of_c(a, d, step, row, unit);
-    }
+    const Step step    = step_of(a.sequences, d, t);
+    const auto sources = place.sources(step);
+    Saved<N, C, BlockNumbers> saved;  // arrives during the product
+    saved.load_from(a, d, step, place, sources);
+    saved.load_grad_h(a, d, step, place);
     acc_t sums[C::kGates][kSums]{};
     weights.template multiply<false>(
         sums, [&](int s, int b, int i) { return states.read(int((t + 1) & 1), lane, s, b, i); });
+    acc_t grad_h[kSums];
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
-      const int row = row0 + sum_row(lane, i), unit = unit0 + sum_unit(lane, i);
-      if (unit >= a.H) continue;
       acc_t passed = 0;
 #pragma unroll
       for (int g = 0; g < C::kGates; ++g) passed += sums[g][i];
-      const int64_t state = (d * a.sequences.B + row) * a.H + unit;
-      grad_h[i] += receive(after, row, passed, [&](acc_t x) { add(a.grad_h0, state, x); });
-      if constexpr (C::kHasCarry) {
-        carry[i] = receive(after, row, carry[i],
-                           [&](acc_t x) { add(C::kHasCell ? a.grad_c0 : a.grad_h0, state, x); });
-      }
-      if (row >= step.count) continue;
-      const auto result = C::backward(saved[i].gates, saved[i].extra, saved[i].prev, grad_h[i],
-                                      carry[i] + grad_c[i]);
-      put_grad_gates<N, C>(a, d, step, row, unit, result.grad_gates);
-      carry[i] = result.carry;
+      grad_h[i]  = receive(after.of[i], passed, [&](acc_t x) {
+        if (place.unit_of(i) < a.H) place.add(a.grad_h0, d * B, a.H, i, x);
+      });
+      carry[i]   = receive(after.of[i], carry[i], [&](acc_t x) {
+        if (!C::kHasCarry || place.unit_of(i) >= a.H) return;
+        place.add(C::kHasCell ? a.grad_c0 : a.grad_h0, d * B, a.H, i, x);
+      });
+      grad_h[i] += acc_t(to_float(saved.grad_h[i]));
+    }
+    saved.receive_h(grad_h, a, d, step, place);
+    if constexpr (C::kHasCell) saved.receive_c(carry, a, d, step, place);
+    typename C::template Backward<acc_t> results[kSums];
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) results[i] = saved.backward(i, grad_h[i], carry[i]);
+    place.each(place.has(step.count, a.H), [&](int i) {
+      carry[i] = results[i].carry;
 #pragma unroll
       for (int g = 0; g < C::kGates; ++g) {
-        states.write(int(t & 1), sum_row(lane, i), g, unit,
-                     Rounded<scalar_t>::of(result.grad_gates[g]));
+        states.write(int(t & 1), place.row_of(i) - first, g, place.unit_of(i),
+                     Rounded<scalar_t>::of(results[i].grad_gates[g]));
       }
-    }
+    });
+    put_grad_gates<N, C>(a, d, step, place, results);
+    after = sources;
     sync_threads();
   }
 }

@@ -68,6 +68,9 @@ struct Step {
   const bool* boundaries;                // [count] or null, as Walk has them
   bool reset_to_initial;
 
+  // Whether it is the last of some row.
+  __device__ __forceinline__ bool ends_some() const { return count_after < count; }
+
   __device__ __forceinline__ Source source(int row) const {
     const bool cut = boundaries && (first || row < count_before) && load(boundaries + row);
     return source_of(first, count_before, row, cut, reset_to_initial);
@@ -92,172 +95,304 @@ FUSEDRNN_INLINE Step step_of(const Sequences& sequences, int direction, int64_t 
   return step;
 }
 
-// x[i] in arithmetic; 0 of a null pointer.
-template <class acc_t, class scalar_t>
-__device__ __forceinline__ acc_t number(const scalar_t* x, int64_t i) {
-  return x ? acc_t(to_float(load(x + i))) : acc_t(0);
-}
-template <class acc_t, class scalar_t>
-__device__ __forceinline__ void put(scalar_t* x, int64_t i, acc_t value) {
-  if (x) store(x + i, Rounded<scalar_t>::of(value));
-}
+// Where the numbers lie that a thread computes: the i-th is that of row `row` + Numbers::row(i) of the
+// batch and of unit `unit` + Numbers::unit(i), known to the compiler but for the first. So a matrix
+// takes one long calculation of an address for all of them.
+template <class Numbers>
+struct Place {
+  int row, unit;
 
-// x[i] += value, unless x is null.
-template <class acc_t>
-__device__ __forceinline__ void add(acc_t* x, int64_t i, acc_t value) {
-  if (x) store(x + i, load(x + i) + value);
+  __device__ __forceinline__ int row_of(int i) const { return row + Numbers::row(i); }
+  __device__ __forceinline__ int unit_of(int i) const { return unit + Numbers::unit(i); }
+
+  // The first in a matrix [.., width], whose row `begin` is the batch's first; the i-th from there.
+  template <class T>
+  __device__ __forceinline__ T* in(T* matrix, int64_t begin, int width) const {
+    return matrix + ((begin + row) * width + unit);
+  }
+  template <class T>
+  static __device__ __forceinline__ T* ith(T* first, int width, int i) {
+    return first + Numbers::row(i) * width + Numbers::unit(i);
+  }
+
+  // Which of them rows below `rows` and units below `units` have.
+  struct Has {
+    bool of[Numbers::kCount];
+  };
+  __device__ __forceinline__ Has has(int rows, int units) const {
+    Has has;
+#pragma unroll
+    for (int i = 0; i < Numbers::kCount; ++i) {
+      has.of[i] = row_of(i) < rows && unit_of(i) < units;
+    }
+    return has;
+  }
+
+  // f(i) for these.
+  template <class F>
+  static __device__ __forceinline__ void each(const Has& has, const F& f) {
+#pragma unroll
+    for (int i = 0; i < Numbers::kCount; ++i) {
+      if (has.of[i]) f(i);
+    }
+  }
+
+  // Where the states before a step come from, zeros for rows that it has not.
+  struct Sources {
+    Source of[Numbers::kCount];
+  };
+  __device__ __forceinline__ Sources sources(const Step& step) const {
+    Sources sources;
+#pragma unroll
+    for (int i = 0; i < Numbers::kCount; ++i) {
+      if (i >= Numbers::kRows) {
+        sources.of[i] = sources.of[i - Numbers::kRows];  // of the same row
+      } else {
+        sources.of[i] = row_of(i) < step.count ? step.source(row_of(i)) : Source::kZero;
+      }
+    }
+    return sources;
+  }
+
+  // Adds value to the i-th number of a matrix, unless that is null.
+  template <class acc_t>
+  __device__ __forceinline__ void add(acc_t* matrix, int64_t begin, int width, int i,
+                                      acc_t value) const {
+    if (!matrix) return;
+    acc_t* const to = ith(in(matrix, begin, width), width, i);
+    store(to, load(to) + value);
+  }
+};
+
+template <class T, class acc_t>
+__device__ __forceinline__ void put(T* to, acc_t value) {
+  store(to, Rounded<T>::of(value));
 }
 
 // Gates as they are saved. A sigmoid that is rounded to 1 would lose 1 - s, which its derivative and
 // GRU's h are products with; so in types of 16 bits one above 1/2 is saved as s - 1, which the sign
 // tells (of -0 too).
-template <class C, class acc_t, class scalar_t>
-__device__ __forceinline__ void put_gate(scalar_t* gates, int64_t i, int g, acc_t gate) {
-  if (sizeof(scalar_t) == 2 && C::is_sigmoid(g) && !(gate <= acc_t(0.5))) gate = -(1 - gate);
-  put(gates, i, gate);
+template <class C, class scalar_t, class acc_t>
+__device__ __forceinline__ acc_t gate_to_save(int g, acc_t gate) {
+  return sizeof(scalar_t) == 2 && C::is_sigmoid(g) && !(gate <= acc_t(0.5)) ? -(1 - gate) : gate;
 }
 template <class C, class acc_t, class scalar_t>
-__device__ __forceinline__ acc_t saved_gate(const scalar_t* gates, int64_t i, int g) {
-  const acc_t gate = number<acc_t>(gates, i);
+__device__ __forceinline__ acc_t saved_gate(int g, scalar_t saved) {
+  const acc_t gate = to_float(saved);
   return sizeof(scalar_t) == 2 && C::is_sigmoid(g) && to_bits(gate) < 0 ? 1 + gate : gate;
 }
 
-// The gates' arguments of one unit, from the projection of the input.
-template <class N, class C>
-__device__ __forceinline__ void load_gates_x(typename N::acc_t (&gates_x)[C::kGates],
-                                             const ForwardLayer<N>& a, int d, int64_t row,
-                                             int unit) {
-#pragma unroll
-  for (int g = 0; g < C::kGates; ++g) {
-    gates_x[g] = number<typename N::acc_t>(a.gates_x[d], (row * C::kGates + g) * a.H + unit);
-  }
-}
+// What forward reads of the thread's numbers, as it is stored: converted when it was loaded, it would
+// be waited for at once.
+template <class N, class C, class Numbers>
+struct Inputs {
+  using scalar_t = typename N::scalar_t;
+  using acc_t    = typename N::acc_t;
 
+  scalar_t gates_x[Numbers::kCount][C::kGates]{};  // from the projection of the input
+
+  __device__ __forceinline__ void load_from(const ForwardLayer<N>& a, int d, const Step& step,
+                                            const Place<Numbers>& place) {
+    const int width             = C::kGates * a.H;
+    const scalar_t* const first = place.in(a.gates_x[d], step.offset, width);
+    place.each(place.has(step.count, a.H), [&](int i) {
+#pragma unroll
+      for (int g = 0; g < C::kGates; ++g) {
+        gates_x[i][g] = load(place.ith(first + g * a.H, width, i));
+      }
+    });
+  }
+
+  __device__ __forceinline__ auto forward(int i, const acc_t (&gates_h)[C::kGates],
+                                          acc_t prev) const {
+    acc_t x[C::kGates];
+#pragma unroll
+    for (int g = 0; g < C::kGates; ++g) x[g] = to_float(gates_x[i][g]);
+    return C::forward(x, gates_h, prev);
+  }
+};
+
+// The recurrent bias of a unit.
 template <class N, class C>
-__device__ __forceinline__ void load_bias(typename N::acc_t (&bias)[C::kGates],
+__device__ __forceinline__ void load_bias(typename N::scalar_t (&bias)[C::kGates],
                                           const ForwardLayer<N>& a, int d, int unit) {
 #pragma unroll
   for (int g = 0; g < C::kGates; ++g) {
-    bias[g] = number<typename N::acc_t>(a.bias_hh[d], int64_t(g) * a.H + unit);
+    if (a.bias_hh[d] && unit < a.H) bias[g] = load(a.bias_hh[d] + g * a.H + unit);
   }
 }
 
-// h of unit `unit` of P, in the caller's row of the step.
-template <class N>
-__device__ __forceinline__ void put_h(const ForwardLayer<N>& a, int d, const Step& step, int row,
-                                      int unit, typename N::acc_t h) {
-  const int64_t at = step.offset + row;
-  put(a.output, at * a.D * a.P + d * a.P + unit, h);
-  if (a.hidden) put(a.hidden, (d * a.rows + at) * a.P + unit, h);
-  if (row >= step.count_after) {
-    put(a.h_n, (d * a.sequences.B + row) * a.P + unit, h);
+// h of units of P.
+template <class N, class Numbers, class H>
+__device__ __forceinline__ void put_h(const ForwardLayer<N>& a, int d, const Step& step,
+                                      const Place<Numbers>& place, const H& h) {
+  const auto has    = place.has(step.count, a.P);
+  const auto output = place.in(a.output + d * a.P, step.offset, a.D * a.P);
+  place.each(has, [&](int i) { put(place.ith(output, a.D * a.P, i), h(i)); });
+  if (a.hidden) {
+    const auto hidden = place.in(a.hidden, d * a.rows + step.offset, a.P);
+    place.each(has, [&](int i) { put(place.ith(hidden, a.P, i), h(i)); });
+  }
+  if (step.ends_some()) {
+    const auto h_n = place.in(a.h_n, d * a.sequences.B, a.P);
+    place.each(has, [&](int i) {
+      if (place.row_of(i) >= step.count_after) put(place.ith(h_n, a.P, i), h(i));
+    });
   }
 }
 
-// What one cell computed, but h where it still has to be projected.
-template <class N, class C>
-__device__ __forceinline__ void put_cell(
-    const ForwardLayer<N>& a, int d, const Step& step, int row, int unit,
-    const typename C::template Forward<typename N::acc_t>& result) {
-  const int64_t at = d * a.rows + step.offset + row, state = d * a.sequences.B + row;
+// What the cells computed, but h where it still has to be projected.
+template <class N, class C, class Numbers>
+__device__ __forceinline__ void put_cells(
+    const ForwardLayer<N>& a, int d, const Step& step, const Place<Numbers>& place,
+    const typename C::template Forward<typename N::acc_t> (&results)[Numbers::kCount]) {
+  const int64_t row = d * a.rows + step.offset, state = d * a.sequences.B;
+  const auto has = place.has(step.count, a.H);
   if (a.gates) {
+    const int width  = C::kGates * a.H;
+    const auto gates = place.in(a.gates, row, width);
+    place.each(has, [&](int i) {
 #pragma unroll
-    for (int g = 0; g < C::kGates; ++g) {
-      put_gate<C>(a.gates, (at * C::kGates + g) * a.H + unit, g, result.gates[g]);
+      for (int g = 0; g < C::kGates; ++g) {
+        put(place.ith(gates + g * a.H, width, i),
+            gate_to_save<C, typename N::scalar_t>(g, results[i].gates[g]));
+      }
+    });
+  }
+  if constexpr (C::kHasExtra) {
+    if (a.extra) {
+      const auto extra = place.in(a.extra, C::kHasCell && !a.every_cell ? state : row, a.H);
+      place.each(has, [&](int i) { put(place.ith(extra, a.H, i), results[i].extra); });
     }
   }
-  if constexpr (C::kHasCell) {
-    put(a.extra, (a.every_cell ? at : state) * a.H + unit, result.extra);
-    if (row >= step.count_after) put(a.c_n, state * a.H + unit, result.extra);
-  } else if constexpr (C::kHasExtra) {
-    put(a.extra, at * a.H + unit, result.extra);
+  if (C::kHasCell && step.ends_some()) {
+    const auto c_n = place.in(a.c_n, state, a.H);
+    place.each(has, [&](int i) {
+      if (place.row_of(i) >= step.count_after) put(place.ith(c_n, a.H, i), results[i].extra);
+    });
   }
   if (a.unprojected) {
-    put(a.unprojected, state * a.H + unit, result.h);
+    const auto unprojected = place.in(a.unprojected, state, a.H);
+    place.each(has, [&](int i) { put(place.ith(unprojected, a.H, i), results[i].h); });
   } else {
-    put_h(a, d, step, row, unit, result.h);
+    put_h(a, d, step, place, [&](int i) { return results[i].h; });
   }
 }
 
-// What backward reads of one cell.
-template <class N, class C>
+// What backward reads of the thread's numbers that forward left or that came from outside, as it is
+// stored.
+template <class N, class C, class Numbers>
 struct Saved {
-  using acc_t = typename N::acc_t;
-  acc_t gates[C::kGates], extra, prev;
-};
+  using scalar_t = typename N::scalar_t;
+  using acc_t    = typename N::acc_t;
 
-template <class N, class C>
-__device__ __forceinline__ Saved<N, C> load_saved(const BackwardLayer<N>& a, int d,
-                                                  const Step& step, int row, int unit) {
-  using acc_t = typename N::acc_t;
-  Saved<N, C> saved{};
-  const int64_t at = d * a.rows + step.offset + row;
+  scalar_t gates[Numbers::kCount][C::kGates]{};
+  acc_t extra[Numbers::kCount]{};
+  std::conditional_t<C::kPrevIsH, scalar_t, acc_t> prev[Numbers::kCount]{};
+  scalar_t grad_h[Numbers::kCount]{};  // of the output
+
+  // Of cells, for `sources` of their step.
+  __device__ __forceinline__ void load_from(const BackwardLayer<N>& a, int d, const Step& step,
+                                            const Place<Numbers>& place,
+                                            const typename Place<Numbers>::Sources& sources) {
+    const int64_t row        = d * a.rows + step.offset;
+    const int width          = C::kGates * a.H;
+    const auto has           = place.has(step.count, a.H);
+    const auto of_gates      = place.in(a.gates, row, width);
+    const acc_t* const extra = place.in(a.extra, row, a.H);
+    place.each(has, [&](int i) {
 #pragma unroll
-  for (int g = 0; g < C::kGates; ++g) {
-    saved.gates[g] = saved_gate<C, acc_t>(a.gates, (at * C::kGates + g) * a.H + unit, g);
-  }
-  if constexpr (C::kHasExtra) saved.extra = number<acc_t>(a.extra, at * a.H + unit);
-  if constexpr (C::kPrevIsH) saved.prev = number<acc_t>(a.previous, at * a.P + unit);
-  if constexpr (C::kHasCell) {
-    const Source source = step.source(row);
-    if (source == Source::kPrevious) {
-      saved.prev = number<acc_t>(a.extra, (d * a.rows + step.offset_before + row) * a.H + unit);
-    } else if (source == Source::kInitial) {
-      saved.prev = number<acc_t>(a.c0, (d * a.sequences.B + row) * a.H + unit);
+      for (int g = 0; g < C::kGates; ++g) {
+        gates[i][g] = load(place.ith(of_gates + g * a.H, width, i));
+      }
+      if constexpr (C::kHasExtra) this->extra[i] = load(place.ith(extra, a.H, i));
+    });
+    if constexpr (C::kPrevIsH) {
+      const auto previous = place.in(a.previous, row, a.P);
+      place.each(has, [&](int i) { prev[i] = load(place.ith(previous, a.P, i)); });
+    }
+    if constexpr (C::kHasCell) {
+      const auto before = place.in(a.extra, d * a.rows + step.offset_before, a.H);
+      place.each(has, [&](int i) {
+        if (sources.of[i] == Source::kPrevious) {
+          prev[i] = load(place.ith(before, a.H, i));
+        } else if (sources.of[i] == Source::kInitial && a.c0) {
+          prev[i] = to_float(load(place.ith(place.in(a.c0, d * a.sequences.B, a.H), a.H, i)));
+        }
+      });
     }
   }
-  return saved;
-}
 
-// `passed`, the gradient of a state before the step `after`, goes to that state's source: it is what
-// the step before receives (returned), the initial state's (then add_to_initial(passed)), or nobody's.
+  __device__ __forceinline__ void load_grad_h(const BackwardLayer<N>& a, int d, const Step& step,
+                                              const Place<Numbers>& place) {
+    if (!a.grad_output) return;
+    const auto output = place.in(a.grad_output + d * a.P, step.offset, a.D * a.P);
+    place.each(place.has(step.count, a.P),
+               [&](int i) { grad_h[i] = load(place.ith(output, a.D * a.P, i)); });
+  }
+
+  // h's and c's gradients from outside, but of the output, are added to these. Loaded where they are
+  // used: most steps have none.
+  __device__ __forceinline__ static void receive_h(acc_t (&grad_h)[Numbers::kCount],
+                                                   const BackwardLayer<N>& a, int d,
+                                                   const Step& step, const Place<Numbers>& place) {
+    receive_last(grad_h, a, d, step, place, a.P, a.grad_h_n);
+  }
+  __device__ __forceinline__ static void receive_c(acc_t (&grad_c)[Numbers::kCount],
+                                                   const BackwardLayer<N>& a, int d,
+                                                   const Step& step, const Place<Numbers>& place) {
+    if (a.grad_cells) {
+      const auto cells = place.in(a.grad_cells + d * a.H, step.offset, a.D * a.H);
+      place.each(place.has(step.count, a.H),
+                 [&](int i) { grad_c[i] += to_float(load(place.ith(cells, a.D * a.H, i))); });
+    }
+    receive_last(grad_c, a, d, step, place, a.H, a.grad_c_n);
+  }
+
+  // With all that h received, and the carry.
+  __device__ __forceinline__ auto backward(int i, acc_t received, acc_t carry) const {
+    acc_t of_gates[C::kGates];
+#pragma unroll
+    for (int g = 0; g < C::kGates; ++g) of_gates[g] = saved_gate<C, acc_t>(g, gates[i][g]);
+    return C::backward(of_gates, extra[i], acc_t(to_float(prev[i])), received, carry);
+  }
+
+ private:
+  // From [D, B, width]: what the states after rows' last steps receive.
+  __device__ __forceinline__ static void receive_last(acc_t (&grad)[Numbers::kCount],
+                                                      const BackwardLayer<N>& a, int d,
+                                                      const Step& step, const Place<Numbers>& place,
+                                                      int width, const scalar_t* last) {
+    if (!last || !step.ends_some()) return;
+    const auto from = place.in(last, d * a.sequences.B, width);
+    place.each(place.has(step.count, width), [&](int i) {
+      if (place.row_of(i) < step.count_after) return;
+      grad[i] += to_float(load(place.ith(from, width, i)));
+    });
+  }
+};
+
+// `passed`, the gradient of a state before a step, goes to that state's source: it is what the step
+// before receives (returned), the initial state's (then add_to_initial(passed)), or nobody's.
 template <class acc_t, class Add>
-__device__ __forceinline__ acc_t receive(const Step& after, int row, acc_t passed,
-                                         const Add& add_to_initial) {
-  if (row >= after.count) return 0;
-  const Source source = after.source(row);
+__device__ __forceinline__ acc_t receive(Source source, acc_t passed, const Add& add_to_initial) {
   if (source == Source::kPrevious) return passed;
   if (source == Source::kInitial) add_to_initial(passed);
   return 0;
 }
 
-// What reaches a state of a row's step from outside: from its place in `every`, [N, D*width], and, at
-// the row's last step, from `last`, [D, B, width]. Either may be null, for zero.
-template <class N>
-__device__ __forceinline__ typename N::acc_t grad_from_outside(const BackwardLayer<N>& a, int d,
-                                                               const Step& step, int row, int unit,
-                                                               int width,
-                                                               const typename N::scalar_t* every,
-                                                               const typename N::scalar_t* last) {
-  using acc_t = typename N::acc_t;
-  acc_t grad  = number<acc_t>(every, ((step.offset + row) * a.D + d) * width + unit);
-  if (row >= step.count_after) {
-    grad += number<acc_t>(last, (d * a.sequences.B + row) * width + unit);
-  }
-  return grad;
-}
-
-template <class N>
-__device__ __forceinline__ typename N::acc_t grad_of_h(const BackwardLayer<N>& a, int d,
-                                                       const Step& step, int row, int unit) {
-  return grad_from_outside(a, d, step, row, unit, a.P, a.grad_output, a.grad_h_n);
-}
-
-template <class N>
-__device__ __forceinline__ typename N::acc_t grad_of_c(const BackwardLayer<N>& a, int d,
-                                                       const Step& step, int row, int unit) {
-  return grad_from_outside(a, d, step, row, unit, a.H, a.grad_cells, a.grad_c_n);
-}
-
-template <class N, class C>
+template <class N, class C, class Numbers>
 __device__ __forceinline__ void put_grad_gates(
-    const BackwardLayer<N>& a, int d, const Step& step, int row, int unit,
-    const typename N::acc_t (&grad_gates)[C::kGradGates]) {
-  const int64_t at = d * a.rows + step.offset + row;
+    const BackwardLayer<N>& a, int d, const Step& step, const Place<Numbers>& place,
+    const typename C::template Backward<typename N::acc_t> (&results)[Numbers::kCount]) {
+  const int width  = C::kGradGates * a.H;
+  const auto first = place.in(a.grad_gates, d * a.rows + step.offset, width);
+  place.each(place.has(step.count, a.H), [&](int i) {
 #pragma unroll
-  for (int e = 0; e < C::kGradGates; ++e) {
-    put(a.grad_gates, (at * C::kGradGates + e) * a.H + unit, grad_gates[e]);
-  }
+    for (int e = 0; e < C::kGradGates; ++e) {
+      put(place.ith(first + e * a.H, width, i), results[i].grad_gates[e]);
+    }
+  });
 }
 
 }  // namespace

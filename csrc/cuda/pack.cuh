@@ -27,20 +27,18 @@ __global__ void __launch_bounds__(kPackThreads)
   const int64_t threads = int64_t(gridDim.x) * blockDim.x;
   for (int64_t v = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; v < vectors; v += threads) {
     // v counts [tiles][blocks][segments][2][kWeightLanes].
-    const int place         = int(v % kFragment<N>);
-    const int64_t fragment  = v / kFragment<N>;
-    const int segment       = int(fragment % p.segments);
-    const int block         = int(fragment / p.segments % blocks);
-    const int tile          = int(fragment / p.segments / blocks);
-    constexpr int kSameUnit = N::kWeightLanes / 8;  // lanes of one unit
-    const int lane          = place % N::kWeightLanes;
-    const int unit          = tile * kUnitTile + 8 * (place / N::kWeightLanes) + lane / kSameUnit;
-    const int k             = block * N::kBlock + lane % kSameUnit * N::kVector;
+    const int place        = int(v % kFragment<N>);
+    const int64_t fragment = v / kFragment<N>;
+    const int segment      = int(fragment % p.segments);
+    const int block        = int(fragment / p.segments % blocks);
+    const int tile         = int(fragment / p.segments / blocks);
+    const int half = place / N::kWeightLanes, lane = place % N::kWeightLanes;
     Vec16 vector{};
     for (int i = 0; i < N::kVector; ++i) {
-      if (unit >= p.units || k + i >= p.size) break;
-      const scalar_t x =
-          load(p.weight + p.offset[segment] + unit * p.unit_stride + (k + i) * p.k_stride);
+      const int unit = tile * kUnitTile + N::weight_unit(lane, half, i);
+      const int k    = block * N::kBlock + N::weight_k(lane, half, i);
+      if (unit >= p.units || k >= p.size) continue;
+      const scalar_t x = load(p.weight + p.offset[segment] + unit * p.unit_stride + k * p.k_stride);
       memcpy(reinterpret_cast<char*>(&vector) + i * sizeof x, &x, sizeof x);
     }
     store(p.packed + v, N::prepared(vector));

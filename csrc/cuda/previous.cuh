@@ -32,12 +32,12 @@ __device__ __forceinline__ typename N::scalar_t hidden_of(const PreviousLayer<N>
   acc_t gates[C::kGates], h;
 #pragma unroll
   for (int g = 0; g < C::kGates; ++g) {
-    gates[g] = saved_gate<C, acc_t>(a.gates, (row * C::kGates + g) * a.H + unit, g);
+    gates[g] = saved_gate<C, acc_t>(g, load(a.gates + (row * C::kGates + g) * a.H + unit));
   }
   if constexpr (C::kPrevIsH) {  // GRU
     h = C::hidden(gates[1], gates[2], acc_t(to_float(before)));
   } else if constexpr (C::kHasCell) {  // LSTM: o tanh(c)
-    h = gates[3] * tanh(number<acc_t>(a.extra, row * a.H + unit));
+    h = gates[3] * tanh(load(a.extra + row * a.H + unit));
   } else {
     h = gates[0];
   }
@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(kPreviousThreads)
     if (row >= step.count) continue;
     const Source source = step.source(row);
     if (source != Source::kPrevious) {
-      h = Rounded<typename N::scalar_t>::of(
-          source == Source::kInitial ? number<acc_t>(a.h0, (d * B + row) * a.P + unit) : acc_t(0));
+      h = {};
+      if (source == Source::kInitial && a.h0) h = load(a.h0 + (d * B + row) * a.P + unit);
     }
     const int64_t at = d * a.rows + step.offset + row;
     if (t >= begin) store(a.previous + at * a.P + unit, h);

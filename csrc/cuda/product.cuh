@@ -4,7 +4,8 @@
 // Both operands are read as vectors of 16 bytes along K, the dimension that is summed over, which
 // is contiguous in both. A fragment is one warp's share of kBlock numbers of K:
 //
-//   weights  Vec16[2] a lane: of unit lane / 4 and of unit lane / 4 + 8
+//   weights  Vec16[2] a lane: of unit lane / 4 and of unit lane / 4 + 8, one each or (tensor cores) both
+//            in turns, as an instruction wants them: four words that lie together
 //   states   Vec16[kStateVectors] a lane, of the rows that state_row names
 //   sums     4 a lane: units lane / 4 and lane / 4 + 8 (upper bit) times rows 2 * (lane % 4) and
 //            that + 1 (lower bit), whatever the kind of number, as the mma instructions have it
@@ -46,6 +47,11 @@ struct Exact {
   static constexpr int kStateVectors = 2;
 
   static __device__ __forceinline__ int weight_lane(int lane) { return lane / 4; }
+  // Of number i in vector `half` of those that are lane's: its unit, and its k in the block.
+  static __device__ __forceinline__ int weight_unit(int lane, int half, int) {
+    return lane + 8 * half;
+  }
+  static __device__ __forceinline__ int weight_k(int, int, int i) { return i; }
   static __device__ __forceinline__ int state_row(int lane, int i) { return sum_row(lane, i); }
   static __device__ __forceinline__ int state_k(int) { return 0; }
   static __device__ __forceinline__ Vec16 prepared(const Vec16& v) { return v; }
@@ -68,11 +74,18 @@ struct TensorCore {
   using scalar_t                     = T;
   using acc_t                        = float;
   static constexpr int kVector       = 16 / sizeof(T);
+  static constexpr int kOfWord       = 4 / sizeof(T);
   static constexpr int kBlock        = 4 * kVector;
   static constexpr int kWeightLanes  = kWarp;
   static constexpr int kStateVectors = 1;
 
   static __device__ __forceinline__ int weight_lane(int lane) { return lane; }
+  static __device__ __forceinline__ int weight_unit(int lane, int, int i) {
+    return lane / 4 + i / kOfWord % 2 * 8;
+  }
+  static __device__ __forceinline__ int weight_k(int lane, int half, int i) {
+    return state_k(lane) + (2 * half + i / kOfWord / 2) * kOfWord + i % kOfWord;
+  }
   static __device__ __forceinline__ int state_row(int lane, int) { return lane / 4; }
   static __device__ __forceinline__ int state_k(int lane) { return lane % 4 * kVector; }
 
@@ -98,11 +111,9 @@ struct TensorCore {
   static __device__ __forceinline__ void multiply(acc_t (&sums)[kSums], const Vec16 (&weights)[2],
                                                   const Vec16 (&states)[kStateVectors]) {
 #pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-      const uint32_t a[4] = {weights[0].word[i], weights[1].word[i], weights[0].word[i + 1],
-                             weights[1].word[i + 1]};
-      const uint32_t b[2] = {states[0].word[i], states[0].word[i + 1]};
-      mma(sums, a, b);
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t b[2] = {states[0].word[2 * half], states[0].word[2 * half + 1]};
+      mma(sums, weights[half].word, b);
     }
   }
 };

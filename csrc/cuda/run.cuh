@@ -131,8 +131,8 @@ struct Run {
                                    overlaps && !is_first, layer, steps, afters);
   }
 
-  // Tiles of rows: wide ones where there are rows for them. float64 has half as many registers.
-  static constexpr int kWide = sizeof(acc_t) == 8 ? 1 : 4;
+  // Tiles of rows: wide ones where there are rows for them, as wide as registers allow.
+  static constexpr int kWide = sizeof(acc_t) == 8 ? 1 : N::kStateVectors == 2 ? 2 : 4;
 
   static void forward(const CudaForwardArgs& args) {
     const CurrentDevice guard(args.device);

@@ -24,133 +24,186 @@ struct StepPair {
   Step of[2];
 };
 
-// 16 bytes of a row of states from k on; zeros behind its end, or of no row.
-template <class N>
-__device__ __forceinline__ Vec16 load_states(const typename N::scalar_t* row, int k, int size) {
-  Vec16 v{};
-  if (!row || k >= size) return v;
-  if (reinterpret_cast<uintptr_t>(row) % sizeof v == 0 && k + N::kVector <= size) {
-    v = load(reinterpret_cast<const Vec16*>(row + k));
-  } else {
-#pragma unroll
-    for (int i = 0; i < N::kVector; ++i) {
-      if (k + i < size) {
-        const auto x = load(row + k + i);
-        memcpy(reinterpret_cast<char*>(&v) + i * sizeof x, &x, sizeof x);
-      }
-    }
-  }
-  return N::prepared(v);
-}
-
 template <class N, int kSegments, int kTiles>
 constexpr int kStepShared =
     kStepWarps * kSegments * kTiles * kRowTile * kSumStride * int(sizeof(typename N::acc_t));
 
-// One block of a warp's weights. What weights, input and saved values hold was there before the first
-// step's kernel began; so a step loads of them what it can before it waits for the step before.
-template <class N, int kSegments>
-struct Fragments {
-  Vec16 of[kSegments][2];
-
-  // Block `block` of a tile of units; zeros behind the last of `blocks`.
-  __device__ __forceinline__ Fragments(const Vec16* weights, int tile, int blocks, int block) {
-#pragma unroll
-    for (int s = 0; s < kSegments; ++s) {
-      of[s][0] = of[s][1] = Vec16{};
-      if (block < blocks) {
-        const int64_t at = (int64_t(tile) * blocks + block) * kSegments + s;
-        load_weights<N>(of[s], weights + at * kFragment<N>, threadIdx.x % kWarp);
-      }
-    }
+// The vector's numbers one place up, and x in the first. Indexed by a variable it would lie in memory.
+template <class T>
+__device__ __forceinline__ void shift_in(Vec16& v, T x) {
+  if constexpr (sizeof(T) == 8) {
+    v = {{0, 0, v.word[0], v.word[1]}};
+    memcpy(v.word, &x, sizeof x);
+  } else if constexpr (sizeof(T) == 4) {
+    v = {{0, v.word[0], v.word[1], v.word[2]}};
+    memcpy(v.word, &x, sizeof x);
+  } else {
+    v = {{v.word[0] << 16 | x.bits, v.word[1] << 16 | v.word[0] >> 16,
+          v.word[2] << 16 | v.word[1] >> 16, v.word[3] << 16 | v.word[2] >> 16}};
   }
-};
-
-// The warp's first.
-template <class N, int kSegments>
-__device__ __forceinline__ Fragments<N, kSegments> first_fragments(const Vec16* weights, int tile,
-                                                                   int size) {
-  return {weights, tile, blocks_of<N>(size), int(threadIdx.x / kWarp)};
 }
 
-// The product of one tile of units with the rows `row_of(i)`, i < 8 * kTiles (null for zeros), the
-// states of segment s beginning at s * size; left in shared memory for `sum_of`. `fragments`: the
-// first. For all threads of the CTA; it ends in a barrier.
-template <class N, int kSegments, int kTiles, bool kSameStates, class RowOf>
-__device__ __forceinline__ void multiply(Fragments<N, kSegments> fragments, const Vec16* weights,
-                                         int tile, int size, const RowOf& row_of) {
+// A warp's part of the product of one tile of units with rows of states: every kStepWarps-th block of
+// K. A block's operands are loaded as soon as their registers are free, kBuffers - 1 blocks before they
+// are multiplied: from L2 a load takes longer than the multiplications of several. What weights, input
+// and saved values hold was there before the first step's kernel began; so a step loads of them what it
+// can before it waits for the step before.
+template <class N, int kSegments, int kTiles, bool kSameStates>
+class Product {
+ public:
+  using scalar_t = typename N::scalar_t;
   using acc_t    = typename N::acc_t;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  acc_t sums[kSegments][kTiles][kSums] = {};
-  const typename N::scalar_t* rows[kTiles][N::kStateVectors];
+
+  // The first weights, of a matrix in fragment order.
+  __device__ __forceinline__ Product(const Vec16* matrix, int tile, int size)
+      : size_(size), blocks_(blocks_of<N>(size)) {
+    matrix_ = matrix + int64_t(tile) * blocks_ * kSegments * kFragment<N>;
 #pragma unroll
-  for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-    for (int i = 0; i < N::kStateVectors; ++i) {
-      rows[t][i] = row_of(t * kRowTile + N::state_row(lane, i));
-    }
+    for (int i = 0; i < kBuffers; ++i) load_weights_of(i, warp() + i * kStepWarps);
   }
-  const int blocks = blocks_of<N>(size);
-  for (int block = warp; block < blocks; block += kStepWarps) {
-    const Fragments<N, kSegments> next(weights, tile, blocks, block + kStepWarps);
-    const int k = block * N::kBlock + N::state_k(lane);
-    Vec16 states[kTiles][N::kStateVectors];
+
+  // With the rows `row_of(i)`, i < 8 * kTiles (null for zeros), the states of segment s beginning at
+  // s * size; left in shared memory for `sum_of`. For all threads of the CTA; it ends in a barrier.
+  template <class RowOf>
+  __device__ __forceinline__ void multiply(const RowOf& row_of) {
+    const int lane = threadIdx.x % kWarp;
+    const scalar_t* rows[kTiles][N::kStateVectors];
+    bool whole = size_ % N::kVector == 0;  // all vectors of all rows
 #pragma unroll
-    for (int s = 0; s < kSegments; ++s) {
-      if (s == 0 || !kSameStates) {
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < N::kStateVectors; ++i) {
+        rows[t][i] = row_of(t * kRowTile + N::state_row(lane, i));
+        whole      = whole && reinterpret_cast<uintptr_t>(rows[t][i]) % sizeof(Vec16) == 0;
+      }
+    }
+    Vec16 states[kBuffers][kSets][kTiles][N::kStateVectors];
+    const auto load_states = [&](Vec16(&to)[kSets][kTiles][N::kStateVectors], int block) {
+      const int k = block * N::kBlock + N::state_k(lane);
+#pragma unroll
+      for (int set = 0; set < kSets; ++set) {
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
           for (int i = 0; i < N::kStateVectors; ++i) {
-            const auto* row = rows[t][i] ? rows[t][i] + int64_t(s) * size : nullptr;
-            states[t][i]    = load_states<N>(row, k, size);
+            to[set][t][i] = vector_of(rows[t][i], int64_t(set) * size_, k, whole);
           }
         }
       }
+    };
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) N::multiply(sums[s][t], fragments.of[s], states[t]);
-    }
-    fragments = next;
-  }
-  // [warps][segments][rows][units]
-  acc_t* shared = reinterpret_cast<acc_t*>(shared_memory());
+    for (int i = 0; i < kBuffers; ++i) load_states(states[i], warp() + i * kStepWarps);
+    acc_t sums[kSegments][kTiles][kSums] = {};
+    for (int first = warp(); first < blocks_; first += kBuffers * kStepWarps) {
 #pragma unroll
-  for (int s = 0; s < kSegments; ++s) {
+      for (int i = 0; i < kBuffers; ++i) {
+        const int block = first + i * kStepWarps;
+        if (block >= blocks_) break;
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
+        for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) {
-        const int row = t * kRowTile + sum_row(lane, i);
-        store(shared + ((warp * kSegments + s) * kTiles * kRowTile + row) * kSumStride +
-                  sum_unit(lane, i),
-              sums[s][t][i]);
+          for (int set = 0; set < kSets; ++set) {
+#pragma unroll
+            for (auto& v : states[i][set][t]) v = N::prepared(v);
+          }
+#pragma unroll
+          for (int s = 0; s < kSegments; ++s) {
+            N::multiply(sums[s][t], weights_[i][s], states[i][kSameStates ? 0 : s][t]);
+          }
+        }
+        load_weights_of(i, block + kBuffers * kStepWarps);
+        load_states(states[i], block + kBuffers * kStepWarps);
       }
     }
+    // [warps][segments][rows][units]
+    acc_t* shared = reinterpret_cast<acc_t*>(shared_memory());
+#pragma unroll
+    for (int s = 0; s < kSegments; ++s) {
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) {
+          const int row = t * kRowTile + sum_row(lane, i);
+          store(shared + ((warp() * kSegments + s) * kTiles * kRowTile + row) * kSumStride +
+                    sum_unit(lane, i),
+                sums[s][t][i]);
+        }
+      }
+    }
+    sync_threads();
   }
-  sync_threads();
+
+ private:
+  static constexpr int kSets    = kSameStates ? 1 : kSegments;
+  static constexpr int kVectors = 2 * kSegments + kSets * kTiles * N::kStateVectors;
+  // As many as there are registers for: with one more, a kernel spills.
+  static constexpr int kBuffers = sizeof(acc_t) == 8 ? 1
+                                  : kTiles > 1       ? (kVectors > 12 ? 1 : 2)
+                                  : kVectors > 12    ? 2
+                                  : kVectors > 9     ? 3
+                                                     : 4;
+
+  static __device__ __forceinline__ int warp() { return threadIdx.x / kWarp; }
+
+  __device__ __forceinline__ void load_weights_of(int buffer, int block) {
+    if (block >= blocks_) return;
+#pragma unroll
+    for (int s = 0; s < kSegments; ++s) {
+      load_weights<N>(weights_[buffer][s],
+                      matrix_ + (int64_t(block) * kSegments + s) * kFragment<N>,
+                      threadIdx.x % kWarp);
+    }
+  }
+
+  // Of a row's segment that begins at `begin`, the vector from k on; zeros behind its end.
+  __device__ __forceinline__ Vec16 vector_of(const scalar_t* row, int64_t begin, int k,
+                                             bool whole) const {
+    Vec16 v{};
+    if (!row || k >= size_) return v;
+    if (whole) return load(reinterpret_cast<const Vec16*>(row + begin + k));
+#pragma unroll 1  // rare, and there are many calls
+    for (int i = N::kVector - 1; i >= 0; --i) {
+      shift_in(v, k + i < size_ ? load(row + begin + k + i) : scalar_t{});
+    }
+    return v;
+  }
+
+  const Vec16* matrix_;
+  int size_, blocks_;
+  Vec16 weights_[kBuffers][kSegments][2];
+};
+
+// A thread's numbers, from its kStepThreads / kUnitTile-th part of the CTA's rows each 8th.
+template <int kTiles>
+struct StepNumbers {
+  static constexpr int kCount = kTiles;
+  static constexpr int kRows  = kTiles;
+  FUSEDRNN_INLINE static constexpr int row(int i) { return i * kRowTile; }
+  FUSEDRNN_INLINE static constexpr int unit(int) { return 0; }
+};
+template <int kTiles>
+using StepPlace = Place<StepNumbers<kTiles>>;
+
+template <int kTiles>
+__device__ __forceinline__ StepPlace<kTiles> step_place() {
+  static_assert(kRowTile * kUnitTile == kStepThreads);
+  return {int(blockIdx.x * kTiles * kRowTile + threadIdx.x / kUnitTile),
+          int(blockIdx.y * kUnitTile + threadIdx.x % kUnitTile)};
 }
 
+// The product's sum of the thread's i-th number.
 template <class N, int kSegments, int kTiles>
-__device__ __forceinline__ typename N::acc_t sum_of(int segment, int row, int unit) {
+__device__ __forceinline__ typename N::acc_t sum_of(int segment, int i) {
   using acc_t         = typename N::acc_t;
   const acc_t* shared = reinterpret_cast<const acc_t*>(shared_memory());
+  const int row       = i * kRowTile + int(threadIdx.x) / kUnitTile;
   acc_t sum           = 0;
 #pragma unroll
   for (int warp = 0; warp < kStepWarps; ++warp) {
-    sum +=
-        load(shared + ((warp * kSegments + segment) * kTiles * kRowTile + row) * kSumStride + unit);
+    sum += load(shared + ((warp * kSegments + segment) * kTiles * kRowTile + row) * kSumStride +
+                threadIdx.x % kUnitTile);
   }
   return sum;
-}
-
-// Calls f(j, row, unit) for the thread's numbers of the CTA's tile, j < kTiles, row < 8 * kTiles.
-template <int kTiles, class F>
-__device__ __forceinline__ void for_each(const F& f) {
-  static_assert(kRowTile * kUnitTile == kStepThreads);
-#pragma unroll
-  for (int j = 0; j < kTiles; ++j) {
-    f(j, int(j * kRowTile + threadIdx.x / kUnitTile), int(threadIdx.x % kUnitTile));
-  }
 }
 
 // Grid: tiles of rows, tiles of H, directions.
@@ -158,55 +211,64 @@ template <class N, class C, int kTiles>
 __global__ void __launch_bounds__(kStepThreads, kStepCtas)
     forward_step(const __grid_constant__ ForwardLayer<N> a,
                  const __grid_constant__ StepPair steps) {
-  using scalar_t  = typename N::scalar_t;
-  using acc_t     = typename N::acc_t;
-  const int d     = blockIdx.z;
-  const Step step = steps.of[d];
-  const int first = blockIdx.x * kTiles * kRowTile;
-  const int64_t B = a.sequences.B;
+  using scalar_t   = typename N::scalar_t;
+  using acc_t      = typename N::acc_t;
+  const int d      = blockIdx.z;
+  const Step step  = steps.of[d];
+  const int first  = blockIdx.x * kTiles * kRowTile;
+  const int64_t B  = a.sequences.B;
+  const auto place = step_place<kTiles>();
   let_next_kernel_start();
-  const auto fragments = first_fragments<N, C::kGates>(a.weight_hh[d], blockIdx.y, a.P);
-  acc_t gates_x[kTiles][C::kGates]{}, bias[C::kGates]{};
-  for_each<kTiles>([&](int j, int i, int u) {
-    const int row = first + i, unit = blockIdx.y * kUnitTile + u;
-    if (row >= step.count || unit >= a.H) return;
-    load_gates_x<N, C>(gates_x[j], a, d, step.offset + row, unit);
-    if (j == 0) load_bias<N, C>(bias, a, d, unit);  // all of a thread's numbers have one unit
-  });
+  Product<N, C::kGates, kTiles, true> product(a.weight_hh[d], blockIdx.y, a.P);
+  Inputs<N, C, StepNumbers<kTiles>> inputs;
+  inputs.load_from(a, d, step, place);
+  scalar_t bias[C::kGates]{};
+  load_bias<N, C>(bias, a, d, place.unit);
   wait_for_previous_kernel();
   if (first >= step.count) return;
-  const auto h_before = [&](int row) -> const scalar_t* {
+  // The cells' states before the step: c, or h.
+  std::conditional_t<C::kPrevIsH, scalar_t, acc_t> prev[kTiles]{};
+  const auto load_prev = [&](const auto* previous, int64_t begin, int width,
+                             const scalar_t* initial) {
+    const auto sources = place.sources(step);
+    const auto from    = place.in(previous, begin, width);
+    place.each(place.has(step.count, a.H), [&](int i) {
+      if (sources.of[i] == Source::kPrevious) {
+        prev[i] = load(place.ith(from, width, i));
+      } else if (sources.of[i] == Source::kInitial && initial) {
+        const scalar_t x = load(place.ith(place.in(initial, d * B, a.H), a.H, i));
+        if constexpr (C::kPrevIsH) {
+          prev[i] = x;
+        } else {
+          prev[i] = to_float(x);
+        }
+      }
+    });
+  };
+  if constexpr (C::kPrevIsH) load_prev(a.output + d * a.P, step.offset_before, a.D * a.P, a.h0);
+  if constexpr (C::kHasCell) {
+    load_prev(a.extra, a.every_cell ? d * a.rows + step.offset_before : d * B, a.H, a.c0);
+  }
+  product.multiply([&](int i) -> const scalar_t* {
+    const int row = first + i;
     if (row >= step.count) return nullptr;
     const Source source = step.source(row);
     if (source == Source::kPrevious) {
       return a.output + (step.offset_before + row) * a.D * a.P + d * a.P;
     }
     return source == Source::kInitial && a.h0 ? a.h0 + (d * B + row) * a.P : nullptr;
-  };
-  multiply<N, C::kGates, kTiles, true>(fragments, a.weight_hh[d], blockIdx.y, a.P,
-                                       [&](int i) { return h_before(first + i); });
-  for_each<kTiles>([&](int j, int i, int u) {
-    const int row = first + i, unit = blockIdx.y * kUnitTile + u;
-    if (row >= step.count || unit >= a.H) return;
+  });
+  typename C::template Forward<acc_t> results[kTiles];
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
     acc_t gates_h[C::kGates];
 #pragma unroll
     for (int g = 0; g < C::kGates; ++g) {
-      gates_h[g] = bias[g] + sum_of<N, C::kGates, kTiles>(g, i, u);
+      gates_h[g] = acc_t(to_float(bias[g])) + sum_of<N, C::kGates, kTiles>(g, i);
     }
-    acc_t prev = 0;
-    if constexpr (C::kPrevIsH) prev = number<acc_t>(h_before(row), unit);
-    if constexpr (C::kHasCell) {
-      const Source source = step.source(row);
-      const int64_t state = d * B + row;
-      const int64_t at    = a.every_cell ? d * a.rows + step.offset_before + row : state;
-      if (source == Source::kPrevious) {
-        prev = number<acc_t>(a.extra, at * a.H + unit);
-      } else if (source == Source::kInitial) {
-        prev = number<acc_t>(a.c0, state * a.H + unit);
-      }
-    }
-    put_cell<N, C>(a, d, step, row, unit, C::forward(gates_x[j], gates_h, prev));
-  });
+    results[i] = inputs.forward(i, gates_h, acc_t(to_float(prev[i])));
+  }
+  put_cells<N, C>(a, d, step, place, results);
 }
 
 // h = weight_hr (o tanh(c)), after forward_step. Grid: tiles of rows, tiles of P, directions.
@@ -218,63 +280,65 @@ __global__ void __launch_bounds__(kStepThreads, kStepCtas)
   const Step step = steps.of[d];
   const int first = blockIdx.x * kTiles * kRowTile;
   let_next_kernel_start();
-  const auto fragments = first_fragments<N, 1>(a.weight_hr[d], blockIdx.y, a.H);
+  Product<N, 1, kTiles, true> product(a.weight_hr[d], blockIdx.y, a.H);
   wait_for_previous_kernel();
   if (first >= step.count) return;
-  multiply<N, 1, kTiles, true>(fragments, a.weight_hr[d], blockIdx.y, a.H,
-                               [&](int i) -> const typename N::scalar_t* {
-                                 const int row = first + i;
-                                 if (row >= step.count) return nullptr;
-                                 return a.unprojected + (d * a.sequences.B + row) * a.H;
-                               });
-  for_each<kTiles>([&](int, int i, int u) {
-    const int row = first + i, unit = blockIdx.y * kUnitTile + u;
-    if (row >= step.count || unit >= a.P) return;
-    put_h(a, d, step, row, unit, sum_of<N, 1, kTiles>(0, i, u));
+  product.multiply([&](int i) -> const typename N::scalar_t* {
+    const int row = first + i;
+    return row < step.count ? a.unprojected + (d * a.sequences.B + row) * a.H : nullptr;
   });
+  put_h(a, d, step, step_place<kTiles>(), [&](int i) { return sum_of<N, 1, kTiles>(0, i); });
 }
 
-// What the backward of a thread's cells reads that forward left, or came from outside.
+// The carry that the step after left, LSTM's for c and GRU's for h: loaded before the product, while
+// which it arrives.
 template <class N, class C, int kTiles>
-struct Loaded {
+struct Carry {
   using acc_t = typename N::acc_t;
-  Saved<N, C> saved[kTiles]{};
-  acc_t grad_c[kTiles]{};
+  acc_t of[kTiles]{};
 
-  __device__ __forceinline__ Loaded(const BackwardLayer<N>& a, int d, const Step& step, int first) {
-    for_each<kTiles>([&](int j, int i, int u) {
-      const int row = first + i, unit = blockIdx.y * kUnitTile + u;
-      if (row >= step.count || unit >= a.H) return;
-      saved[j] = load_saved<N, C>(a, d, step, row, unit);
-      if constexpr (C::kHasCell) grad_c[j] = grad_of_c(a, d, step, row, unit);
-    });
+  __device__ __forceinline__ void load_from(const BackwardLayer<N>& a, int d, const Step& after,
+                                            const StepPlace<kTiles>& place) {
+    if constexpr (C::kHasCarry) {
+      const auto from = place.in(a.carry, d * a.sequences.B, a.H);
+      place.each(place.has(after.count, a.H),
+                 [&](int i) { of[i] = load(place.ith(from, a.H, i)); });
+    }
   }
 
-  // The j-th cell; grad_h: what h received, and carry.
-  __device__ __forceinline__ void backward(int j, const BackwardLayer<N>& a, int d,
-                                           const Step& step, int row, int unit, acc_t grad_h,
-                                           acc_t carry) const {
-    const Saved<N, C>& s = saved[j];
-    const auto result    = C::backward(s.gates, s.extra, s.prev, grad_h, carry + grad_c[j]);
-    put_grad_gates<N, C>(a, d, step, row, unit, result.grad_gates);
+  // What of it the step before receives, in its place.
+  __device__ __forceinline__ void receive_from(const BackwardLayer<N>& a, int d,
+                                               const StepPlace<kTiles>& place,
+                                               const typename StepPlace<kTiles>::Sources& after) {
     if constexpr (C::kHasCarry) {
-      put(a.carry, (d * a.sequences.B + row) * a.H + unit, result.carry);
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        of[i] = receive(after.of[i], of[i], [&](acc_t passed) {
+          if (place.unit >= a.H) return;
+          place.add(C::kHasCell ? a.grad_c0 : a.grad_h0, d * a.sequences.B, a.H, i, passed);
+        });
+      }
     }
   }
 };
 
-// The carry that the step `after` left, LSTM's for c and GRU's for h.
-template <class N, class C>
-__device__ __forceinline__ typename N::acc_t receive_carry(const BackwardLayer<N>& a, int d,
-                                                           const Step& after, int row, int unit) {
+// The gradients of a thread's cells, and what they leave.
+template <class N, class C, int kTiles>
+__device__ __forceinline__ void backward_cells(const BackwardLayer<N>& a, int d, const Step& step,
+                                               const StepPlace<kTiles>& place,
+                                               const Saved<N, C, StepNumbers<kTiles>>& saved,
+                                               const typename N::acc_t (&grad_h)[kTiles],
+                                               typename N::acc_t (&carry)[kTiles]) {
+  using acc_t = typename N::acc_t;
+  if constexpr (C::kHasCell) saved.receive_c(carry, a, d, step, place);
+  typename C::template Backward<acc_t> results[kTiles];
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) results[i] = saved.backward(i, grad_h[i], carry[i]);
+  put_grad_gates<N, C>(a, d, step, place, results);
   if constexpr (C::kHasCarry) {
-    if (row >= after.count) return 0;
-    using acc_t      = typename N::acc_t;
-    const int64_t at = (d * a.sequences.B + row) * a.H + unit;
-    return receive(after, row, load(a.carry + at),
-                   [&](acc_t passed) { add(C::kHasCell ? a.grad_c0 : a.grad_h0, at, passed); });
-  } else {
-    return 0;
+    const auto to = place.in(a.carry, d * a.sequences.B, a.H);
+    place.each(place.has(step.count, a.H),
+               [&](int i) { store(place.ith(to, a.H, i), results[i].carry); });
   }
 }
 
@@ -289,37 +353,42 @@ __global__ void __launch_bounds__(kStepThreads, kStepCtas)
   using acc_t     = typename N::acc_t;
   const int d     = blockIdx.z;
   const Step step = steps.of[d], after = afters.of[d];
-  const int first = blockIdx.x * kTiles * kRowTile;
+  const int first  = blockIdx.x * kTiles * kRowTile;
+  const auto place = step_place<kTiles>();
   let_next_kernel_start();
-  const auto fragments = first_fragments<N, C::kGates>(a.weight_hh[d], blockIdx.y, a.H);
-  const Loaded<N, C, kTiles> loaded(a, d, kProjected ? Step{} : step, first);
+  Product<N, C::kGates, kTiles, false> product(a.weight_hh[d], blockIdx.y, a.H);
+  Saved<N, C, StepNumbers<kTiles>> saved;
+  if constexpr (!kProjected) saved.load_from(a, d, step, place, place.sources(step));
+  saved.load_grad_h(a, d, step, place);
   wait_for_previous_kernel();
   if (first >= step.count && first >= after.count) return;
-  multiply<N, C::kGates, kTiles, false>(
-      fragments, a.weight_hh[d], blockIdx.y, a.H, [&](int i) -> const scalar_t* {
-        const int row = first + i;
-        if (row >= after.count) return nullptr;
-        return a.grad_gates + (d * a.rows + after.offset + row) * C::kGradGates * a.H;
-      });
-  for_each<kTiles>([&](int j, int i, int u) {
-    const int row = first + i, unit = blockIdx.y * kUnitTile + u;
-    if (unit >= a.P) return;
-    acc_t grad_h = 0;
-#pragma unroll
-    for (int g = 0; g < C::kGates; ++g) grad_h += sum_of<N, C::kGates, kTiles>(g, i, u);
-    grad_h      = receive(after, row, grad_h, [&](acc_t passed) {
-      add(a.grad_h0, (d * a.sequences.B + row) * a.P + unit, passed);
-    });
-    acc_t carry = 0;
-    if constexpr (!kProjected) carry = receive_carry<N, C>(a, d, after, row, unit);
-    if (row >= step.count) return;
-    grad_h += grad_of_h(a, d, step, row, unit);
-    if constexpr (kProjected) {
-      put(a.grad_hidden, (d * a.rows + step.offset + row) * a.P + unit, grad_h);
-    } else {
-      loaded.backward(j, a, d, step, row, unit, grad_h, carry);
-    }
+  Carry<N, C, kTiles> carry;
+  if constexpr (!kProjected) carry.load_from(a, d, after, place);
+  product.multiply([&](int i) -> const scalar_t* {
+    const int row = first + i;
+    if (row >= after.count) return nullptr;
+    return a.grad_gates + (d * a.rows + after.offset + row) * C::kGradGates * a.H;
   });
+  const auto sources = place.sources(after);
+  acc_t grad_h[kTiles];
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+    acc_t passed = 0;
+#pragma unroll
+    for (int g = 0; g < C::kGates; ++g) passed += sum_of<N, C::kGates, kTiles>(g, i);
+    grad_h[i]  = receive(sources.of[i], passed, [&](acc_t x) {
+      if (place.unit < a.P) place.add(a.grad_h0, d * a.sequences.B, a.P, i, x);
+    });
+    grad_h[i] += acc_t(to_float(saved.grad_h[i]));
+  }
+  saved.receive_h(grad_h, a, d, step, place);
+  if constexpr (kProjected) {
+    const auto to = place.in(a.grad_hidden, d * a.rows + step.offset, a.P);
+    place.each(place.has(step.count, a.P), [&](int i) { put(place.ith(to, a.P, i), grad_h[i]); });
+  } else {
+    carry.receive_from(a, d, place, sources);
+    backward_cells<N, C, kTiles>(a, d, step, place, saved, grad_h, carry.of);
+  }
 }
 
 // From h to the gates, after backward_step. Grid: tiles of rows, of H, directions.
@@ -330,25 +399,25 @@ __global__ void __launch_bounds__(kStepThreads, kStepCtas)
                         const __grid_constant__ StepPair afters) {
   const int d     = blockIdx.z;
   const Step step = steps.of[d], after = afters.of[d];
-  const int first = blockIdx.x * kTiles * kRowTile;
+  const int first  = blockIdx.x * kTiles * kRowTile;
+  const auto place = step_place<kTiles>();
   let_next_kernel_start();
-  const auto fragments = first_fragments<N, 1>(a.weight_hr[d], blockIdx.y, a.P);
-  const Loaded<N, C, kTiles> loaded(a, d, step, first);
+  Product<N, 1, kTiles, true> product(a.weight_hr[d], blockIdx.y, a.P);
+  Saved<N, C, StepNumbers<kTiles>> saved;
+  saved.load_from(a, d, step, place, place.sources(step));
   wait_for_previous_kernel();
   if (first >= step.count && first >= after.count) return;
-  multiply<N, 1, kTiles, true>(fragments, a.weight_hr[d], blockIdx.y, a.P,
-                               [&](int i) -> const typename N::scalar_t* {
-                                 const int row = first + i;
-                                 if (row >= step.count) return nullptr;
-                                 return a.grad_hidden + (d * a.rows + step.offset + row) * a.P;
-                               });
-  for_each<kTiles>([&](int j, int i, int u) {
-    const int row = first + i, unit = blockIdx.y * kUnitTile + u;
-    if (unit >= a.H) return;
-    const typename N::acc_t carry = receive_carry<N, C>(a, d, after, row, unit);
-    if (row >= step.count) return;
-    loaded.backward(j, a, d, step, row, unit, sum_of<N, 1, kTiles>(0, i, u), carry);
+  Carry<N, C, kTiles> carry;
+  carry.load_from(a, d, after, place);
+  product.multiply([&](int i) -> const typename N::scalar_t* {
+    const int row = first + i;
+    return row < step.count ? a.grad_hidden + (d * a.rows + step.offset + row) * a.P : nullptr;
   });
+  carry.receive_from(a, d, place, place.sources(after));
+  typename N::acc_t grad_h[kTiles];
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) grad_h[i] = sum_of<N, 1, kTiles>(0, i);
+  backward_cells<N, C, kTiles>(a, d, step, place, saved, grad_h, carry.of);
 }
 
 }  // namespace
