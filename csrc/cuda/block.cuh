@@ -15,11 +15,11 @@ namespace {
 constexpr int kBlockWarps = 12;  // at most, so that each thread can have 168 registers
 constexpr int kBlockUnits = kBlockWarps * kUnitTile;
 
-// How many fragments of its weights a warp keeps in registers, 8 each. With one more each way,
-// nvcc 13.0 spills (LSTM, bfloat16, for sm_90a).
+// How many fragments of its weights a warp keeps in registers, 8 each: whole blocks of an LSTM's gates.
+// With two more each way, nvcc 13.0 spills forward (LSTM, bfloat16).
 template <class N>
 FUSEDRNN_INLINE constexpr int in_registers(bool backward) {
-  return N::kWeightLanes < kWarp ? 0 : backward ? 3 : 6;
+  return N::kWeightLanes < kWarp ? 0 : backward ? 4 : 8;
 }
 
 // Bytes of a row of states in shared memory, such that what a quarter of a warp reads at once lies in

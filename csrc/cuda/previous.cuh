@@ -23,33 +23,51 @@ struct PreviousLayer {
 
 constexpr int kPreviousThreads = 128;
 
-// h after a row's step, from what forward saved; `before`: h before it, which only GRU asks for.
+// What forward saved of a row's step that h after it is made of.
 template <class N, class C>
-__device__ __forceinline__ typename N::scalar_t hidden_of(const PreviousLayer<N>& a, int64_t row,
-                                                          int unit, typename N::scalar_t before) {
-  using acc_t = typename N::acc_t;
-  if (a.hidden) return load(a.hidden + row * a.P + unit);
-  acc_t gates[C::kGates], h;
+struct Left {
+  using scalar_t = typename N::scalar_t;
+  using acc_t    = typename N::acc_t;
+
+  scalar_t hidden{}, gates[C::kGates]{};
+  acc_t extra{};
+
+  __device__ __forceinline__ void load_from(const PreviousLayer<N>& a, int64_t row, int unit) {
+    if (a.hidden) {
+      hidden = load(a.hidden + row * a.P + unit);
+      return;
+    }
 #pragma unroll
-  for (int g = 0; g < C::kGates; ++g) {
-    gates[g] = saved_gate<C, acc_t>(g, load(a.gates + (row * C::kGates + g) * a.H + unit));
+    for (int g = 0; g < C::kGates; ++g) {
+      gates[g] = load(a.gates + (row * C::kGates + g) * a.H + unit);
+    }
+    if constexpr (C::kHasCell) extra = load(a.extra + row * a.H + unit);
   }
-  if constexpr (C::kPrevIsH) {  // GRU
-    h = C::hidden(gates[1], gates[2], acc_t(to_float(before)));
-  } else if constexpr (C::kHasCell) {  // LSTM: o tanh(c)
-    h = gates[3] * tanh(load(a.extra + row * a.H + unit));
-  } else {
-    h = gates[0];
+
+  // `before`: h before the step, which only GRU asks for.
+  __device__ __forceinline__ scalar_t h(const PreviousLayer<N>& a, scalar_t before) const {
+    if (a.hidden) return hidden;
+    acc_t gate[C::kGates], h;
+#pragma unroll
+    for (int g = 0; g < C::kGates; ++g) gate[g] = saved_gate<C, acc_t>(g, gates[g]);
+    if constexpr (C::kPrevIsH) {  // GRU
+      h = C::hidden(gate[1], gate[2], acc_t(to_float(before)));
+    } else if constexpr (C::kHasCell) {  // LSTM: o tanh(c)
+      h = gate[3] * tanh(extra);
+    } else {
+      h = gate[0];
+    }
+    return Rounded<scalar_t>::of(h);
   }
-  return Rounded<typename N::scalar_t>::of(h);
-}
+};
+
+constexpr int kPreviousAtOnce = 8;  // steps whose numbers are loaded before any is used
 
 // A thread takes one sequence's unit, for a.chunk steps: all where each h follows from the one
 // before. Grid: B*P numbers, directions, chunks of steps.
 template <class N, class C>
 __global__ void __launch_bounds__(kPreviousThreads)
     previous_states(const __grid_constant__ PreviousLayer<N> a) {
-  using acc_t     = typename N::acc_t;
   const int d     = blockIdx.y;
   const int64_t B = a.sequences.B;
   const int64_t n = int64_t(blockIdx.x) * kPreviousThreads + threadIdx.x;
@@ -57,18 +75,27 @@ __global__ void __launch_bounds__(kPreviousThreads)
   if (row >= B) return;
   const int64_t begin = int64_t(blockIdx.z) * a.chunk;
   const int64_t end   = min64(begin + a.chunk, a.sequences.T);
+  const auto row_of   = [&](const Step& step) { return d * a.rows + step.offset + row; };
   typename N::scalar_t h{};
-  for (int64_t t = begin > 0 ? begin - 1 : 0; t < end; ++t) {
-    const Step step = step_of(a.sequences, d, t);
-    if (row >= step.count) continue;
-    const Source source = step.source(row);
-    if (source != Source::kPrevious) {
-      h = {};
-      if (source == Source::kInitial && a.h0) h = load(a.h0 + (d * B + row) * a.P + unit);
+  for (int64_t t = begin > 0 ? begin - 1 : 0; t < end; t += kPreviousAtOnce) {
+    Left<N, C> left[kPreviousAtOnce];
+#pragma unroll
+    for (int i = 0; i < kPreviousAtOnce; ++i) {
+      const Step step = step_of(a.sequences, d, t + i);
+      if (row < step.count) left[i].load_from(a, row_of(step), unit);
     }
-    const int64_t at = d * a.rows + step.offset + row;
-    if (t >= begin) store(a.previous + at * a.P + unit, h);
-    h = hidden_of<N, C>(a, at, unit, h);
+#pragma unroll
+    for (int i = 0; i < kPreviousAtOnce; ++i) {
+      const Step step = step_of(a.sequences, d, t + i);
+      if (t + i >= end || row >= step.count) continue;
+      const Source source = step.source(row);
+      if (source != Source::kPrevious) {
+        h = {};
+        if (source == Source::kInitial && a.h0) h = load(a.h0 + (d * B + row) * a.P + unit);
+      }
+      if (t + i >= begin) store(a.previous + row_of(step) * a.P + unit, h);
+      h = left[i].h(a, h);
+    }
   }
 }
 
