@@ -1,6 +1,7 @@
 """The CUDA kernels without a GPU: their sources, compiled by the host's compiler, on the emulation
 in cuda_on_cpu/, behind fusedrnn/cuda.py and on CPU tensors. No tests."""
 
+import fcntl
 import functools
 import importlib.util
 import os
@@ -25,15 +26,18 @@ def module():
     configure = ["cmake", "-G", "Ninja", "-S", HERE / "cuda_on_cpu", "-B", BUILD]
     configure += ["-DCMAKE_BUILD_TYPE=", f"-DPython_EXECUTABLE={sys.executable}"]
     configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-    for command in (configure, ["cmake", "--build", BUILD]):
-        done = subprocess.run(
-            command,
-            env={**os.environ, "PATH": with_build_tools()},
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:  # not once more for each test
-            pytest.exit(f"cuda_on_cpu cannot be built:\n{done.stdout}{done.stderr}", 1)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes of this run build it too
+        for command in (configure, ["cmake", "--build", BUILD]):
+            done = subprocess.run(
+                command,
+                env={**os.environ, "PATH": with_build_tools()},
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode:  # not once more for each test
+                pytest.exit(f"cuda_on_cpu cannot be built:\n{done.stdout}{done.stderr}", 1)
     (built,) = BUILD.glob("cuda_on_cpu.*.so")
     spec = importlib.util.spec_from_file_location("cuda_on_cpu", built)
     extension = importlib.util.module_from_spec(spec)

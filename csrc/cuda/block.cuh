@@ -126,7 +126,7 @@ class StateBuffers {
   __device__ __forceinline__ StateBuffers(int size, int weights, int segments, bool backward)
       : begin_(shared_memory() + shared_weights<N>(size, weights, backward)),
         row_bytes_(state_row_bytes<N>(size, segments)),
-        segment_(blocks_of<N>(size) * N::kBlock) {}
+        segment_bytes_(blocks_of<N>(size) * N::kBlock * int(sizeof(scalar_t))) {}
 
   // Zeros everywhere, also behind the ends of the rows, which `write` does not reach; for all threads.
   __device__ __forceinline__ void clear() const {
@@ -137,20 +137,29 @@ class StateBuffers {
   }
 
   __device__ __forceinline__ Vec16 read(int buffer, int lane, int s, int b, int i) const {
-    const int k = s * segment_ + b * N::kBlock + N::state_k(lane);
-    return load(reinterpret_cast<const Vec16*>(at(buffer, N::state_row(lane, i), k)));
+    const int row = N::state_row(lane, i);
+    return load(reinterpret_cast<const Vec16*>(
+        segment_of(buffer, row, s) + b * (N::kBlock * int(sizeof(scalar_t))) +
+        in_turns(row, N::state_k(lane) * int(sizeof(scalar_t)))));
   }
   __device__ __forceinline__ void write(int buffer, int row, int s, int k, scalar_t x) const {
-    store(at(buffer, row, s * segment_ + k), x);
+    store(reinterpret_cast<scalar_t*>(segment_of(buffer, row, s) +
+                                      in_turns(row, k * int(sizeof(scalar_t)))),
+          x);
   }
 
  private:
-  __device__ __forceinline__ scalar_t* at(int buffer, int row, int k) const {
-    return reinterpret_cast<scalar_t*>(begin_ + (buffer * kRowTile + row) * row_bytes_) + k;
+  __device__ __forceinline__ unsigned char* segment_of(int buffer, int row, int s) const {
+    return begin_ + (buffer * kRowTile + row) * row_bytes_ + s * segment_bytes_;
+  }
+  // Where of a segment a byte lies. What a warp writes at once are 8 units of every second row, which
+  // without this would lie in the same banks: of 64 bytes the vectors change places.
+  static __device__ __forceinline__ int in_turns(int row, int byte) {
+    return N::kStateVectors == 1 ? byte ^ row / 2 * int(sizeof(Vec16)) : byte;
   }
 
   unsigned char* begin_;
-  int row_bytes_, segment_;
+  int row_bytes_, segment_bytes_;
 };
 
 // A lane's numbers, those of its sums: two rows, and units that are 8 apart.
