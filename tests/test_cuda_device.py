@@ -542,7 +542,7 @@ def test_long_sequences(cell, number, path, choose):
 @BOTH_PATHS
 def test_more_gates_than_32_bits_can_count(path, choose):
     """Forward, with all that backward would need."""
-    T, B, I, H = 4100, 2048, 2, 64  # noqa: E741
+    T, B, I, H = 4100, 2048, 8, 64  # noqa: E741
     assert T * B * 4 * H > 2**31
     free, _ = torch.cuda.mem_get_info()
     if free < 24 << 30:

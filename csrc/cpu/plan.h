@@ -1,5 +1,6 @@
 // Who does what: how a call's directions, batch rows and hidden units are split over threads. Every
-// threshold of that split stands here, with what was measured on a Zen 4 (AVX-512, 1 MB of L2 a core).
+// threshold of that split stands here, with what was measured, on a Zen 4 (AVX-512, 1 MB of L2 a core)
+// where no other is named.
 #pragma once
 
 #include <unistd.h>
@@ -41,17 +42,16 @@ inline int64_t l2_bytes() {
 constexpr int64_t kChunkRows = 48;
 
 // Passes over the weights up to which a forward call reads them as they lie in memory instead of
-// packing them: more, the further packing has to go. An LSTM cell's time packed over unpacked, on a
-// Zen 4 core, 4 rows a pass, float32 / bfloat16:
-//   H        1 pass       2            4            8            16
-//   32       1.08, 1.05   0.91, 0.84   0.82, 0.76
-//   128      2.04, 1.63   1.20, 1.03   1.02, 0.89   0.95, 0.81
-//   256                   1.36, 1.21   1.16, 1.07   1.03, 0.91   1.02, 0.85
-//   512                   2.02, 1.54   1.48, 1.31   1.21, 1.13   1.07, 0.97
-//   1024                  2.48, 1.64   2.01, 1.42   1.55, 1.30   1.22, 1.10
+// packing them. An LSTM's time packed over unpacked, on a Zen 5 core, 4 rows a pass, float32 / bfloat16
+// (1 row a pass: much the same; on two threads 1.1 at H = 256 and 8 passes):
+//   H        1 pass       2            4            5            6            8            16
+//   32       1.03, 1.00   0.98, 0.94   0.91, 0.85   0.88, 0.82   0.87, 0.80   0.82, 0.75   0.74, 0.65
+//   128      1.68, 1.33   1.39, 1.19   1.14, 1.02   1.08, 0.98   1.03, 0.96   0.97, 0.90   0.88, 0.83
+//   256      2.04, 1.86   1.45, 1.36   1.11, 1.06   1.04, 1.03   0.98, 0.99   0.91, 0.91   0.86, 0.81
+//   512      2.48, 2.28   1.65, 1.59   1.26, 1.16   1.20, 1.09   1.21, 1.03   1.10, 0.95   0.90, 0.85
+//   1024     2.44, 1.59   1.23, 1.05   0.78, 1.17   0.63, 1.18   0.56, 0.99   0.48, 1.03   0.40, 0.87
 inline int64_t max_unpacked_passes(int64_t weight_bytes, int64_t l2_bytes) {
-  if (weight_bytes <= l2_bytes / 4) return 2;
-  return weight_bytes <= l2_bytes ? 4 : weight_bytes <= 4 * l2_bytes ? 8 : 16;
+  return weight_bytes <= l2_bytes / 4 ? 2 : 6;
 }
 
 struct Shape {
