@@ -238,7 +238,7 @@ class _Layer:
         gradients = gates + (cell == "gru")
         self.sizes = _Sizes(T, B, rows, hidden, size, len(self.weights), gates, gradients)
         self.input = input.reshape(rows, -1)
-        self.initial = [s.contiguous() for s in initial]
+        self.initial = [_aligned(s.contiguous()) for s in initial]
         reset = self.options.reset
         self.reset = None if reset is None else reset.to(input.device).contiguous()
         number = _NUMBERS[input.dtype]
@@ -315,6 +315,11 @@ class _Layer:
         return [p if p.numel() else None for p in parts]
 
 
+def _aligned(state: Tensor) -> Tensor:
+    """Where the kernels can load 16 bytes at once, as in memory of its own: it may be a view."""
+    return state.clone() if state.data_ptr() % 16 else state
+
+
 def _padded(weights: Sequence[Tensor | None]) -> list[Any]:
     """The five of one direction, dense."""
     dense = [w if w is None else w.contiguous() for w in weights]
@@ -366,7 +371,8 @@ def forward(
     gates_x = [linear(layer.input, w[0], w[2]) for w in layer.weights]
     saved = layer.empty(sum(layer.saved_parts())) if save else None
     extra, gates, hidden = (None,) * 3 if saved is None else layer.split(saved)
-    if lstm and extra is None:
+    block = layer.block(False)
+    if lstm and extra is None and (cells or not block):
         extra = layer.empty(s.D, s.rows if cells else s.B, s.H, dtype=layer.acc)
     packed = layer.offsets is not None
     output = layer.empty(*((s.rows,) if packed else (s.T, s.B)), s.D * s.P)
@@ -375,7 +381,7 @@ def forward(
     unprojected = layer.empty(s.D, s.B, s.H) if layer.projected else None
     workspace = layer.workspace()
     layer.kernels.forward(
-        block=layer.block(False),
+        block=block,
         workspace=_address(workspace),
         gates_x=_addresses(gates_x),
         weight_hh=layer.addresses(1),
@@ -530,8 +536,8 @@ def _gates_again(
     return torch.stack(found), torch.stack(a_hn) if a_hn else extra
 
 
-# In types of 16 bits a sigmoid above 1/2 is saved less 1: csrc/cuda/layer.cuh, put_gate, says why.
-# The caller rounds.
+# In types of 16 bits a sigmoid above 1/2 is saved less 1; gate_to_save in csrc/cuda/layer.cuh says
+# why. The caller rounds.
 
 
 def _sigmoid(x: Tensor, dtype: torch.dtype) -> Tensor:

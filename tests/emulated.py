@@ -119,12 +119,21 @@ def emulated(path="", tf32=False, seed=0):
     module().reset(seed)
     _runs.clear()
     before = ops._C, cuda._C, cuda._address, cuda.forced, cuda._tf32
+    empty = cuda._Layer.empty
+
+    def poisoned(self, *shape, dtype=None):
+        tensor = empty(self, *shape, dtype=dtype)
+        tensor.untyped_storage().fill_(255)  # NaN: not what the same call left there before
+        return tensor
+
+    cuda._Layer.empty = poisoned
     ops._C, cuda._C = _Kernels(ops._C), _Module
     cuda._address, cuda.forced, cuda._tf32 = _address, path, lambda: tf32
     try:
         yield _runs
     finally:
         ops._C, cuda._C, cuda._address, cuda.forced, cuda._tf32 = before
+        cuda._Layer.empty = empty
         module().clear_regions()
         module().reset(seed)
 

@@ -62,6 +62,7 @@ class Resident {
     const Vec16* own = weights + int64_t(tile) * blocks_ * kSegments * kFragment<N>;
 #pragma unroll
     for (int f = 0; f < kInRegisters; ++f) {
+      registers_[f][0] = registers_[f][1] = Vec16{};
       if (f < blocks_ * kSegments) {
         load_weights<N>(registers_[f], own + f * kFragment<N>, lane);
       }
@@ -72,6 +73,16 @@ class Resident {
       store(shared + v, load(own + kInRegisters * kFragment<N> + v));
     }
     shared_ = shared;
+    // Used once, to no effect (blocks_ > 0). Else the first product of every step waited for them, and
+    // so for all loads that are on their way then.
+#pragma unroll
+    for (int f = 0; f < kInRegisters; ++f) {
+#pragma unroll
+      for (Vec16& half : registers_[f]) {
+#pragma unroll
+        for (uint32_t& word : half.word) word ^= uint32_t(blocks_ >> 31);
+      }
+    }
   }
 
   // sums += weights times states; states(s, b, i): the lane's i-th vector of block b in segment s.
@@ -142,10 +153,15 @@ class StateBuffers {
         segment_of(buffer, row, s) + b * (N::kBlock * int(sizeof(scalar_t))) +
         in_turns(row, N::state_k(lane) * int(sizeof(scalar_t)))));
   }
-  __device__ __forceinline__ void write(int buffer, int row, int s, int k, scalar_t x) const {
-    store(reinterpret_cast<scalar_t*>(segment_of(buffer, row, s) +
-                                      in_turns(row, k * int(sizeof(scalar_t)))),
-          x);
+  // To the i-th number of a segment of the place's rows, which begin with the batch's row `first`.
+  template <class Numbers>
+  __device__ __forceinline__ void write(int buffer, int first, int s, const Place<Numbers>& place,
+                                        int i, scalar_t x) const {
+    const int row = place.row_of(i) - first;
+    // 8 units further is another bit, which may be set after the change of places.
+    const int byte = in_turns(row, place.unit * int(sizeof(scalar_t))) ^
+                     Numbers::unit(i) * int(sizeof(scalar_t));
+    store(reinterpret_cast<scalar_t*>(segment_of(buffer, row, s) + byte), x);
   }
 
  private:
@@ -177,7 +193,6 @@ __global__ void __launch_bounds__(kBlockWarps* kWarp, 1)
     forward_block(const __grid_constant__ ForwardLayer<N> a) {
   using acc_t    = typename N::acc_t;
   using scalar_t = typename N::scalar_t;
-  using State    = std::conditional_t<C::kHasCell, acc_t, scalar_t>;
   const int d    = blockIdx.y;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int first = blockIdx.x * kRowTile;
@@ -196,20 +211,24 @@ __global__ void __launch_bounds__(kBlockWarps* kWarp, 1)
 
   // The states before step t, made of what the step before it left.
   const auto begin_step = [&](int64_t t, const Step& step, acc_t(&h)[kSums], acc_t(&c)[kSums]) {
-    const auto sources = place.sources(step);
-    place.each(place.has(step.count, a.H), [&](int i) {
-      const Source source = sources.of[i];
-      if (source != Source::kPrevious) {
+    const auto sources = place.sources(step, a.sequences.B);
+    const auto has     = place.has(step.count, a.H);
+    if (!sources.all_previous) {
+      place.each(has, [&](int i) {
+        if (sources.of[i] == Source::kPrevious) return;
         h[i] = c[i]     = 0;
         const int64_t B = a.sequences.B;
         const auto of   = [&](const scalar_t* initial) {
           return acc_t(to_float(load(place.ith(place.in(initial, d * B, a.H), a.H, i))));
         };
-        if (source == Source::kInitial && a.h0) h[i] = of(a.h0);
-        if (source == Source::kInitial && a.c0) c[i] = of(a.c0);
-      }
+        // Added to zero, and so waited for, here and not where other steps come by.
+        if (sources.of[i] == Source::kInitial && a.h0) h[i] += of(a.h0);
+        if (sources.of[i] == Source::kInitial && a.c0) c[i] += of(a.c0);
+      });
+    }
+    place.each(has, [&](int i) {
       const scalar_t stored = Rounded<scalar_t>::of(h[i]);
-      states.write(int(t % 2), place.row_of(i) - first, 0, place.unit_of(i), stored);
+      states.write(int(t % 2), first, 0, place, i, stored);
       prev[i] = C::kHasCell ? c[i] : acc_t(to_float(stored));
     });
   };
@@ -236,8 +255,8 @@ __global__ void __launch_bounds__(kBlockWarps* kWarp, 1)
       if constexpr (C::kHasCell) c[i] = results[i].extra;
     }
     const Step next = step_of(a.sequences, d, t + 1);
-    inputs.load_from(a, d, next, place);  // arrives during the next product
     begin_step(t + 1, next, h, c);
+    inputs.load_from(a, d, next, place);  // arrives during the next product
     put_cells<N, C>(a, d, step, place, results);
     step = next;
     sync_threads();
@@ -262,13 +281,13 @@ __global__ void __launch_bounds__(kBlockWarps* kWarp, 1)
   acc_t carry[kSums]{};
   sync_threads();
 
-  BlockPlace::Sources after = place.sources(Step{});  // of the step after
+  Saved<N, C, BlockNumbers> saved;
+  BlockPlace::Sources after = place.sources(Step{}, B);  // of the step after
   const int64_t last        = a.grad_h0 || a.grad_c0 ? -1 : 0;
   for (int64_t t = a.sequences.T - 1; t >= last; --t) {  // at -1 only the initial states receive
     const Step step    = step_of(a.sequences, d, t);
-    const auto sources = place.sources(step);
-    Saved<N, C, BlockNumbers> saved;  // arrives during the product
-    saved.load_from(a, d, step, place, sources);
+    const auto sources = place.sources(step, B);
+    saved.load_from(a, d, step, place, sources);  // arrives during the product
     saved.load_grad_h(a, d, step, place);
     acc_t sums[C::kGates][kSums]{};
     weights.template multiply<false>(
@@ -276,18 +295,16 @@ __global__ void __launch_bounds__(kBlockWarps* kWarp, 1)
     acc_t grad_h[kSums];
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
-      acc_t passed = 0;
+      grad_h[i] = 0;
 #pragma unroll
-      for (int g = 0; g < C::kGates; ++g) passed += sums[g][i];
-      grad_h[i]  = receive(after.of[i], passed, [&](acc_t x) {
-        if (place.unit_of(i) < a.H) place.add(a.grad_h0, d * B, a.H, i, x);
-      });
-      carry[i]   = receive(after.of[i], carry[i], [&](acc_t x) {
-        if (!C::kHasCarry || place.unit_of(i) >= a.H) return;
-        place.add(C::kHasCell ? a.grad_c0 : a.grad_h0, d * B, a.H, i, x);
-      });
-      grad_h[i] += acc_t(to_float(saved.grad_h[i]));
+      for (int g = 0; g < C::kGates; ++g) grad_h[i] += sums[g][i];
     }
+    receive(after, place, grad_h, a.grad_h0, d * B, a.H);
+    if constexpr (C::kHasCarry) {
+      receive(after, place, carry, C::kHasCell ? a.grad_c0 : a.grad_h0, d * B, a.H);
+    }
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) grad_h[i] += acc_t(to_float(saved.grad_h[i]));
     saved.receive_h(grad_h, a, d, step, place);
     if constexpr (C::kHasCell) saved.receive_c(carry, a, d, step, place);
     typename C::template Backward<acc_t> results[kSums];
@@ -297,7 +314,7 @@ __global__ void __launch_bounds__(kBlockWarps* kWarp, 1)
       carry[i] = results[i].carry;
 #pragma unroll
       for (int g = 0; g < C::kGates; ++g) {
-        states.write(int(t & 1), place.row_of(i) - first, g, place.unit_of(i),
+        states.write(int(t & 1), first, g, place, i,
                      Rounded<scalar_t>::of(results[i].grad_gates[g]));
       }
     });

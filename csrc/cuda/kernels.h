@@ -39,9 +39,9 @@ struct CudaForwardArgs : CudaCall {
   const void* weight_hr[2];  // scalar [P, H], LSTM only, or null: then P = H
   const void *h0, *c0;       // scalar [D, B, P], [D, B, H], or null for zeros
   void* gates;               // out: scalar [D, N, G*H] as ForwardArgs's, but in 16 bits sigmoids
-                             // above 1/2 less 1 (layer.cuh, put_gate); or null if not wanted
+                             // above 1/2 less 1 (layer.cuh, gate_to_save); or null if not wanted
   void* extra;               // out: acc [D, N, H], ForwardArgs's; null where it is not wanted, but
-                             // LSTM's is working memory then, acc [D, B, H]
+                             // LSTM's step path has working memory then, acc [D, B, H]
   bool every_cell;           // LSTM: extra is [D, N, H]
   void* unprojected;         // with a projection: working memory, scalar [D, B, H]; else null
   void* hidden;              // out: scalar [D, N, P], a copy of h, or null if not wanted

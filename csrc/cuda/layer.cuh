@@ -71,6 +71,11 @@ struct Step {
   // Whether it is the last of some row.
   __device__ __forceinline__ bool ends_some() const { return count_after < count; }
 
+  // Whether all its rows' states are the previous step's.
+  __device__ __forceinline__ bool all_previous() const {
+    return !boundaries && !first && count_before >= count;
+  }
+
   __device__ __forceinline__ Source source(int row) const {
     const bool cut = boundaries && (first || row < count_before) && load(boundaries + row);
     return source_of(first, count_before, row, cut, reset_to_initial);
@@ -82,6 +87,16 @@ FUSEDRNN_INLINE Step step_of(const Sequences& sequences, int direction, int64_t 
   Step step{};
   if (i < 0 || i >= sequences.T) return step;
   const Walk walk(sequences, direction);
+  if (all_alike(sequences)) {  // the same as below, at once
+    const int64_t B    = sequences.B;
+    step.offset        = walk.time(i) * B;
+    step.offset_before = i > 0 ? walk.time(i - 1) * B : 0;
+    step.count         = int(B);
+    step.count_before  = i > 0 ? int(B) : 0;
+    step.count_after   = i + 1 < sequences.T ? int(B) : 0;
+    step.first         = i == 0;
+    return step;
+  }
   step.offset = walk.offset(i);
   step.count  = int(walk.count(i));
   step.first  = i == 0;
@@ -137,19 +152,20 @@ struct Place {
     }
   }
 
-  // Where the states before a step come from, zeros for rows that it has not.
+  // Where the states before a step of B sequences come from; for rows beyond those, anywhere.
   struct Sources {
+    bool all_previous;
     Source of[Numbers::kCount];
   };
-  __device__ __forceinline__ Sources sources(const Step& step) const {
-    Sources sources;
+  __device__ __forceinline__ Sources sources(const Step& step, int64_t B) const {
+    const bool all = step.count == B || row_of(Numbers::kRows - 1) < step.count;
+    Sources sources{all && step.all_previous()};
 #pragma unroll
     for (int i = 0; i < Numbers::kCount; ++i) {
-      if (i >= Numbers::kRows) {
-        sources.of[i] = sources.of[i - Numbers::kRows];  // of the same row
-      } else {
-        sources.of[i] = row_of(i) < step.count ? step.source(row_of(i)) : Source::kZero;
-      }
+      sources.of[i] = i >= Numbers::kRows      ? sources.of[i - Numbers::kRows]  // of the same row
+                      : sources.all_previous   ? Source::kPrevious
+                      : row_of(i) < step.count ? step.source(row_of(i))
+                                               : Source::kZero;
     }
     return sources;
   }
@@ -313,13 +329,18 @@ struct Saved {
     }
     if constexpr (C::kHasCell) {
       const auto before = place.in(a.extra, d * a.rows + step.offset_before, a.H);
-      place.each(has, [&](int i) {
-        if (sources.of[i] == Source::kPrevious) {
-          prev[i] = load(place.ith(before, a.H, i));
-        } else if (sources.of[i] == Source::kInitial && a.c0) {
-          prev[i] = to_float(load(place.ith(place.in(a.c0, d * a.sequences.B, a.H), a.H, i)));
-        }
-      });
+      if (sources.all_previous) {
+        place.each(has, [&](int i) { prev[i] = load(place.ith(before, a.H, i)); });
+      } else {
+        place.each(has, [&](int i) {
+          prev[i] = 0;
+          if (sources.of[i] == Source::kPrevious) {
+            prev[i] = load(place.ith(before, a.H, i));
+          } else if (sources.of[i] == Source::kInitial && a.c0) {
+            prev[i] = to_float(load(place.ith(place.in(a.c0, d * a.sequences.B, a.H), a.H, i)));
+          }
+        });
+      }
     }
   }
 
@@ -372,13 +393,21 @@ struct Saved {
   }
 };
 
-// `passed`, the gradient of a state before a step, goes to that state's source: it is what the step
-// before receives (returned), the initial state's (then add_to_initial(passed)), or nobody's.
-template <class acc_t, class Add>
-__device__ __forceinline__ acc_t receive(Source source, acc_t passed, const Add& add_to_initial) {
-  if (source == Source::kPrevious) return passed;
-  if (source == Source::kInitial) add_to_initial(passed);
-  return 0;
+// The gradients of the states before a step go to their sources. Left are those that the step before
+// receives; what initial states do is added to `initial`, [.., width], unless that is null.
+template <class acc_t, class Numbers>
+__device__ __forceinline__ void receive(const typename Place<Numbers>::Sources& sources,
+                                        const Place<Numbers>& place, acc_t (&grad)[Numbers::kCount],
+                                        acc_t* initial, int64_t begin, int width) {
+  if (sources.all_previous) return;
+#pragma unroll
+  for (int i = 0; i < Numbers::kCount; ++i) {
+    if (sources.of[i] == Source::kPrevious) continue;
+    if (sources.of[i] == Source::kInitial && place.unit_of(i) < width) {
+      place.add(initial, begin, width, i, grad[i]);
+    }
+    grad[i] = 0;
+  }
 }
 
 template <class N, class C, class Numbers>

@@ -75,25 +75,27 @@ __global__ void __launch_bounds__(kPreviousThreads)
   if (row >= B) return;
   const int64_t begin = int64_t(blockIdx.z) * a.chunk;
   const int64_t end   = min64(begin + a.chunk, a.sequences.T);
-  const auto row_of   = [&](const Step& step) { return d * a.rows + step.offset + row; };
   typename N::scalar_t h{};
   for (int64_t t = begin > 0 ? begin - 1 : 0; t < end; t += kPreviousAtOnce) {
     Left<N, C> left[kPreviousAtOnce];
+    int64_t at[kPreviousAtOnce];  // the row in all steps'; -1: the step has it not
+    Source from[kPreviousAtOnce];
 #pragma unroll
     for (int i = 0; i < kPreviousAtOnce; ++i) {
-      const Step step = step_of(a.sequences, d, t + i);
-      if (row < step.count) left[i].load_from(a, row_of(step), unit);
+      const Step step = step_of(a.sequences, d, t + i < end ? t + i : -1);
+      at[i]           = row < step.count ? d * a.rows + step.offset + row : -1;
+      if (at[i] < 0) continue;
+      from[i] = step.source(row);
+      left[i].load_from(a, at[i], unit);
     }
 #pragma unroll
     for (int i = 0; i < kPreviousAtOnce; ++i) {
-      const Step step = step_of(a.sequences, d, t + i);
-      if (t + i >= end || row >= step.count) continue;
-      const Source source = step.source(row);
-      if (source != Source::kPrevious) {
+      if (at[i] < 0) continue;
+      if (from[i] != Source::kPrevious) {
         h = {};
-        if (source == Source::kInitial && a.h0) h = load(a.h0 + (d * B + row) * a.P + unit);
+        if (from[i] == Source::kInitial && a.h0) h = load(a.h0 + (d * B + row) * a.P + unit);
       }
-      if (t + i >= begin) store(a.previous + row_of(step) * a.P + unit, h);
+      if (t + i >= begin) store(a.previous + at[i] * a.P + unit, h);
       h = left[i].h(a, h);
     }
   }

@@ -199,7 +199,13 @@ FUSEDRNN_DEVICE uint32_t to_tf32(float x) {
 
 // ---- Numbers. To nearest, ties to even; denormals stay, a NaN stays one.
 
-FUSEDRNN_DEVICE float to_float(bfloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+// As an instruction that the compiler does not see through: it would move a shift to where x is loaded,
+// and wait there.
+FUSEDRNN_DEVICE float to_float(bfloat16 x) {
+  float result;
+  asm("mov.b32 %0, {%1, %2};" : "=f"(result) : "h"(uint16_t(0)), "h"(x.bits));
+  return result;
+}
 
 FUSEDRNN_DEVICE float to_float(float16 x) {
   float result;

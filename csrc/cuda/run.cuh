@@ -132,7 +132,7 @@ struct Run {
   }
 
   // Tiles of rows: wide ones where there are rows for them, as wide as registers allow.
-  static constexpr int kWide = sizeof(acc_t) == 8 ? 1 : N::kStateVectors == 2 ? 2 : 4;
+  static constexpr int kWide = sizeof(scalar_t) == 8 ? 1 : sizeof(scalar_t) == 4 ? 2 : 4;
 
   static void forward(const CudaForwardArgs& args) {
     const CurrentDevice guard(args.device);
@@ -225,7 +225,7 @@ struct Run {
     layer.h0       = static_cast<const scalar_t*>(args.h0);
     layer.previous = static_cast<scalar_t*>(args.previous);
     // GRU's h follow from each other. Else chunks of steps side by side, as many as a grid can have.
-    constexpr int64_t kChunk = 16, kMostChunks = 65535;
+    constexpr int64_t kChunk = 2 * kPreviousAtOnce - 1, kMostChunks = 65535;  // and one before
     const int64_t T  = args.sequences.T;
     const bool chain = C::kPrevIsH && !args.hidden;
     layer.chunk      = chain ? T : max64(kChunk, ceil_div(T, kMostChunks));

@@ -28,95 +28,46 @@ template <class N, int kSegments, int kTiles>
 constexpr int kStepShared =
     kStepWarps * kSegments * kTiles * kRowTile * kSumStride * int(sizeof(typename N::acc_t));
 
-// The vector's numbers one place up, and x in the first. Indexed by a variable it would lie in memory.
-template <class T>
-__device__ __forceinline__ void shift_in(Vec16& v, T x) {
-  if constexpr (sizeof(T) == 8) {
-    v = {{0, 0, v.word[0], v.word[1]}};
-    memcpy(v.word, &x, sizeof x);
-  } else if constexpr (sizeof(T) == 4) {
-    v = {{0, v.word[0], v.word[1], v.word[2]}};
-    memcpy(v.word, &x, sizeof x);
-  } else {
-    v = {{v.word[0] << 16 | x.bits, v.word[1] << 16 | v.word[0] >> 16,
-          v.word[2] << 16 | v.word[1] >> 16, v.word[3] << 16 | v.word[2] >> 16}};
-  }
-}
-
 // A warp's part of the product of one tile of units with rows of states: every kStepWarps-th block of
-// K. A block's operands are loaded as soon as their registers are free, kBuffers - 1 blocks before they
-// are multiplied: from L2 a load takes longer than the multiplications of several. What weights, input
-// and saved values hold was there before the first step's kernel began; so a step loads of them what it
-// can before it waits for the step before.
+// K. A block's operands are loaded as soon as their registers are free, up to kBuffers - 1 blocks
+// before they are multiplied: from L2 a load takes longer than the multiplications of several. What
+// weights, input and saved values hold was there before the first step's kernel began; so a step loads
+// of them what it can before it waits for the step before, and computes the addresses of the rest.
 template <class N, int kSegments, int kTiles, bool kSameStates>
 class Product {
  public:
   using scalar_t = typename N::scalar_t;
   using acc_t    = typename N::acc_t;
 
-  // The first weights, of a matrix in fragment order.
-  __device__ __forceinline__ Product(const Vec16* matrix, int tile, int size)
+  // Of a matrix in fragment order, whose first weights it loads, with the rows `row_of(i)`,
+  // i < 8 * kTiles (null for zeros); the states of segment s begin at s * size. Rows of whole vectors
+  // begin at whole vectors.
+  template <class RowOf>
+  __device__ __forceinline__ Product(const Vec16* matrix, int tile, int size, const RowOf& row_of)
       : size_(size), blocks_(blocks_of<N>(size)) {
     matrix_ = matrix + int64_t(tile) * blocks_ * kSegments * kFragment<N>;
 #pragma unroll
     for (int i = 0; i < kBuffers; ++i) load_weights_of(i, warp() + i * kStepWarps);
-  }
-
-  // With the rows `row_of(i)`, i < 8 * kTiles (null for zeros), the states of segment s beginning at
-  // s * size; left in shared memory for `sum_of`. For all threads of the CTA; it ends in a barrier.
-  template <class RowOf>
-  __device__ __forceinline__ void multiply(const RowOf& row_of) {
-    const int lane = threadIdx.x % kWarp;
-    const scalar_t* rows[kTiles][N::kStateVectors];
-    bool whole = size_ % N::kVector == 0;  // all vectors of all rows
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
       for (int i = 0; i < N::kStateVectors; ++i) {
-        rows[t][i] = row_of(t * kRowTile + N::state_row(lane, i));
-        whole      = whole && reinterpret_cast<uintptr_t>(rows[t][i]) % sizeof(Vec16) == 0;
+        rows_[t][i] = row_of(t * kRowTile + N::state_row(threadIdx.x % kWarp, i));
       }
     }
-    Vec16 states[kBuffers][kSets][kTiles][N::kStateVectors];
-    const auto load_states = [&](Vec16(&to)[kSets][kTiles][N::kStateVectors], int block) {
-      const int k = block * N::kBlock + N::state_k(lane);
-#pragma unroll
-      for (int set = 0; set < kSets; ++set) {
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-          for (int i = 0; i < N::kStateVectors; ++i) {
-            to[set][t][i] = vector_of(rows[t][i], int64_t(set) * size_, k, whole);
-          }
-        }
-      }
-    };
-#pragma unroll
-    for (int i = 0; i < kBuffers; ++i) load_states(states[i], warp() + i * kStepWarps);
-    acc_t sums[kSegments][kTiles][kSums] = {};
-    for (int first = warp(); first < blocks_; first += kBuffers * kStepWarps) {
-#pragma unroll
-      for (int i = 0; i < kBuffers; ++i) {
-        const int block = first + i * kStepWarps;
-        if (block >= blocks_) break;
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-          for (int set = 0; set < kSets; ++set) {
-#pragma unroll
-            for (auto& v : states[i][set][t]) v = N::prepared(v);
-          }
-#pragma unroll
-          for (int s = 0; s < kSegments; ++s) {
-            N::multiply(sums[s][t], weights_[i][s], states[i][kSameStates ? 0 : s][t]);
-          }
-        }
-        load_weights_of(i, block + kBuffers * kStepWarps);
-        load_states(states[i], block + kBuffers * kStepWarps);
-      }
+  }
+
+  // Leaves the product in shared memory for `sum_of`. For all threads of the CTA; it ends in a barrier.
+  __device__ __forceinline__ void multiply() {
+    Sums sums = {};
+    if (size_ % N::kVector == 0) {
+      add_product<true>(sums);
+    } else {
+      add_product<false>(sums);
     }
     // [warps][segments][rows][units]
-    acc_t* shared = reinterpret_cast<acc_t*>(shared_memory());
+    acc_t* shared  = reinterpret_cast<acc_t*>(shared_memory());
+    const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int s = 0; s < kSegments; ++s) {
 #pragma unroll
@@ -142,8 +93,38 @@ class Product {
                                   : kVectors > 12    ? 2
                                   : kVectors > 9     ? 3
                                                      : 4;
+  using Sums                    = acc_t[kSegments][kTiles][kSums];
+  using States                  = Vec16[kSets][kTiles][N::kStateVectors];
 
   static __device__ __forceinline__ int warp() { return threadIdx.x / kWarp; }
+
+  template <bool kWhole>
+  __device__ __forceinline__ void add_product(Sums& sums) {
+    States states[kBuffers];
+#pragma unroll
+    for (int i = 0; i < kBuffers; ++i) load_states<kWhole>(states[i], warp() + i * kStepWarps);
+    for (int first = warp(); first < blocks_; first += kBuffers * kStepWarps) {
+#pragma unroll
+      for (int i = 0; i < kBuffers; ++i) {
+        const int block = first + i * kStepWarps;
+        if (block >= blocks_) break;
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+          for (int set = 0; set < kSets; ++set) {
+#pragma unroll
+            for (Vec16& v : states[i][set][t]) v = N::prepared(v);
+          }
+#pragma unroll
+          for (int s = 0; s < kSegments; ++s) {
+            N::multiply(sums[s][t], weights_[i][s], states[i][kSameStates ? 0 : s][t]);
+          }
+        }
+        load_weights_of(i, block + kBuffers * kStepWarps);
+        load_states<kWhole>(states[i], block + kBuffers * kStepWarps);
+      }
+    }
+  }
 
   __device__ __forceinline__ void load_weights_of(int buffer, int block) {
     if (block >= blocks_) return;
@@ -155,21 +136,36 @@ class Product {
     }
   }
 
-  // Of a row's segment that begins at `begin`, the vector from k on; zeros behind its end.
-  __device__ __forceinline__ Vec16 vector_of(const scalar_t* row, int64_t begin, int k,
-                                             bool whole) const {
-    Vec16 v{};
-    if (!row || k >= size_) return v;
-    if (whole) return load(reinterpret_cast<const Vec16*>(row + begin + k));
-#pragma unroll 1  // rare, and there are many calls
-    for (int i = N::kVector - 1; i >= 0; --i) {
-      shift_in(v, k + i < size_ ? load(row + begin + k + i) : scalar_t{});
+  template <bool kWhole>
+  __device__ __forceinline__ void load_states(States& to, int block) const {
+    const int k = block * N::kBlock + N::state_k(threadIdx.x % kWarp);
+#pragma unroll
+    for (int set = 0; set < kSets; ++set) {
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < N::kStateVectors; ++i) {
+          to[set][t][i] = Vec16{};
+          if (!rows_[t][i] || k >= size_) continue;
+          const scalar_t* const from = rows_[t][i] + int64_t(set) * size_ + k;
+          if constexpr (kWhole) {
+            to[set][t][i] = load(reinterpret_cast<const Vec16*>(from));
+          } else {
+            scalar_t numbers[N::kVector]{};
+#pragma unroll
+            for (int n = 0; n < N::kVector; ++n) {
+              if (k + n < size_) numbers[n] = load(from + n);
+            }
+            memcpy(&to[set][t][i], numbers, sizeof(Vec16));
+          }
+        }
+      }
     }
-    return v;
   }
 
   const Vec16* matrix_;
   int size_, blocks_;
+  const scalar_t* rows_[kTiles][N::kStateVectors];
   Vec16 weights_[kBuffers][kSegments][2];
 };
 
@@ -219,19 +215,28 @@ __global__ void __launch_bounds__(kStepThreads, kStepCtas)
   const int64_t B  = a.sequences.B;
   const auto place = step_place<kTiles>();
   let_next_kernel_start();
-  Product<N, C::kGates, kTiles, true> product(a.weight_hh[d], blockIdx.y, a.P);
+  const auto row_of = [&](int i) -> const scalar_t* {
+    const int row = first + i;
+    if (row >= step.count) return nullptr;
+    const Source source = step.source(row);
+    if (source == Source::kPrevious) {
+      return a.output + (step.offset_before + row) * a.D * a.P + d * a.P;
+    }
+    return source == Source::kInitial && a.h0 ? a.h0 + (d * B + row) * a.P : nullptr;
+  };
+  Product<N, C::kGates, kTiles, true> product(a.weight_hh[d], blockIdx.y, a.P, row_of);
   Inputs<N, C, StepNumbers<kTiles>> inputs;
   inputs.load_from(a, d, step, place);
   scalar_t bias[C::kGates]{};
   load_bias<N, C>(bias, a, d, place.unit);
+  const auto sources = place.sources(step, B);
   wait_for_previous_kernel();
   if (first >= step.count) return;
   // The cells' states before the step: c, or h.
   std::conditional_t<C::kPrevIsH, scalar_t, acc_t> prev[kTiles]{};
   const auto load_prev = [&](const auto* previous, int64_t begin, int width,
                              const scalar_t* initial) {
-    const auto sources = place.sources(step);
-    const auto from    = place.in(previous, begin, width);
+    const auto from = place.in(previous, begin, width);
     place.each(place.has(step.count, a.H), [&](int i) {
       if (sources.of[i] == Source::kPrevious) {
         prev[i] = load(place.ith(from, width, i));
@@ -249,15 +254,7 @@ __global__ void __launch_bounds__(kStepThreads, kStepCtas)
   if constexpr (C::kHasCell) {
     load_prev(a.extra, a.every_cell ? d * a.rows + step.offset_before : d * B, a.H, a.c0);
   }
-  product.multiply([&](int i) -> const scalar_t* {
-    const int row = first + i;
-    if (row >= step.count) return nullptr;
-    const Source source = step.source(row);
-    if (source == Source::kPrevious) {
-      return a.output + (step.offset_before + row) * a.D * a.P + d * a.P;
-    }
-    return source == Source::kInitial && a.h0 ? a.h0 + (d * B + row) * a.P : nullptr;
-  });
+  product.multiply();
   typename C::template Forward<acc_t> results[kTiles];
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
@@ -280,13 +277,14 @@ __global__ void __launch_bounds__(kStepThreads, kStepCtas)
   const Step step = steps.of[d];
   const int first = blockIdx.x * kTiles * kRowTile;
   let_next_kernel_start();
-  Product<N, 1, kTiles, true> product(a.weight_hr[d], blockIdx.y, a.H);
-  wait_for_previous_kernel();
-  if (first >= step.count) return;
-  product.multiply([&](int i) -> const typename N::scalar_t* {
+  const auto row_of = [&](int i) -> const typename N::scalar_t* {
     const int row = first + i;
     return row < step.count ? a.unprojected + (d * a.sequences.B + row) * a.H : nullptr;
-  });
+  };
+  Product<N, 1, kTiles, true> product(a.weight_hr[d], blockIdx.y, a.H, row_of);
+  wait_for_previous_kernel();
+  if (first >= step.count) return;
+  product.multiply();
   put_h(a, d, step, step_place<kTiles>(), [&](int i) { return sum_of<N, 1, kTiles>(0, i); });
 }
 
@@ -311,13 +309,7 @@ struct Carry {
                                                const StepPlace<kTiles>& place,
                                                const typename StepPlace<kTiles>::Sources& after) {
     if constexpr (C::kHasCarry) {
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        of[i] = receive(after.of[i], of[i], [&](acc_t passed) {
-          if (place.unit >= a.H) return;
-          place.add(C::kHasCell ? a.grad_c0 : a.grad_h0, d * a.sequences.B, a.H, i, passed);
-        });
-      }
+      receive(after, place, of, C::kHasCell ? a.grad_c0 : a.grad_h0, d * a.sequences.B, a.H);
     }
   }
 };
@@ -355,32 +347,33 @@ __global__ void __launch_bounds__(kStepThreads, kStepCtas)
   const Step step = steps.of[d], after = afters.of[d];
   const int first  = blockIdx.x * kTiles * kRowTile;
   const auto place = step_place<kTiles>();
+  const int64_t B  = a.sequences.B;
   let_next_kernel_start();
-  Product<N, C::kGates, kTiles, false> product(a.weight_hh[d], blockIdx.y, a.H);
+  const auto row_of = [&](int i) -> const scalar_t* {
+    const int row = first + i;
+    if (row >= after.count) return nullptr;
+    return a.grad_gates + (d * a.rows + after.offset + row) * C::kGradGates * a.H;
+  };
+  Product<N, C::kGates, kTiles, false> product(a.weight_hh[d], blockIdx.y, a.H, row_of);
   Saved<N, C, StepNumbers<kTiles>> saved;
-  if constexpr (!kProjected) saved.load_from(a, d, step, place, place.sources(step));
+  if constexpr (!kProjected) saved.load_from(a, d, step, place, place.sources(step, B));
   saved.load_grad_h(a, d, step, place);
   wait_for_previous_kernel();
   if (first >= step.count && first >= after.count) return;
   Carry<N, C, kTiles> carry;
   if constexpr (!kProjected) carry.load_from(a, d, after, place);
-  product.multiply([&](int i) -> const scalar_t* {
-    const int row = first + i;
-    if (row >= after.count) return nullptr;
-    return a.grad_gates + (d * a.rows + after.offset + row) * C::kGradGates * a.H;
-  });
-  const auto sources = place.sources(after);
+  product.multiply();
   acc_t grad_h[kTiles];
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
-    acc_t passed = 0;
+    grad_h[i] = 0;
 #pragma unroll
-    for (int g = 0; g < C::kGates; ++g) passed += sum_of<N, C::kGates, kTiles>(g, i);
-    grad_h[i]  = receive(sources.of[i], passed, [&](acc_t x) {
-      if (place.unit < a.P) place.add(a.grad_h0, d * a.sequences.B, a.P, i, x);
-    });
-    grad_h[i] += acc_t(to_float(saved.grad_h[i]));
+    for (int g = 0; g < C::kGates; ++g) grad_h[i] += sum_of<N, C::kGates, kTiles>(g, i);
   }
+  const auto sources = place.sources(after, B);
+  receive(sources, place, grad_h, a.grad_h0, d * B, a.P);
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) grad_h[i] += acc_t(to_float(saved.grad_h[i]));
   saved.receive_h(grad_h, a, d, step, place);
   if constexpr (kProjected) {
     const auto to = place.in(a.grad_hidden, d * a.rows + step.offset, a.P);
@@ -401,19 +394,21 @@ __global__ void __launch_bounds__(kStepThreads, kStepCtas)
   const Step step = steps.of[d], after = afters.of[d];
   const int first  = blockIdx.x * kTiles * kRowTile;
   const auto place = step_place<kTiles>();
+  const int64_t B  = a.sequences.B;
   let_next_kernel_start();
-  Product<N, 1, kTiles, true> product(a.weight_hr[d], blockIdx.y, a.P);
+  const auto row_of = [&](int i) -> const typename N::scalar_t* {
+    const int row = first + i;
+    return row < step.count ? a.grad_hidden + (d * a.rows + step.offset + row) * a.P : nullptr;
+  };
+  Product<N, 1, kTiles, true> product(a.weight_hr[d], blockIdx.y, a.P, row_of);
   Saved<N, C, StepNumbers<kTiles>> saved;
-  saved.load_from(a, d, step, place, place.sources(step));
+  saved.load_from(a, d, step, place, place.sources(step, B));
   wait_for_previous_kernel();
   if (first >= step.count && first >= after.count) return;
   Carry<N, C, kTiles> carry;
   carry.load_from(a, d, after, place);
-  product.multiply([&](int i) -> const typename N::scalar_t* {
-    const int row = first + i;
-    return row < step.count ? a.grad_hidden + (d * a.rows + step.offset + row) * a.P : nullptr;
-  });
-  carry.receive_from(a, d, place, place.sources(after));
+  product.multiply();
+  carry.receive_from(a, d, place, place.sources(after, B));
   typename N::acc_t grad_h[kTiles];
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) grad_h[i] = sum_of<N, 1, kTiles>(0, i);
