@@ -23,6 +23,7 @@ PATHS = [(n, p) for n in NUMBERS for p in ("step", "block") if (n, p) != ("float
 SHAPES = {
     "one of each": dict(T=1, B=1, I=1, H=1, D=1),
     "aligned": dict(T=3, B=2, I=4, H=16, D=1),
+    "aligned, packed": dict(T=5, B=19, I=3, H=24, D=2, packed=True),
     "two directions": dict(T=4, B=11, I=3, H=7, D=2),
     "packed": dict(T=5, B=9, I=3, H=33, D=2, packed=True),
     "boundaries": dict(T=5, B=3, I=3, H=17, D=2, reset="zero"),
@@ -32,6 +33,7 @@ SHAPES = {
 }
 PROJECTIONS = {
     "narrow": dict(T=3, B=3, I=5, H=20, P=9, D=2),
+    "aligned": dict(T=4, B=10, I=3, H=24, P=16, D=2, packed=True, reset="initial"),
     "packed, boundaries": dict(T=4, B=10, I=5, H=21, P=17, D=2, packed=True, reset="initial"),
 }
 
@@ -221,6 +223,24 @@ def test_gradients_from_unusual_tensors():
             torch.testing.assert_close(one, expected)
         (negative,) = torch.autograd.grad(output, leaves[:1], torch._neg_view(batch[0]), True)
         torch.testing.assert_close(negative, -each[0])
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("number", NUMBERS)
+def test_initial_states_need_not_be_aligned(number, cell):
+    leaves, num_states, options = problem(
+        cell, T=2, B=3, I=2, H=16, D=2, packed=False, reset=None, dtype=dtype_of(number)
+    )
+    with emulated("step", number == "tf32"):
+        expected = by_layer(cell, leaves, num_states, options)
+    shifted = [torch.empty(s.numel() + 1, dtype=s.dtype)[1:].view_as(s) for s in leaves[1:]]
+    for to, state in zip(shifted[:num_states], leaves[1:], strict=False):
+        assert to.data_ptr() % 16
+        to.data.copy_(state.detach())
+    leaves[1 : 1 + num_states] = shifted[:num_states]
+    with emulated("step", number == "tf32"), ran("kernel_forward"):
+        found = by_layer(cell, leaves, num_states, options)
+    assert all(map(torch.equal, found, expected))
 
 
 def test_results_are_no_views():

@@ -1,7 +1,8 @@
 // The contract between fusedrnn/cuda.py and the CUDA kernels. Shapes in the letters of sequence.h;
 // plain data only. All arrays lie in the memory of `device`, dense and row-major, but
-// Sequences::offsets, which the host reads before the call returns. They may be freed after it in the
-// order of `stream`, as torch's allocator does.
+// Sequences::offsets, which the host reads before the call returns. What kernels multiply or write
+// begins at multiples of 16 bytes: workspace, h0, output, unprojected, grad_gates, grad_hidden. All may
+// be freed after the call in the order of `stream`, as torch's allocator does.
 //
 // Torch computes the products with all time steps at once, before and after: the input projection,
 // and the gradients of input, weights and biases. What is between, the recurrence, is the kernels'.

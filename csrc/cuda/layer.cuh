@@ -23,18 +23,18 @@ struct ForwardLayer {
 
   Sequences sequences;  // offsets in device memory; the step path reads none of it there
   int H, P, D;
-  int64_t rows;                  // N
-  const scalar_t* gates_x[2];    // [N, G*H] of each direction: the input projection with bias_ih
-  const Vec16* weight_hh[2];     // in fragment order: H units, K = P, G segments
-  const Vec16* weight_hr[2];     // P units, K = H, 1 segment; null without a projection
-  const scalar_t* bias_hh[2];    // [G*H], or null
-  const scalar_t *h0, *c0;       // [D, B, P], [D, B, H], or null for zeros
-  scalar_t* gates;               // [D, N, G*H], or null if not wanted
-  acc_t* extra;                  // LSTM: c [D, N, H], or [D, B, H] without every_cell. GRU: a_hn
-                                 // [D, N, H], or null if not wanted
-  bool every_cell;               // LSTM
-  scalar_t* unprojected;         // with a projection: [D, B, H], o tanh(c) of the present step
-  scalar_t* hidden;              // [D, N, P], a copy of h for backward, or null
+  int64_t rows;                // N
+  const scalar_t* gates_x[2];  // [N, G*H] of each direction: the input projection with bias_ih
+  const Vec16* weight_hh[2];   // in fragment order: H units, K = P, G segments
+  const Vec16* weight_hr[2];   // P units, K = H, 1 segment; null without a projection
+  const scalar_t* bias_hh[2];  // [G*H], or null
+  const scalar_t *h0, *c0;     // [D, B, P], [D, B, H], or null for zeros
+  scalar_t* gates;             // [D, N, G*H], or null if not wanted
+  acc_t* extra;           // LSTM: c [D, N, H], or without every_cell [D, B, H] on the step path
+                          // and null on the block path. GRU: a_hn [D, N, H], or null
+  bool every_cell;        // LSTM
+  scalar_t* unprojected;  // with a projection: [D, B, H], o tanh(c) of the present step
+  scalar_t* hidden;       // [D, N, P], a copy of h for backward, or null
   scalar_t *output, *h_n, *c_n;  // [N, D*P], [D, B, P], [D, B, H]
 };
 
@@ -56,7 +56,7 @@ struct BackwardLayer {
   const scalar_t* grad_cells;                         // [N, D*H], or null for zero
   scalar_t* grad_gates;                               // [D, N, E*H]
   scalar_t* grad_hidden;     // [D, N, P]: the whole gradient of h; with a projection only
-  acc_t* carry;              // [D, B, H]; zero at first
+  acc_t* carry;              // [D, B, H]: the step path's working memory
   acc_t *grad_h0, *grad_c0;  // [D, B, P], [D, B, H]; zero at first; null if not wanted
 };
 
