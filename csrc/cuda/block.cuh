@@ -187,6 +187,11 @@ struct BlockNumbers {
 };
 using BlockPlace = Place<BlockNumbers>;
 
+__device__ __forceinline__ BlockPlace block_place() {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  return {int(blockIdx.x) * kRowTile + sum_row(lane, 0), warp * kUnitTile + sum_unit(lane, 0)};
+}
+
 // Grid: tiles of 8 rows, directions. One warp for each tile of units.
 template <class N, class C>
 __global__ void __launch_bounds__(kBlockWarps* kWarp, 1)
@@ -195,9 +200,9 @@ __global__ void __launch_bounds__(kBlockWarps* kWarp, 1)
   using scalar_t = typename N::scalar_t;
   const int d    = blockIdx.y;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int first = blockIdx.x * kRowTile;
-  const int64_t T = a.sequences.T;
-  const BlockPlace place{first + sum_row(lane, 0), warp * kUnitTile + sum_unit(lane, 0)};
+  const int first  = blockIdx.x * kRowTile;
+  const int64_t T  = a.sequences.T;
+  const auto place = block_place();
 
   const Resident<N, C::kGates, false> weights(a.weight_hh[d], a.H, warp, lane);
   const StateBuffers<N> states(a.H, C::kGates, 1, false);
@@ -271,9 +276,9 @@ __global__ void __launch_bounds__(kBlockWarps* kWarp, 1)
   using scalar_t = typename N::scalar_t;
   const int d    = blockIdx.y;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int first = blockIdx.x * kRowTile;
-  const int64_t B = a.sequences.B;
-  const BlockPlace place{first + sum_row(lane, 0), warp * kUnitTile + sum_unit(lane, 0)};
+  const int first  = blockIdx.x * kRowTile;
+  const int64_t B  = a.sequences.B;
+  const auto place = block_place();
 
   const Resident<N, C::kGates, true> weights(a.weight_hh[d], a.H, warp, lane);
   const StateBuffers<N> states(a.H, C::kGates, C::kGates, true);

@@ -169,7 +169,7 @@ class Product {
   Vec16 weights_[kBuffers][kSegments][2];
 };
 
-// A thread's numbers, from its kStepThreads / kUnitTile-th part of the CTA's rows each 8th.
+// A thread's numbers: of one unit, in every 8th row.
 template <int kTiles>
 struct StepNumbers {
   static constexpr int kCount = kTiles;
