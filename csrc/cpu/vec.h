@@ -144,8 +144,7 @@ FUSEDRNN_INLINE V fma(V a, V b, V c) {
 }
 #endif
 
-// 1 / x to 14 bits at least, for math.h's quotient to refine, and exactly where x is a power of two: the
-// correction of a tiny quotient, whose denominator is rounded to one, is a denormal and flushed to zero.
+// 1 / x to 14 bits at least, for math.h's quotient to refine.
 #if defined(__AVX512F__)
 FUSEDRNN_INLINE Vec<float> approximate_reciprocal(Vec<float> x) {
   // The masked form, all lanes: the plain one's header in gcc 12 warns of its own undefined value.
@@ -189,12 +188,15 @@ FUSEDRNN_INLINE Vec<double> at_least(Vec<double> x, double low) {
 #if !defined(__AVX512F__) && !defined(__AVX2__) && !defined(__aarch64__)
 // Without a fused multiply-add, math.h's quotient would correct with remainders that are themselves
 // rounded: the type above does it instead, and double (bounded by 4 ULP, not 2) does without.
-FUSEDRNN_INLINE Vec<float> quotient(Vec<float> e, float a) {
+FUSEDRNN_INLINE Vec<float> quotient(Vec<float> x, Vec<float> a, Vec<float> b) {
   typedef double Wide __attribute__((vector_size(2 * kVectorBytes)));
-  const Wide exact_e = __builtin_convertvector(e, Wide);
-  return __builtin_convertvector(exact_e / (exact_e + a), Vec<float>);
+  const Wide exact_a = __builtin_convertvector(a, Wide);
+  const Wide sum     = exact_a + __builtin_convertvector(b, Wide);
+  return __builtin_convertvector(__builtin_convertvector(x, Wide) / sum, Vec<float>);
 }
-FUSEDRNN_INLINE Vec<double> quotient(Vec<double> e, double a) { return e / (e + a); }
+FUSEDRNN_INLINE Vec<double> quotient(Vec<double> x, Vec<double> a, Vec<double> b) {
+  return x / (a + b);
+}
 #endif
 
 // The names that cells/math.h uses for "a number, or a vector of them".
