@@ -8,8 +8,10 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <new>
+#include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -133,6 +135,8 @@ struct Layer {
   bool cells      = false;  // c of every step is a result too
   bool to_initial = false;
   bool again      = false;     // backward computes the gates again
+  int64_t layers  = 1;         // whose states stand one behind the other in h0, c0, h_n and c_n,
+  int64_t number  = 0;         // of which this is one
   Precision least = kHighest;  // that products of float32 must have
   TensorView input, states[2], reset;
   static constexpr int kWeights = 5;  // of each direction: weight_ih, weight_hh, biases, weight_hr
@@ -148,6 +152,9 @@ struct Layer {
   Dtype dtype() const { return input.dtype; }
   // Of what the kernels compute, and of what forward saves for backward.
   Dtype wide_dtype() const { return is_narrow(dtype()) ? Dtype::kFloat32 : dtype(); }
+  size_t wide_size() const {
+    return wide_dtype() == Dtype::kFloat32 ? sizeof(float) : sizeof(double);
+  }
   int64_t weights_of_direction() const { return projects ? 5 : 4; }
   // Whether forward reads bfloat16 tensors as they are.
   bool reads_bf16() const { return dtype() == Dtype::kBfloat16 && products() == kMedium; }
@@ -309,8 +316,16 @@ struct Layer {
   int64_t state_size(int64_t i) const { return i == 0 ? P : H; }
   // The i-th state (h, c), or the gradient of one.
   bool read_state(PyObject* object, int64_t i, TensorView* out) {
-    return one_step ? read_dense(object, {B, state_size(i)}, out)
-                    : read_dense(object, {D, B, state_size(i)}, out);
+    if (one_step) return read_dense(object, {B, state_size(i)}, out);
+    if (!read_dense(object, {layers * D, B, state_size(i)}, out)) return false;
+    out->shape[0] = D;
+    out->data     = own_state(out->data, i, is_narrow(dtype()) ? sizeof(uint16_t) : wide_size());
+    return true;
+  }
+  // This layer's part of the i-th state of all of them; null if that is.
+  void* own_state(void* all, int64_t i, size_t size_of_element) const {
+    const auto before = size_t(number * D * B * state_size(i));
+    return all ? static_cast<char*>(all) + before * size_of_element : nullptr;
   }
   // The result that has `size` numbers for each row, or the gradient of one.
   bool read_rows(PyObject* object, int64_t size, TensorView* out) {
@@ -320,7 +335,7 @@ struct Layer {
 
   NewTensor new_state(PyObject* like, int64_t i) const {
     return one_step ? NewTensor(like, dtype(), {B, state_size(i)})
-                    : NewTensor(like, dtype(), {D, B, state_size(i)});
+                    : NewTensor(like, dtype(), {layers * D, B, state_size(i)});
   }
   NewTensor new_rows(PyObject* like, int64_t size) const {
     if (swapped) return {like, dtype(), {B, T, size}};
@@ -486,29 +501,49 @@ void run_forward(Layer& layer, int num_threads, const Results& results) {
   }
 }
 
-// Computes what was read: (h,) or (h, c) of a step, otherwise (output, h_n), or with c_n, and with
-// cells. saved: null, or what backward needs.
-py::tuple compute(Layer& layer, PyObject* like, int num_threads, py::object* saved_object) {
+// The states that a module's layers end with. Of a step h is the output.
+struct FinalStates {
+  NewTensor h, c;
+
+  FinalStates(const Layer& layer, PyObject* like) {
+    if (!layer.one_step) h = layer.new_state(like, 0);
+    if (layer.cell.has_cell_state) c = layer.new_state(like, 1);
+  }
+};
+
+// What one of them gives beside; None: not wanted.
+struct LayerResults {
+  py::object output, cells, saved;
+};
+
+LayerResults compute(Layer& layer, PyObject* like, int num_threads, const FinalStates& final,
+                     bool save) {
   if (layer.reads_bf16()) layer.give_bits();
   layer.widen_all(num_threads);
-  const bool cell_state  = layer.cell.has_cell_state;
   const NewTensor output = layer.new_rows(like, layer.D * layer.P);
-  const NewTensor h_n    = layer.one_step ? NewTensor() : layer.new_state(like, 0);
-  const NewTensor c_n    = cell_state ? layer.new_state(like, 1) : NewTensor();
   const NewTensor cells  = layer.cells ? layer.new_rows(like, layer.D * layer.H) : NewTensor();
-  const NewTensor saved  = saved_object ? NewTensor(like, layer.wide_dtype(), {layer.saved_size()},
-                                                    !is_narrow(layer.dtype()))
-                                        : NewTensor();
+  const NewTensor saved =
+      save ? NewTensor(like, layer.wide_dtype(), {layer.saved_size()}, !is_narrow(layer.dtype()))
+           : NewTensor();
   (layer.wide_dtype() == Dtype::kFloat32
        ? run_forward<float>
        : run_forward<double>)(layer, num_threads,
-                              {output.data, h_n.data, c_n.data, cells.data, saved.data});
-  py::tuple results(1 + !layer.one_step + cell_state + layer.cells);
+                              {output.data, layer.own_state(final.h.data, 0, layer.wide_size()),
+                               layer.own_state(final.c.data, 1, layer.wide_size()), cells.data,
+                               saved.data});
+  return {output.finish(num_threads), cells.finish(num_threads), saved.finish(num_threads)};
+}
+
+// (h,) or (h, c) of a step, otherwise (output, h_n), or with c_n, and with cells.
+py::tuple results_of(const LayerResults& last, const FinalStates& final, int num_threads) {
+  const py::object all[] = {last.output, final.h.finish(num_threads), final.c.finish(num_threads),
+                            last.cells};
+  const auto wanted      = [](const py::object& result) { return !result.is_none(); };
+  py::tuple results(size_t(std::count_if(std::begin(all), std::end(all), wanted)));
   size_t i = 0;
-  for (const NewTensor* made : {&output, &h_n, &c_n, &cells}) {
-    if (made->object) results[i++] = made->finish(num_threads);
+  for (const py::object& result : all) {
+    if (wanted(result)) results[i++] = result;
   }
-  if (saved_object) *saved_object = saved.finish(num_threads);
   return results;
 }
 
@@ -525,23 +560,23 @@ py::object forward(PyObject* const* arguments) {
     return py::none();
   }
   layer.take(arguments[8]);
-  py::object saved        = py::none();
-  const py::tuple results = compute(layer, like, num_threads, save ? &saved : nullptr);
-  return py::make_tuple(results, saved);
+  const FinalStates final(layer, like);
+  const LayerResults results = compute(layer, like, num_threads, final, save);
+  return py::make_tuple(results_of(results, final, num_threads), results.saved);
 }
 
-// Whether `object` is the integer n.
-bool is_integer(PyObject* object, int64_t n) {
+// The integer that `object` is; -1 if it is none, or too large.
+int64_t integer(PyObject* object) {
   const int64_t value = PyLong_Check(object) ? PyLong_AsLongLong(object) : -1;
   PyErr_Clear();
-  return value == n;
+  return value;
 }
 
-// plain(cell, one_step, batch_first, (I, H), parameters, names, flat, input, hx, panels) -> the results
-// of a module's call in the plainest case: no gradients, nobody watching, the weights of `names` among
-// its `parameters`, and in its list `flat` of weights if it has one; batch_first only of one step or
-// one sequence. None for any other. Python would need longer to find that out than the kernels for a
-// step.
+// plain(cell, one_step, batch_first, (I, H, layers, kinds), parameters, names, flat, input, hx, panels)
+// -> the results of a module's call in the plainest case: no gradients, nobody watching, the weights of
+// `names`, so many kinds of each direction, among its `parameters`, and in its list `flat` of weights
+// if it has one; batch_first only of one step or one sequence. None for any other. Python would need
+// longer to find that out than the kernels for a step.
 py::object plain(PyObject* const* arguments) {
   const Torch& torch         = Torch::get();
   const int cell             = int(PyLong_AsLong(arguments[0]));
@@ -562,35 +597,57 @@ py::object plain(PyObject* const* arguments) {
   if (hx != Py_None && (tuple != (states == 2) || initial.size() != states)) return py::none();
 
   const Items sizes(arguments[3]), names(arguments[5]);
+  const int64_t layers = integer(sizes[2]), kinds = integer(sizes[3]);
+  if (layers < 1 || kinds < 2 || names.size() % (layers * kinds) != 0) return py::none();
+  // Without biases None stands for them: weight_ih, weight_hh, bias_ih, bias_hh, weight_hr.
+  const bool biases        = kinds > 3;
+  const int64_t directions = names.size() / kinds, count = 4 + kinds % 2;
   // Held: others may change the module while the kernels run.
   const Items flat(one_step ? py::tuple().ptr() : arguments[6]);
-  py::tuple weights(size_t(names.size()));
-  for (int64_t i = 0; i < names.size(); ++i) {
-    PyObject* const weight = PyDict_GetItemWithError(parameters, names[i]);
-    if (PyErr_Occurred()) throw py::error_already_set();
-    if (!weight) return py::none();  // parametrized, pruned, ...
-    if (!one_step && (weight == Py_None || i >= flat.size() || weight != flat[i])) {
+  std::vector<py::tuple> weights;  // of each layer
+  for (int64_t d = 0, i = 0; d < directions; ++d) {
+    if (d % (directions / layers) == 0) weights.emplace_back(size_t(directions / layers * count));
+    for (int64_t j = 0; j < count; ++j) {
+      const bool absent      = !biases && (j == 2 || j == 3);
+      PyObject* const weight = absent ? Py_None : PyDict_GetItemWithError(parameters, names[i]);
+      if (PyErr_Occurred()) throw py::error_already_set();
+      if (!weight) return py::none();  // parametrized, pruned, ...
+      if (!one_step && !absent && (weight == Py_None || i >= flat.size() || weight != flat[i])) {
+        return py::none();
+      }
+      weights.back()[size_t(d % (directions / layers) * count + j)] =
+          py::reinterpret_borrow<py::object>(weight);
+      i += !absent;
+    }
+  }
+  const int num_threads = torch.num_threads();
+  std::optional<FinalStates> final;
+  LayerResults results{py::reinterpret_borrow<py::object>(like), py::none(), py::none()};
+  for (int64_t number = 0; number < layers; ++number) {
+    const py::object input = results.output;
+    Layer layer;
+    layer.swapped = is_true(arguments[2]);
+    layer.layers  = layers;
+    layer.number  = number;
+    if (!layer.read(cell, input.ptr(), initial, Items(weights[size_t(number)].ptr()), Py_None,
+                    false) ||
+        layer.one_step != one_step || (number == 0 && integer(sizes[0]) != layer.I) ||
+        integer(sizes[1]) != layer.H) {
       return py::none();
     }
-    weights[size_t(i)] = py::reinterpret_borrow<py::object>(weight);
+    // Without panels plan.h packs nothing for one row, which is then multiplied as it is.
+    if (layer.N > 1 || panels_of != Py_None) layer.least = torch.float32_precision();
+    py::object panels = py::none();
+    if (panels_of != Py_None) panels = py::handle(panels_of)(number, weights[size_t(number)]);
+    layer.take(panels.ptr());
+    try {
+      if (number == 0) final.emplace(layer, like);
+      results = compute(layer, like, num_threads, *final, false);
+    } catch (const NotOrdinary&) {
+      return py::none();
+    }
   }
-  Layer layer;
-  layer.swapped = is_true(arguments[2]);
-  if (!layer.read(cell, like, initial, Items(weights.ptr()), Py_None, false) ||
-      layer.one_step != one_step || !is_integer(sizes[0], layer.I) ||
-      !is_integer(sizes[1], layer.H)) {
-    return py::none();
-  }
-  // Without panels plan.h packs nothing for one row, which is then multiplied as it is.
-  if (layer.N > 1 || panels_of != Py_None) layer.least = torch.float32_precision();
-  py::object panels = py::none();
-  if (panels_of != Py_None) panels = py::handle(panels_of)(weights);
-  layer.take(panels.ptr());
-  try {
-    return compute(layer, like, torch.num_threads(), nullptr);
-  } catch (const NotOrdinary&) {
-    return py::none();
-  }
+  return results_of(results, *final, num_threads);
 }
 
 // watched(): ops.watched.

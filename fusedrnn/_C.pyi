@@ -47,13 +47,13 @@ def plain(
     cell: int,
     one_step: bool,
     batch_first: bool,
-    sizes: tuple[int, int],
+    sizes: tuple[int, int, int, int],
     parameters: dict[str, Tensor | None],
     names: Sequence[str],
     flat: Sequence[Tensor | None] | None,
     input: Tensor,
     hx: object,
-    panels: Callable[[Weights], Panels | None] | None,
+    panels: Callable[[int, Weights], Panels | None] | None,
     /,
 ) -> tuple[Tensor, ...] | None: ...
 def watched() -> bool: ...

@@ -156,15 +156,18 @@ class _Fused:
         names: Sequence[str] = _CELL_WEIGHTS,
         flat: Any = None,
         batch_first: bool = False,
+        layers: int = 1,
+        kinds: int = 4,
     ) -> Sequence[Tensor] | None:
-        """The results of one layer, or step, in ops.plain's case; None in others. `flat`: a layer's
-        list of weights."""
+        """The results of all layers, or of a step, in ops.plain's case; None in others. `flat`: the
+        layers' list of weights, `kinds` of them for each direction."""
         if torch.is_grad_enabled():  # ops.plain would say it later: 1.01 of a small training's time
             return None
-        panels: Any = partial(prepacking.panels, self, 0, cell) if prepacking.active else None  # type: ignore[arg-type]
-        sizes = self.input_size, self.hidden_size  # type: ignore[attr-defined]
-        weights = self._parameters, names, flat  # type: ignore[attr-defined]
-        return ops.plain(cell, flat is None, batch_first, sizes, *weights, input, hx, panels)
+        panels: Any = partial(prepacking.panels, self, cell) if prepacking.active else None  # type: ignore[arg-type]
+        module: Any = self
+        sizes = module.input_size, module.hidden_size, layers, kinds
+        parameters, step = module._parameters, flat is None
+        return ops.plain(cell, step, batch_first, sizes, parameters, names, flat, input, hx, panels)
 
     def _torch_forward(self, input: Any, hx: Any) -> Any:
         """The call by torch's own implementation, with torch's own errors."""
@@ -295,13 +298,17 @@ class _Layers(_Fused, nn.RNNBase):
     def _plain_layer(self, input: Any, hx: Any) -> Sequence[Tensor] | None:
         """(output, *final states) in ops.plain's case; None in others, which `_kernels` takes."""
         names = self._flat_weights_names
-        kinds = 4 + (self.proj_size > 0)
-        if not self.bias or len(names) != (2 if self.bidirectional else 1) * kinds:
-            return None  # of several layers, too
+        kinds = (4 if self.bias else 2) + (self.proj_size > 0)
+        layers = self.num_layers
+        if len(names) != layers * (2 if self.bidirectional else 1) * kinds:
+            return None
+        if layers > 1 and self.dropout and self.training:
+            return None
         if _TORCH_MULTIPLIES_FASTER and getattr(input, "dtype", None) is torch.bfloat16:
             return None
         cell = self.mode.lower()
-        return self._plain(cell, input, hx, names, self._flat_weights, self.batch_first)
+        flat = self._flat_weights
+        return self._plain(cell, input, hx, names, flat, self.batch_first, layers, kinds)
 
     def _computed(
         self,
@@ -379,7 +386,7 @@ class _Layers(_Fused, nn.RNNBase):
                 dtype = autocast_dtype(cell, input, states, weights) or input.dtype
                 if cuda.torch_is_faster(cell, dtype, input, weights):
                     return None
-            panels = prepacking.panels(self, 0, cell, weights) if kept else None
+            panels = prepacking.panels(self, cell, 0, weights) if kept else None
             results = compute(self.input_size, self.hidden_size, *arguments, panels)
             if results is None:
                 if not own:
@@ -406,7 +413,7 @@ class _Layers(_Fused, nn.RNNBase):
                     options,
                 )
                 features = input.shape[-1] if layer else self.input_size
-                panels = prepacking.panels(self, layer, cell, arguments[3]) if kept else None
+                panels = prepacking.panels(self, cell, layer, arguments[3]) if kept else None
                 results = compute(features, self.hidden_size, *arguments, panels)
                 if results is None and (layer or own):
                     # Not back to torch: dropout has drawn its random numbers.
@@ -596,7 +603,7 @@ class _Cell(_Fused, nn.RNNCellBase):
         one_row = input.dim() == 1
         if one_row:
             input, states = input.unsqueeze(0), [s.unsqueeze(0) for s in states]
-        panels = prepacking.panels(self, 0, cell, weights) if prepacking.active else None
+        panels = prepacking.panels(self, cell, 0, weights) if prepacking.active else None
         size = self.hidden_size
         new = _compute(self.input_size, size, cell, input, states, weights, None, panels)
         return [s.squeeze(0) for s in new] if one_row and new is not None else new

@@ -246,27 +246,28 @@ def plain(
     cell: str,
     one_step: bool,
     batch_first: bool,
-    sizes: tuple[int, int],
+    sizes: tuple[int, int, int, int],
     parameters: dict[str, Any],
     names: Sequence[str],
     flat: Sequence[Tensor | None] | None,
     input: Any,
     hx: Any,
-    panels: Callable[[Weights], Any] | None,
+    panels: Callable[[int, Weights], Any] | None,
 ) -> tuple[Tensor, ...] | None:
-    """What `forward` gives for a module's (input, hx), in the plainest case: an input [T, B, I] (if
-    `one_step`, [B, I]; if `batch_first`, [B, T, I] with B or T 1, and the output likewise), no
-    gradients, nobody `watched`, and every weight of `names` (4 or 5 for each direction) among the
-    module's `parameters`. None for any other.
+    """What a module gives for (input, hx), in the plainest case: an input [T, B, I] (if `one_step`,
+    [B, I]; if `batch_first`, [B, T, I] with B or T 1, and the output likewise), no gradients, no
+    dropout, nobody `watched`, and every weight of `names` among the module's `parameters`. None for
+    any other.
 
-    sizes: I and H. flat: the weights as a layer lists them, None for a step. panels: of weights,
-    asked for where they may be used.
+    sizes: I, H, the number of layers, and how many weights each direction has, from 2 (without
+    biases) to 5 (with a projection). flat: the weights as the layers list them, None for a step.
+    panels: of a layer's number and weights, asked for where they may be used.
     """
     results = _C.plain(
         CELLS[cell].number, one_step, batch_first, sizes, parameters, names, flat, input, hx, panels
     )
     if results is not None:
-        counts["kernel_forward"] += 1
+        counts["kernel_forward"] += sizes[2]
     return results
 
 

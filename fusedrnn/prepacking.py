@@ -103,7 +103,7 @@ def keeps(module: nn.Module) -> bool:
     return id(module) in _modules and not torch.is_grad_enabled()
 
 
-def panels(module: nn.Module, layer: int, cell: str, weights: ops.Weights) -> Panels | None:
+def panels(module: nn.Module, cell: str, layer: int, weights: ops.Weights) -> Panels | None:
     """The layout of one layer's weights; None outside `prepacked`, or where there is none yet."""
     kept_module = None if torch.is_grad_enabled() else _modules.get(id(module))
     if kept_module is None:

@@ -34,11 +34,11 @@ def plain(monkeypatch):
     return gave
 
 
-def arguments(kind, batch=B, dtype=torch.float32, directions=1):
+def arguments(kind, batch=B, dtype=torch.float32, of_hx=1):
     one_step = kind in CELLS
     generator = torch.Generator().manual_seed(1)
     shape = (batch, I) if one_step else (T, batch, I)
-    of_state = (batch, H) if one_step else (directions, batch, H)
+    of_state = (batch, H) if one_step else (of_hx, batch, H)
     return torch.randn(shape, dtype=dtype, generator=generator), states(
         kind, *of_state, dtype=dtype
     )
@@ -51,18 +51,29 @@ def assert_torchs(ours, theirs, *arguments):
             torch.testing.assert_close(a, b)
 
 
+# Options of a module that goes it, and the first size of its hx.
+GOES = [
+    ({}, 1),
+    ({"bidirectional": True}, 2),
+    ({"bias": False}, 1),
+    ({"num_layers": 3}, 3),
+    ({"num_layers": 2, "bidirectional": True, "bias": False}, 4),
+]
+
+
 @pytest.mark.parametrize("hx", ["none", "given"])
 @pytest.mark.parametrize("batch", [1, B, 20])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", LAYERS + CELLS)
 def test_has_the_bits_of_the_long_way(kind, dtype, batch, hx, plain, monkeypatch):
-    options = [{}] if kind in CELLS else [{}, {"bidirectional": True}]
-    for option in options:
-        module = build(modules, kind, I, H, dtype=dtype, **option)
-        input, given = arguments(kind, batch, dtype, 1 + len(option))
+    for options, of_hx in GOES[:1] if kind in CELLS else GOES:
+        module = build(modules, kind, I, H, dtype=dtype, **options)
+        input, given = arguments(kind, batch, dtype, of_hx)
         given = given if hx == "given" else None
+        counted = ops.counts["kernel_forward"]
         with torch.no_grad(), ran("kernel_forward"):
             short = module(input, given)
+        assert ops.counts["kernel_forward"] - counted == options.get("num_layers", 1)
         assert plain == [True]
         plain.clear()
         with monkeypatch.context() as patch, torch.no_grad(), ran("kernel_forward"):
@@ -156,10 +167,8 @@ def test_weights_that_are_no_parameters_go_the_long_way(kind, plain):
 @pytest.mark.parametrize(
     "options",
     [
-        {"num_layers": 2},
         {"batch_first": True},  # of several steps and sequences
-        {"bias": False},
-        {"bias": False, "bidirectional": True},
+        {"batch_first": True, "num_layers": 2},
     ],
     ids=str,
 )
@@ -169,6 +178,34 @@ def test_other_layers_go_the_long_way(kind, options, plain):
     input, _ = arguments(kind)
     assert_torchs(ours, theirs, input)
     assert not any(plain)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_dropout_goes_the_long_way(kind, plain):
+    theirs, ours = pair(kind, I, H, num_layers=2, dropout=0.5)
+    input, _ = arguments(kind)
+    for training in (True, False):
+        for module in (theirs, ours):
+            module.train(training)
+        results = []
+        for module in (theirs, ours):
+            torch.manual_seed(0)
+            with torch.no_grad():
+                results.append(flat(module(input)))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+    assert plain == [True]  # without training
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_states_of_layers_may_be_views(kind, plain):
+    theirs, ours = pair(kind, I, H, num_layers=2, bidirectional=True)
+    input, hx = arguments(kind, of_hx=5)
+    hx = tuple(s[1:] for s in hx) if isinstance(hx, tuple) else hx[1:]
+    assert_torchs(ours, theirs, input, hx)
+    hx = torch.utils._pytree.tree_map(lambda s: s.transpose(1, 2).contiguous().transpose(1, 2), hx)
+    assert_torchs(ours, theirs, input, hx)
+    assert plain == [True, True]
 
 
 @pytest.mark.parametrize("hx", ["none", "given"])
@@ -190,10 +227,11 @@ def test_batch_first_of_one_step_or_sequence_goes_it(kind, shape, dtype, hx, pla
 
 
 def test_a_projection_goes_it(plain):
-    theirs, ours = pair("LSTM", I, H, proj_size=3)
-    input, _ = arguments("LSTM")
-    assert_torchs(ours, theirs, input)
-    assert plain == [True]
+    for options in ({}, {"num_layers": 2, "bidirectional": True}, {"num_layers": 2, "bias": False}):
+        theirs, ours = pair("LSTM", I, H, proj_size=3, **options)
+        input, _ = arguments("LSTM")
+        assert_torchs(ours, theirs, input)
+    assert plain == [True] * 3
 
 
 def test_an_unbatched_input_is_no_step(plain):
@@ -226,6 +264,16 @@ def test_wrong_arguments_have_torchs_errors(kind, wrong, plain):
     assert not any(plain)
 
 
+def test_a_later_layers_wrong_weight_has_torchs_error(plain):
+    theirs, ours = pair("GRU", I, H, num_layers=2)
+    for module in (theirs, ours):
+        module.weight_ih_l1 = nn.Parameter(torch.randn(3 * H, H + 1))
+    input, _ = arguments("GRU")
+    with torch.no_grad():
+        assert type(raised(lambda: ours(input))) is type(raised(lambda: theirs(input)))
+    assert plain == [False]
+
+
 def test_input_size_is_that_of_the_module(plain):
     # torch.nn asks the attribute and not the weights.
     theirs, ours = pair("LSTM", I, H)
@@ -247,6 +295,8 @@ ATTRIBUTES = {
     "input_size a float": lambda m: setattr(m, "input_size", float(I)),
     "hidden_size a float": lambda m: setattr(m, "hidden_size", float(H)),
     "input_size too large": lambda m: setattr(m, "input_size", 2**80),
+    "two layers": lambda m: setattr(m, "num_layers", 2),
+    "no layers": lambda m: setattr(m, "num_layers", 0),
 }
 
 
