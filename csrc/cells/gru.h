@@ -20,20 +20,27 @@ struct Gru {
   // Whether gate g is a sigmoid's result.
   static FUSEDRNN_CELL constexpr bool is_sigmoid(int g) { return g < 2; }
 
+  // Two parts, the second of which waits for the first. It reads the gates from kOpen on.
   template <class V>
   struct Forward {
     V gates[kGates], extra, h;
   };
+  static constexpr int kOpen = 1;
 
   template <class V>
-  static FUSEDRNN_CELL Forward<V> forward(const V* gates_x, const V* gates_h, V h_prev) {
-    // r = sigmoid(a_xr + a_hr)   z = sigmoid(a_xz + a_hz)   n = tanh(a_xn + r a_hn)
-    // h = (1 - z) n + z h_prev
+  static FUSEDRNN_CELL Forward<V> begin(const V* gates_x, const V* gates_h, V) {
+    // r = sigmoid(a_xr + a_hr)   z = sigmoid(a_xz + a_hz)   a_n = a_xn + r a_hn
     const V r    = sigmoid(gates_x[0] + gates_h[0]);
     const V z    = sigmoid(gates_x[1] + gates_h[1]);
     const V a_hn = gates_h[2];
-    const V n    = tanh(fma(r, a_hn, gates_x[2]));
-    return {{r, z, n}, a_hn, hidden(z, n, h_prev)};
+    return {{r, z, fma(r, a_hn, gates_x[2])}, a_hn, V{}};
+  }
+  template <class V>
+  static FUSEDRNN_CELL void finish(Forward<V>* units, V h_prev) {
+    // n = tanh(a_n)   h = (1 - z) n + z h_prev
+    const V n       = tanh(units->gates[2]);
+    units->gates[2] = n;
+    units->h        = hidden(units->gates[1], n, h_prev);
   }
 
   // h = (1 - z) n + z h_prev = n + z (h_prev - n). The backward pass recomputes h by it, bit for

@@ -19,23 +19,28 @@ struct Lstm {
   // Whether gate g is a sigmoid's result.
   static FUSEDRNN_CELL constexpr bool is_sigmoid(int g) { return g != 2; }
 
+  // Two parts, the second of which waits for the first. It reads extra and the gates from kOpen on.
   template <class V>
   struct Forward {
     V gates[kGates], extra, h;
   };
+  static constexpr int kOpen = 3;
 
   template <class V>
-  static FUSEDRNN_CELL Forward<V> forward(const V* gates_x, const V* gates_h, V c_prev) {
+  static FUSEDRNN_CELL Forward<V> begin(const V* gates_x, const V* gates_h, V c_prev) {
     // i = sigmoid(a_i)   f = sigmoid(a_f)   g = tanh(a_g)   o = sigmoid(a_o)
     // c = f c_prev + i g                                    (a = gates_x + gates_h)
-    // h = o tanh(c)
     const V i = sigmoid(gates_x[0] + gates_h[0]);
     const V f = sigmoid(gates_x[1] + gates_h[1]);
     const V g = tanh(gates_x[2] + gates_h[2]);
     const V o = sigmoid(gates_x[3] + gates_h[3]);
     const V c = fma(f, c_prev, i * g);
-    const V h = o * tanh(c);
-    return {{i, f, g, o}, c, h};
+    return {{i, f, g, o}, c, V{}};
+  }
+  template <class V>
+  static FUSEDRNN_CELL void finish(Forward<V>* units, V) {
+    // h = o tanh(c)
+    units->h = units->gates[3] * tanh(units->extra);
   }
 
   template <class V>

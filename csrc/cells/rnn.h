@@ -24,18 +24,22 @@ struct Rnn {
   struct Forward {
     V gates[kGates], extra, h;
   };
+  static constexpr int kOpen = 0;
 
   template <class V>
-  static FUSEDRNN_CELL Forward<V> forward(const V* gates_x, const V* gates_h, V) {
+  static FUSEDRNN_CELL Forward<V> begin(const V* gates_x, const V* gates_h, V) {
+    return {{gates_x[0] + gates_h[0]}, V{}, V{}};
+  }
+  template <class V>
+  static FUSEDRNN_CELL void finish(Forward<V>* units, V) {
     // h = tanh(gates_x + gates_h) or relu(gates_x + gates_h)
-    const V a = gates_x[0] + gates_h[0];
-    V h;
+    V& a = units->gates[0];
     if constexpr (kRelu) {
-      h = relu(a);
+      a = relu(a);
     } else {
-      h = tanh(a);
+      a = tanh(a);
     }
-    return {{h}, V{}, h};
+    units->h = a;
   }
 
   template <class V>

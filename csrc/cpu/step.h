@@ -177,7 +177,7 @@ struct ForwardStep {
   int64_t H;
   bool save;
   T* gates;         // [B, G*H]: for the activated gates, if save; forward_tile finds gates_x there
-  T* extra;         // [B, H]: LSTM c, GRU a_hn; or null
+  T* extra;         // [B, H]: LSTM c, GRU a_hn; or null, LSTM's only where h is
   const T* h_prev;  // rows of K lanes of terms
   int64_t K, h_prev_stride;
   const T* prev;  // [B, H]: LSTM c_prev, GRU h_prev
@@ -187,27 +187,48 @@ struct ForwardStep {
   const T* panels;  // pack_forward's
 };
 
-// The cell for V units of one row, both products in registers.
+// The cell's first part for V units of one row, both products in registers.
+template <class Cell, class T>
+FUSEDRNN_INLINE auto begin_units(const ForwardStep<T>& s, int64_t row, int64_t block,
+                                 const Vec<T>* gates_x, const Vec<T>* gates_h) {
+  constexpr int G    = Cell::kGates;
+  const int64_t unit = block * kLanes<T>;
+  const int lanes    = lanes_of<T>(s.H, unit);
+  Vec<T> prev{};
+  if constexpr (Cell::kHasCell) prev = load(s.prev + row * s.prev_stride + unit, lanes);
+  const auto units = Cell::begin(gates_x, gates_h, prev);
+  if constexpr (Cell::kHasExtra) {
+    if (s.extra) store(s.extra + row * s.H + unit, units.extra, lanes);
+  }
+  if (s.save) {
+    unroll<Cell::kOpen>([&](auto g) FUSEDRNN_LAMBDA {
+      store(s.gates + (row * G + g) * s.H + unit, units.gates[g], lanes);
+    });
+  }
+  return units;
+}
+// Its second part.
+template <class Cell, class T>
+FUSEDRNN_INLINE void finish_units(const ForwardStep<T>& s, int64_t row, int64_t block,
+                                  typename Cell::template Forward<Vec<T>> units) {
+  constexpr int G    = Cell::kGates;
+  const int64_t unit = block * kLanes<T>;
+  const int lanes    = lanes_of<T>(s.H, unit);
+  Vec<T> prev{};
+  if constexpr (Cell::kPrevIsH) prev = load(s.prev + row * s.prev_stride + unit, lanes);
+  Cell::finish(&units, prev);
+  if (s.h) store(s.h + row * s.h_stride + unit, units.h, lanes);
+  if (s.save) {
+    unroll<G - Cell::kOpen>([&](auto i) FUSEDRNN_LAMBDA {
+      constexpr int g = Cell::kOpen + i;
+      store(s.gates + (row * G + g) * s.H + unit, units.gates[g], lanes);
+    });
+  }
+}
 template <class Cell, class T>
 FUSEDRNN_INLINE void forward_units(const ForwardStep<T>& s, int64_t row, int64_t block,
                                    const Vec<T>* gates_x, const Vec<T>* gates_h) {
-  constexpr int G    = Cell::kGates;
-  const int64_t H    = s.H;
-  const int64_t unit = block * kLanes<T>;
-  const int lanes    = lanes_of<T>(H, unit);
-  Vec<T> prev{};
-  if constexpr (Cell::kHasCell || Cell::kPrevIsH) {
-    prev = load(s.prev + row * s.prev_stride + unit, lanes);
-  }
-  const auto out = Cell::forward(gates_x, gates_h, prev);
-  if (s.h) store(s.h + row * s.h_stride + unit, out.h, lanes);
-  if constexpr (Cell::kHasExtra) {
-    if (s.extra) store(s.extra + row * H + unit, out.extra, lanes);
-  }
-  if (s.save) {
-    T* const gates = s.gates + row * G * H + unit;
-    unroll<G>([&](auto g) FUSEDRNN_LAMBDA { store(gates + g * H, out.gates[g], lanes); });
-  }
+  finish_units<Cell, T>(s, row, block, begin_units<Cell, T>(s, row, block, gates_x, gates_h));
 }
 
 template <class Cell, class T, class Terms, int M, int P>
@@ -221,8 +242,16 @@ void forward_tile(const ForwardStep<T>& s, int64_t row, int64_t block, int rows,
   for_rows<Terms, M>(rows, [&](auto m) FUSEDRNN_LAMBDA {
     unroll<P * G>([&](auto pg) FUSEDRNN_LAMBDA { sums[m * (P * G) + pg] = acc[m][pg]; });
   });
+  const int cells     = (Terms::kTileRows > 0 ? rows : M) * P;
+  constexpr int kOpen = Cell::kOpen;
+  // First the first parts of all cells, then the second ones: one after the other, a cell's parts leave
+  // no room in the CPU's window for other cells, to keep the multipliers at work while these wait. The
+  // time of an inference call without over with it, on a Zen 5 core at (8, 128) and (32, 256): LSTM 1.02
+  // and 1.01, GRU 1.03 and 1.01, with bfloat16's products LSTM 1.04 and 1.02, GRU 1.06 and 1.03; of an
+  // LSTM's two cells (1, 32) 0.99.
+  constexpr bool kApart = G > 1 && M * P > 2;
 #pragma GCC unroll 1
-  for (int mp = 0; mp < (Terms::kTileRows > 0 ? rows : M) * P; ++mp) {
+  for (int mp = 0; mp < cells; ++mp) {
     const int m = mp / P, p = mp % P;
     const int64_t unit = (block + p) * kLanes<T>;
     const int lanes    = lanes_of<T>(s.H, unit);
@@ -230,7 +259,23 @@ void forward_tile(const ForwardStep<T>& s, int64_t row, int64_t block, int rows,
     unroll<G>([&](auto g) FUSEDRNN_LAMBDA {
       gates_x[g] = load(s.gates + ((row + m) * G + g) * s.H + unit, lanes);
     });
-    forward_units<Cell, T>(s, row + m, block + p, gates_x, &sums[mp * G]);
+    if constexpr (kApart) {
+      const auto units = begin_units<Cell, T>(s, row + m, block + p, gates_x, &sums[mp * G]);
+      for (int g = kOpen; g < G; ++g) sums[mp * G + g] = units.gates[g];
+    } else {
+      forward_units<Cell, T>(s, row + m, block + p, gates_x, &sums[mp * G]);
+    }
+  }
+#pragma GCC unroll 1
+  for (int mp = 0; kApart && mp < cells; ++mp) {
+    const int m = mp / P, p = mp % P;
+    const int64_t unit = (block + p) * kLanes<T>;
+    typename Cell::template Forward<Vec<T>> units{};
+    for (int g = kOpen; g < G; ++g) units.gates[g] = sums[mp * G + g];
+    if (Cell::kHasCell && s.extra) {
+      units.extra = load(s.extra + (row + m) * s.H + unit, lanes_of<T>(s.H, unit));
+    }
+    finish_units<Cell, T>(s, row + m, block + p, units);
   }
 }
 

@@ -224,7 +224,9 @@ struct Inputs {
     acc_t x[C::kGates];
 #pragma unroll
     for (int g = 0; g < C::kGates; ++g) x[g] = to_float(gates_x[i][g]);
-    return C::forward(x, gates_h, prev);
+    auto units = C::begin(x, gates_h, prev);
+    C::finish(&units, prev);
+    return units;
   }
 };
 
