@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -282,7 +283,8 @@ def measure_row(
     mode, ours, theirs = MODES[row.mode], cases["fusedrnn"], cases["torch.nn"]
     entry: dict[str, Any] = {**row.key, "peers": {}}
     try:
-        common.check_values(cases, mode, expected)
+        draw = partial(make_cases, row.cell, row.dtype, row.shape)
+        common.check_values(cases, mode, expected, draw)
     except RuntimeError as error:
         return entry | {"failed": f"check: {error}"}
     before = dict(fusedrnn.ops.counts)
@@ -471,10 +473,10 @@ def run_rows(
                 done += 1
 
 
-def make_cases(cell: str, dtype: str, shape: Shape) -> dict[str, common.Case]:
+def make_cases(cell: str, dtype: str, shape: Shape, seed: int = 0) -> dict[str, common.Case]:
     batch, steps, size = shape
     inner = cell.endswith("Cell")
-    return common.make_cases(cell, batch, size, steps, getattr(torch, dtype), inner)
+    return common.make_cases(cell, batch, size, steps, getattr(torch, dtype), inner, seed)
 
 
 def run_workloads(results: Results, names: Sequence[str], arguments: Sequence[str]) -> None:
