@@ -11,7 +11,6 @@
 #include <iterator>
 #include <memory>
 #include <new>
-#include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -505,6 +504,7 @@ void run_forward(Layer& layer, int num_threads, const Results& results) {
 struct FinalStates {
   NewTensor h, c;
 
+  FinalStates() = default;
   FinalStates(const Layer& layer, PyObject* like) {
     if (!layer.one_step) h = layer.new_state(like, 0);
     if (layer.cell.has_cell_state) c = layer.new_state(like, 1);
@@ -621,7 +621,7 @@ py::object plain(PyObject* const* arguments) {
     }
   }
   const int num_threads = torch.num_threads();
-  std::optional<FinalStates> final;
+  FinalStates final;
   LayerResults results{py::reinterpret_borrow<py::object>(like), py::none(), py::none()};
   for (int64_t number = 0; number < layers; ++number) {
     const py::object input = results.output;
@@ -641,13 +641,13 @@ py::object plain(PyObject* const* arguments) {
     if (panels_of != Py_None) panels = py::handle(panels_of)(number, weights[size_t(number)]);
     layer.take(panels.ptr());
     try {
-      if (number == 0) final.emplace(layer, like);
-      results = compute(layer, like, num_threads, *final, false);
+      if (number == 0) final = FinalStates(layer, like);
+      results = compute(layer, like, num_threads, final, false);
     } catch (const NotOrdinary&) {
       return py::none();
     }
   }
-  return results_of(results, *final, num_threads);
+  return results_of(results, final, num_threads);
 }
 
 // watched(): ops.watched.
