@@ -622,6 +622,7 @@ py::object plain(PyObject* const* arguments) {
   }
   const int num_threads = torch.num_threads();
   FinalStates final;
+  int64_t size_of_h = 0;
   LayerResults results{py::reinterpret_borrow<py::object>(like), py::none(), py::none()};
   for (int64_t number = 0; number < layers; ++number) {
     const py::object input = results.output;
@@ -632,9 +633,10 @@ py::object plain(PyObject* const* arguments) {
     if (!layer.read(cell, input.ptr(), initial, Items(weights[size_t(number)].ptr()), Py_None,
                     false) ||
         layer.one_step != one_step || (number == 0 && integer(sizes[0]) != layer.I) ||
-        integer(sizes[1]) != layer.H) {
+        integer(sizes[1]) != layer.H || (number > 0 && layer.P != size_of_h)) {
       return py::none();
     }
+    size_of_h = layer.P;  // of all layers: h_n has one size
     // Without panels plan.h packs nothing for one row, which is then multiplied as it is.
     if (layer.N > 1 || panels_of != Py_None) layer.least = torch.float32_precision();
     py::object panels = py::none();

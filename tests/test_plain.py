@@ -274,6 +274,18 @@ def test_a_later_layers_wrong_weight_has_torchs_error(plain):
     assert plain == [False]
 
 
+@pytest.mark.parametrize("size", [2, 5])
+def test_a_later_layers_other_projection_has_torchs_error(size, plain):
+    theirs, ours = pair("LSTM", I, H, num_layers=2, proj_size=3)
+    for module in (theirs, ours):
+        module.weight_hh_l1 = nn.Parameter(torch.randn(4 * H, size))
+        module.weight_hr_l1 = nn.Parameter(torch.randn(size, H))
+    input, _ = arguments("LSTM")
+    with torch.no_grad():
+        assert type(raised(lambda: ours(input))) is type(raised(lambda: theirs(input)))
+    assert plain == [False]
+
+
 def test_input_size_is_that_of_the_module(plain):
     # torch.nn asks the attribute and not the weights.
     theirs, ours = pair("LSTM", I, H)

@@ -144,7 +144,8 @@ FUSEDRNN_INLINE V fma(V a, V b, V c) {
 }
 #endif
 
-// 1 / x to 14 bits at least, for math.h's quotient to refine.
+// 1 / x to 14 bits at least, for math.h's quotient to refine, and exactly where x is a power of two: the
+// correction of a tiny tanh, whose denominator is rounded to 2, is a denormal and flushed to zero.
 #if defined(__AVX512F__)
 FUSEDRNN_INLINE Vec<float> approximate_reciprocal(Vec<float> x) {
   // The masked form, all lanes: the plain one's header in gcc 12 warns of its own undefined value.
