@@ -600,24 +600,26 @@ py::object plain(PyObject* const* arguments) {
   const int64_t layers = integer(sizes[2]), kinds = integer(sizes[3]);
   if (layers < 1 || kinds < 2 || names.size() % (layers * kinds) != 0) return py::none();
   // Without biases None stands for them: weight_ih, weight_hh, bias_ih, bias_hh, weight_hr.
-  const bool biases        = kinds > 3;
-  const int64_t directions = names.size() / kinds, count = 4 + kinds % 2;
+  const bool biases   = kinds > 3;
+  const int64_t count = 4 + kinds % 2, of_layer = names.size() / (layers * kinds) * count;
   // Held: others may change the module while the kernels run.
   const Items flat(one_step ? py::tuple().ptr() : arguments[6]);
   std::vector<py::tuple> weights;  // of each layer
-  for (int64_t d = 0, i = 0; d < directions; ++d) {
-    if (d % (directions / layers) == 0) weights.emplace_back(size_t(directions / layers * count));
-    for (int64_t j = 0; j < count; ++j) {
-      const bool absent      = !biases && (j == 2 || j == 3);
-      PyObject* const weight = absent ? Py_None : PyDict_GetItemWithError(parameters, names[i]);
+  for (int64_t number = 0, i = 0; number < layers; ++number) {
+    weights.emplace_back(size_t(of_layer));
+    for (int64_t k = 0; k < of_layer; ++k) {
+      if (!biases && (k % count == 2 || k % count == 3)) {
+        weights.back()[size_t(k)] = py::none();
+        continue;
+      }
+      PyObject* const weight = PyDict_GetItemWithError(parameters, names[i]);
       if (PyErr_Occurred()) throw py::error_already_set();
       if (!weight) return py::none();  // parametrized, pruned, ...
-      if (!one_step && !absent && (weight == Py_None || i >= flat.size() || weight != flat[i])) {
+      if (!one_step && (weight == Py_None || i >= flat.size() || weight != flat[i])) {
         return py::none();
       }
-      weights.back()[size_t(d % (directions / layers) * count + j)] =
-          py::reinterpret_borrow<py::object>(weight);
-      i += !absent;
+      weights.back()[size_t(k)] = py::reinterpret_borrow<py::object>(weight);
+      ++i;
     }
   }
   const int num_threads = torch.num_threads();

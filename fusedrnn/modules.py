@@ -295,7 +295,7 @@ class _Layers(_Fused, nn.RNNBase):
                 return output, tuple(final) if self._num_states == 2 else final[0], *cells
         return _outside_graph(forward, self, input, hx, **given)
 
-    def _plain_layer(self, input: Any, hx: Any) -> Sequence[Tensor] | None:
+    def _plain_layers(self, input: Any, hx: Any) -> Sequence[Tensor] | None:
         """(output, *final states) in ops.plain's case; None in others, which `_kernels` takes."""
         names = self._flat_weights_names
         kinds = (4 if self.bias else 2) + (self.proj_size > 0)
@@ -496,7 +496,7 @@ class LSTM(_Layers):
         given = _given(keywords) if keywords else {}
         if is_compiling():
             return self._compiling(LSTM.forward, input, hx, given)
-        plain = None if given else self._plain_layer(input, hx)
+        plain = None if given else self._plain_layers(input, hx)
         if plain is not None:
             output, h_n, c_n = plain
             return output, (h_n, c_n)
@@ -532,7 +532,7 @@ class _OneStateLayers(_Layers):
             raise TypeError(f"return_cell_states is an LSTM's, this is {self.mode}")
         if is_compiling():
             return self._compiling(_OneStateLayers.forward, input, hx, given)
-        result = None if given else self._plain_layer(input, hx)
+        result = None if given else self._plain_layers(input, hx)
         if result is None and (hx is None or isinstance(hx, Tensor)):
             states = None if hx is None else (hx,)
             result = self._computed(self._kernels, input, states, given)
