@@ -127,9 +127,8 @@ struct Layer {
   CellInfo cell{};
   int cell_index = 0;
   int64_t T = 0, B = 0, N = 0, I = 0, H = 0, P = 0, D = 0;
-  bool one_step = false;  // input [B, I], states [B, P]
-  // Input and output [B, T, ...], of which one is 1: the same memory, but for strides of that one.
-  bool swapped    = false;
+  bool one_step   = false;  // input [B, I], states [B, P]
+  bool swapped    = false;  // input [B, T, I]
   bool projects   = false;
   bool cells      = false;  // c of every step is a result too
   bool to_initial = false;
@@ -254,7 +253,6 @@ struct Layer {
       if (!one_step && input.dims != 3) return false;
       T = one_step ? 1 : input.shape[swapped];
       B = input.shape[input.dims - 2 - swapped];
-      if (swapped && T != 1 && B != 1) return false;
       I = input.shape[input.dims - 1];
       N = T * B;
     }
@@ -332,12 +330,15 @@ struct Layer {
                                         : read_dense(object, {T, B, size}, out);
   }
 
+  // Whether the output of a swapped input is made as one: the same memory as [T, B, ...], but for strides
+  // of a dimension of 1.
+  bool swaps_output() const { return swapped && (T == 1 || B == 1); }
   NewTensor new_state(PyObject* like, int64_t i) const {
     return one_step ? NewTensor(like, dtype(), {B, state_size(i)})
                     : NewTensor(like, dtype(), {layers * D, B, state_size(i)});
   }
   NewTensor new_rows(PyObject* like, int64_t size) const {
-    if (swapped) return {like, dtype(), {B, T, size}};
+    if (swaps_output()) return {like, dtype(), {B, T, size}};
     return one_step || !offsets.empty() ? NewTensor(like, dtype(), {N, size})
                                         : NewTensor(like, dtype(), {T, B, size});
   }
@@ -575,8 +576,8 @@ int64_t integer(PyObject* object) {
 // plain(cell, one_step, batch_first, (I, H, layers, kinds), parameters, names, flat, input, hx, panels)
 // -> the results of a module's call in the plainest case: no gradients, nobody watching, the weights of
 // `names`, so many kinds of each direction, among its `parameters`, and in its list `flat` of weights
-// if it has one; batch_first only of one step or one sequence. None for any other. Python would need
-// longer to find that out than the kernels for a step.
+// if it has one. None for any other. Python would need longer to find that out than the kernels for a
+// step.
 py::object plain(PyObject* const* arguments) {
   const Torch& torch         = Torch::get();
   const int cell             = int(PyLong_AsLong(arguments[0]));
@@ -624,12 +625,14 @@ py::object plain(PyObject* const* arguments) {
   }
   const int num_threads = torch.num_threads();
   FinalStates final;
-  int64_t size_of_h = 0;
+  int64_t size_of_h      = 0;
+  const bool batch_first = is_true(arguments[2]);
+  bool transposes        = false;  // [T, B, ...] to [B, T, ...] in the end
   LayerResults results{py::reinterpret_borrow<py::object>(like), py::none(), py::none()};
   for (int64_t number = 0; number < layers; ++number) {
     const py::object input = results.output;
     Layer layer;
-    layer.swapped = is_true(arguments[2]);
+    layer.swapped = batch_first && !transposes;
     layer.layers  = layers;
     layer.number  = number;
     if (!layer.read(cell, input.ptr(), initial, Items(weights[size_t(number)].ptr()), Py_None,
@@ -638,7 +641,8 @@ py::object plain(PyObject* const* arguments) {
         integer(sizes[1]) != layer.H || (number > 0 && layer.P != size_of_h)) {
       return py::none();
     }
-    size_of_h = layer.P;  // of all layers: h_n has one size
+    size_of_h  = layer.P;  // of all layers: h_n has one size
+    transposes = batch_first && !layer.swaps_output();
     // Without panels plan.h packs nothing for one row, which is then multiplied as it is.
     if (layer.N > 1 || panels_of != Py_None) layer.least = torch.float32_precision();
     py::object panels = py::none();
@@ -651,6 +655,7 @@ py::object plain(PyObject* const* arguments) {
       return py::none();
     }
   }
+  if (transposes) results.output = torch.transposed(results.output);
   return results_of(results, final, num_threads);
 }
 

@@ -178,6 +178,11 @@ class Torch {
   py::object contiguous(PyObject* tensor) const {
     return owned(PyObject_CallMethodNoArgs(tensor, contiguous_.ptr()));
   }
+  // The view with the first two dimensions exchanged.
+  py::object transposed(const py::object& tensor) const {
+    PyObject* const args[] = {tensor.ptr(), zero_.ptr(), one_.ptr()};
+    return owned(PyObject_VectorcallMethod(transpose_.ptr(), args, 3, nullptr));
+  }
 
  private:
   Torch() {
@@ -288,7 +293,9 @@ class Torch {
       profiler_;
   std::vector<py::object> watchers_;
   const dlpack::ExchangeApi* api_ = nullptr;
-  py::str is_neg_{"is_neg"}, new_empty_{"new_empty"}, contiguous_{"contiguous"};
+  py::str is_neg_{"is_neg"}, new_empty_{"new_empty"}, contiguous_{"contiguous"},
+      transpose_{"transpose"};
+  py::int_ zero_{0}, one_{1};
   py::tuple dtype_keyword_ = py::make_tuple("dtype");
   py::str current_level_{"_current_level"}, is_enabled_{"_is_profiler_enabled"};
 };

@@ -164,22 +164,6 @@ def test_weights_that_are_no_parameters_go_the_long_way(kind, plain):
         plain.clear()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"batch_first": True},  # of several steps and sequences
-        {"batch_first": True, "num_layers": 2},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("kind", LAYERS)
-def test_other_layers_go_the_long_way(kind, options, plain):
-    theirs, ours = pair(kind, I, H, **options)
-    input, _ = arguments(kind)
-    assert_torchs(ours, theirs, input)
-    assert not any(plain)
-
-
 @pytest.mark.parametrize("kind", LAYERS)
 def test_dropout_goes_the_long_way(kind, plain):
     theirs, ours = pair(kind, I, H, num_layers=2, dropout=0.5)
@@ -208,14 +192,16 @@ def test_the_states_of_layers_may_be_views(kind, plain):
     assert plain == [True, True]
 
 
+@pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("hx", ["none", "given"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, T), (B, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(B, T), (1, T), (B, 1), (1, 1), (0, T)], ids=str)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_batch_first_of_one_step_or_sequence_goes_it(kind, shape, dtype, hx, plain, monkeypatch):
-    module = build(modules, kind, I, H, dtype=dtype, batch_first=True, bidirectional=True)
+def test_batch_first_goes_it(kind, shape, dtype, hx, layers, plain, monkeypatch):
+    options = {"num_layers": layers, "batch_first": True, "bidirectional": True}
+    module = build(modules, kind, I, H, dtype=dtype, **options)
     wide = torch.randn(*shape, I + 1, dtype=dtype)
-    given = states(kind, 2, shape[0], H, dtype=dtype) if hx == "given" else None
+    given = states(kind, 2 * layers, shape[0], H, dtype=dtype) if hx == "given" else None
     inputs = [wide[..., 1:], wide[..., 1:].clone(), wide.transpose(0, 1)[..., 1:].transpose(0, 1)]
     inputs.append(torch.randn(*shape[::-1], I, dtype=dtype).transpose(0, 1))
     with torch.no_grad():
@@ -223,7 +209,9 @@ def test_batch_first_of_one_step_or_sequence_goes_it(kind, shape, dtype, hx, pla
         assert plain == [True] * len(inputs)
         monkeypatch.setattr(ops, "plain", lambda *_: None)
         for input, results in zip(inputs, short, strict=True):
-            assert all(map(torch.equal, flat(results), flat(module(input, given))))
+            expected = module(input, given)
+            assert all(map(torch.equal, flat(results), flat(expected)))
+            assert results[0].is_contiguous() == expected[0].is_contiguous()
 
 
 def test_a_projection_goes_it(plain):

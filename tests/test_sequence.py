@@ -350,3 +350,35 @@ def test_a_sequence_alone_has_the_bits_that_it_has_in_a_batch(cell, size, direct
             )
         for a, b in zip(torch.autograd.grad(again[0].sum(), weights), grads, strict=True):
             assert torch.equal(a, b)
+
+
+# T, B, I, H of an input whose rows of consecutive steps are not evenly spaced in memory, and whether
+# a chunk is several of its steps all the same: those of few sequences and weights beyond L2.
+APART = {
+    (40, 2, 37, 33): True,
+    (100, 3, 64, 65): True,  # chunks of 16 steps, the last one smaller
+    (21, 5, 33, 40): False,
+    (50, 7, 129, 1030): True,
+    (3, 50, 129, 1030): False,  # more rows in a step than in a chunk
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("size", APART, ids=str)
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_an_input_by_sequences_has_the_bits_of_one_by_steps(cell, size, directions, dtype):
+    x, initial, weights = layer_inputs(cell, *size, directions, dtype)
+    apart = x.detach().transpose(0, 1).contiguous().transpose(0, 1)
+    for threads in (1, 2):
+        with num_threads(threads), torch.no_grad(), ran("kernel_forward"):
+            expected = functional.layer(cell, x, initial, weights)
+            results = functional.layer(cell, apart, initial, weights)
+            plan = ops.plan(cell, apart, initial, weights)
+        assert all(map(torch.equal, results, expected))
+        with num_threads(threads), ran("kernel_forward"):
+            saved = functional.layer(cell, apart, initial, weights)
+        assert all(map(torch.equal, saved, expected))
+        assert plan.packed
+        if HAS_USUAL_L2:
+            assert (plan.chunk > 1) == APART[size]

@@ -21,15 +21,17 @@ struct ForwardLayout {
   int64_t projection  = 0;  // packed weight_hr,
   int64_t unprojected = 0;  // [B, H] what weight_hr is multiplied with,
   int64_t started     = 0;  // [2, B, P] states before steps that some rows begin with,
-  int64_t input_terms = 0;  // of each thread: a chunk's input, and
+  int64_t input_terms = 0;  // of each thread: a chunk's input, if it is copied, and
   int64_t h_terms    = 0;  // [2, B, lanes]: h before a step, where products take other than numbers
   int64_t gates      = 0;  // gates_x of a chunk, unless it goes to the saved gates
   int64_t chunk_rows = 0;  // at most
   int64_t ahead_rows = 0;  // of a chunk that is projected ahead, beside the steps; 0: none may be
   int64_t threads;         // at most
   int64_t weight_bytes;    // of the weights, packed or not
-  bool given;              // the packed weights are the caller's
-  bool stored;             // even unpacked weights are what products take, and not numbers
+  bool one_matrix = true;  // rows of consecutive steps are evenly spaced
+  bool copies     = false;  // a chunk's input
+  bool given;               // the packed weights are the caller's
+  bool stored;              // even unpacked weights are what products take, and not numbers
 
   bool packed() const { return recurrent > 0; }
   int64_t panels_size() const { return recurrent + input + projection; }
@@ -58,16 +60,18 @@ struct ForwardLayout {
       unprojected = round_up(s.B * a.H);
     }
     weight_bytes = panels_size() * int64_t(sizeof(T));
-    // Rows of consecutive steps are one matrix: then a chunk is one product.
-    const bool one_matrix  = s.offsets || s.B == 1 || a.input_stride_t == s.B * a.input_stride_b;
-    chunk_rows             = one_matrix ? max64(s.B, min64(rows, kChunkRows)) : s.B;
+    // A chunk is one product, of rows that lie as one matrix or are copied to be one.
+    one_matrix             = s.offsets || s.B == 1 || a.input_stride_t == s.B * a.input_stride_b;
+    const bool joins       = !one_matrix && pays_to_join(s.B, weight_bytes, l2_bytes());
+    copies                 = kConverts || joins;
+    chunk_rows             = one_matrix || joins ? max64(s.B, min64(rows, kChunkRows)) : s.B;
     constexpr int64_t tile = kAheadTile<Cell>;
     if (kCanGoAhead<Terms> && s.B == 1 && !s.offsets && s.T > 2 * tile) {
       // The first rows are projected before any step: few of a few (1.06 times as fast at T = 20).
       ahead_rows = s.T > 2 * kAheadTiles * tile ? kAheadTiles * tile : tile;
     }
     if (!a.gates) gates = max64(chunk_rows, 2 * ahead_rows) * Cell::kGates * a.H;
-    if (kConverts) input_terms = round_up(chunk_rows * lanes<Terms>(a.I));
+    if (copies) input_terms = round_up(chunk_rows * lanes<Terms>(a.I));
   }
   // Rows of a chunk that this thread projects ahead; 0: none. Weights in L1 do not wait, those beyond
   // L2 come too slowly to be read more often, and threads that split units wait for each other: the
@@ -142,7 +146,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   ProjectStep<T> project{};
   project.K            = lanes<Terms>(a.I);
   project.H            = H;
-  project.input_stride = layout.kConverts ? project.K : input_stride;
+  project.input_stride = layout.copies ? project.K : input_stride;
   project.gates_stride = G * H;
   ProjectStep<T> project_h{H, P, unprojected, H, nullptr, DP, nullptr};
   const bool projects   = a.weight_hr[d] != nullptr;
@@ -200,10 +204,15 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   };
   // The input of rows [begin, end) from step i's first row on, for project.
   const auto project_input = [&](int64_t i, int64_t begin, int64_t end) -> const T* {
-    if (!layout.kConverts) return a.input + input_at(i);
+    if (!layout.copies) return a.input + input_at(i);
+    const int64_t even = layout.one_matrix ? end : s.B;  // so many rows are evenly spaced
     as_stored<Terms>(a.input, a.input_bf16, [&](const auto* input) {
-      to_terms<Terms>(input + input_at(i) + begin * input_stride, input_stride,
-                      input_terms + begin * project.K, project.K, end - begin, a.I);
+      for (int64_t row = begin, next = 0; row < end; row = next) {
+        next = min64(end, row - row % even + even);
+        to_terms<Terms>(
+            input + input_at(i) + row / even * a.input_stride_t + row % even * input_stride,
+            input_stride, input_terms + row * project.K, project.K, next - row, a.I);
+      }
     });
     return input_terms;
   };

@@ -41,6 +41,16 @@ inline int64_t l2_bytes() {
 // within a percent.
 constexpr int64_t kChunkRows = 48;
 
+// Whether to copy the input of a chunk's steps where their rows are not one matrix (`batch_first`), so
+// that weight_ih is read once a chunk and not once a step. The time of an inference call of a step a
+// chunk over that, on a Zen 5 core (1 MB of L2), float32 LSTM / GRU / RNN: B = 2, H = 64, 1.15 / 1.14 /
+// 1.07, H = 128 1.07 / 1.08 / 1.19; B = 4, H = 32, 0.94 / 1.02 / 1.01, H = 64 0.98 / 1.03 / 0.98; B = 8,
+// H = 128, 0.98 / 0.99 / 0.97; beyond L2: B = 2, H = 512, 1.64 / 1.75 / 1.77, B = 16, H = 512, 1.0,
+// H = 1024 1.22 / 1.27 / 0.99.
+inline bool pays_to_join(int64_t B, int64_t weight_bytes, int64_t l2_bytes) {
+  return B < 4 || weight_bytes > l2_bytes;
+}
+
 // Passes over the weights up to which a forward call reads them as they lie in memory instead of
 // packing them. An LSTM's time packed over unpacked, on a Zen 5 core, 4 rows a pass, float32 / bfloat16
 // (1 row a pass: much the same; on two threads 1.1 at H = 256 and 8 passes):
