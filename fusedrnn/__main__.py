@@ -27,6 +27,7 @@ _NEEDS = {
     "avx512_bf16": {*_AVX512, "avx512_bf16"},
     "avx512": _AVX512,
     "avx2": {"avx2", "fma"},
+    "neon_bf16": {"asimd", "bf16"},
     "generic": set(),
 }
 _FEATURES = r"avx2|fma|f16c|avx512(f|bw|dq|vl|_vnni|_bf16|_fp16)|amx_\w+|asimd|sve2?|bf16"

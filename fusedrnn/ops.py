@@ -44,7 +44,8 @@ def count(what: str) -> None:
 
 
 def isa() -> str:
-    """The instruction set whose kernels run: "amx", "avx512_bf16", "avx512", "avx2", "generic".
+    """The instruction set whose kernels run: "amx", "avx512_bf16", "avx512", "avx2", "neon_bf16" or
+    "generic".
 
     The environment variable FUSEDRNN_ISA, read at import, overrides the choice.
     """

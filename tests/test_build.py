@@ -120,7 +120,9 @@ def test_one_openmp_runtime_is_loaded():
     assert Path(runtimes[0]).name.startswith("libgomp")
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx", "amx_high"])
+@pytest.mark.parametrize(
+    "isa", ["generic", "neon_bf16", "avx2", "avx512", "avx512_bf16", "amx", "amx_high"]
+)
 def test_isa_files_offer_no_inline_function(isa):
     """A weak function there could be the copy that the linker keeps, on any CPU.
 

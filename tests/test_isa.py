@@ -22,7 +22,7 @@ def python(*arguments, **environment):
     )
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
+@pytest.mark.parametrize("isa", ["generic", "neon_bf16", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_the_kernel_tests_pass(isa):
     if isa == fusedrnn.isa():
         pytest.skip(f"{isa} is what this process runs: its tests are part of this run")

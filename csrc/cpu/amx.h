@@ -123,13 +123,13 @@ struct TileSplitPairs : TilePairs {
 
   template <Factor kFactor, int kPart>
   static FUSEDRNN_INLINE Vec<float> load(const float* row, int64_t n) {
-    return halves(part<kFactor, kPart>(load_up_to(row, n)),
-                  part<kFactor, kPart>(load_up_to(row + kLanes<float>, n - kLanes<float>)));
+    return pairs(part<kFactor, kPart>(load_up_to(row, n)),
+                 part<kFactor, kPart>(load_up_to(row + kLanes<float>, n - kLanes<float>)));
   }
   template <Factor kFactor, int kPart>
   static FUSEDRNN_INLINE Vec<float> above_each_other(const float* a, const float* b, int n) {
-    return alternate(halves(part<kFactor, kPart>(fusedrnn::load(a, n)),
-                            part<kFactor, kPart>(b ? fusedrnn::load(b, n) : Vec<float>{})));
+    return alternate(part<kFactor, kPart>(fusedrnn::load(a, n)),
+                     part<kFactor, kPart>(b ? fusedrnn::load(b, n) : Vec<float>{}));
   }
 
  private:

@@ -1,6 +1,9 @@
 // Picks the ISA. Compiled with baseline flags: this runs before anything is known about the CPU.
 #include "dispatch.h"
 
+#if defined(FUSEDRNN_ARM)
+#include <sys/auxv.h>
+#endif
 #if defined(FUSEDRNN_AMX)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -22,18 +25,26 @@ struct Isa {
   bool only_by_name = false;
 };
 
-#if defined(FUSEDRNN_X86)
-// avx512's, and less precise products.
-Kernels with_products(const char* isa, const KernelsOf<float>* high,
+#if defined(FUSEDRNN_X86) || defined(FUSEDRNN_ARM)
+// Those of an ISA, `all`, and less precise products.
+Kernels with_products(Kernels all, const char* isa, const KernelsOf<float>* high,
                       const KernelsOf<float>* medium) {
-  Kernels all      = kernels_avx512();
   all.isa          = isa;
   all.f32[kHigh]   = high;
   all.f32[kMedium] = medium;
   return all;
 }
+#endif
+#if defined(FUSEDRNN_X86)
 const Kernels& avx512_bf16() {
-  static const Kernels kernels = with_products("avx512_bf16", nullptr, &kernels_avx512_bf16());
+  static const Kernels kernels =
+      with_products(kernels_avx512(), "avx512_bf16", nullptr, &kernels_avx512_bf16());
+  return kernels;
+}
+#elif defined(FUSEDRNN_ARM)
+const Kernels& neon_bf16() {
+  static const Kernels kernels =
+      with_products(kernels_generic(), "neon_bf16", nullptr, &kernels_neon_bf16());
   return kernels;
 }
 #endif
@@ -55,7 +66,7 @@ const Kernels& amx() {
           "FUSEDRNN_ISA=amx: Linux refuses this process the use of AMX's tiles. Unset FUSEDRNN_ISA "
           "to get the best kernels that do without.");
     }
-    return with_products("amx", &kernels_amx_high(), &kernels_amx());
+    return with_products(kernels_avx512(), "amx", &kernels_amx_high(), &kernels_amx());
   }();
   return kernels;
 }
@@ -69,6 +80,10 @@ const std::vector<Isa>& isas() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool avx512_bf16_too = avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
+#if defined(FUSEDRNN_ARM)
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16
+  const bool bf16               = (getauxval(AT_HWCAP2) & kBf16) != 0;
+#endif
   static const std::vector<Isa> all = {
 #if defined(FUSEDRNN_AMX)
       {"amx", avx512_bf16_too && has_amx(), amx, true},
@@ -77,6 +92,9 @@ const std::vector<Isa>& isas() {
       {"avx512_bf16", avx512_bf16_too, avx512_bf16},
       {"avx512", avx512, kernels_avx512},
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), kernels_avx2},
+#endif
+#if defined(FUSEDRNN_ARM)
+      {"neon_bf16", bf16, neon_bf16},
 #endif
       {"generic", true, kernels_generic},
   };

@@ -12,6 +12,8 @@ const Kernels& kernels_avx512();
 const KernelsOf<float>& kernels_avx512_bf16();
 const KernelsOf<float>& kernels_amx();
 const KernelsOf<float>& kernels_amx_high();
+#elif defined(FUSEDRNN_ARM)
+const KernelsOf<float>& kernels_neon_bf16();
 #endif
 
 // The kernels of the best ISA that this CPU has, or of the one that `name` asks for; throws

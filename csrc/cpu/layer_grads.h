@@ -92,7 +92,7 @@ FUSEDRNN_INLINE void product_columns(const ProductStep<T>& s, const T* a, const 
         b_k[p] = load(b + p / kStripPanels * s.b.strip + p % kStripPanels * V, lanes(p));
       });
       unroll<M>([&](auto m) FUSEDRNN_LAMBDA {
-        const Vec<T> a_k = splat<Vec<T>>(a[m * s.a_stride_m]);
+        const auto a_k = Terms::spread(a[m * s.a_stride_m]);
         unroll<P>([&](auto p)
                       FUSEDRNN_LAMBDA { acc[m][p] = Terms::multiply_add(a_k, b_k[p], acc[m][p]); });
       });

@@ -72,8 +72,8 @@ FUSEDRNN_INLINE void partial_product(Vec<T> (&acc)[M][P * Q], const T* a, int64_
       __builtin_prefetch(next + k * Q * kVectorBytes, 0, 2);
     }
     if constexpr (M <= P * Q) {
-      Vec<T> a_k[M];
-      unroll<M>([&](auto m) FUSEDRNN_LAMBDA { a_k[m] = splat<Vec<T>>(a[m * lda + k]); });
+      decltype(Terms::spread(T{})) a_k[M];
+      unroll<M>([&](auto m) FUSEDRNN_LAMBDA { a_k[m] = Terms::spread(a[m * lda + k]); });
       unroll<P * Q>([&](auto pq) FUSEDRNN_LAMBDA {
         const Vec<T> w = load(row + pq / Q * panel_size + pq % Q * V);
         unroll<M>([&](auto m)
@@ -84,7 +84,7 @@ FUSEDRNN_INLINE void partial_product(Vec<T> (&acc)[M][P * Q], const T* a, int64_
       unroll<P * Q>([&](auto pq)
                         FUSEDRNN_LAMBDA { w[pq] = load(row + pq / Q * panel_size + pq % Q * V); });
       unroll<M>([&](auto m) FUSEDRNN_LAMBDA {
-        const Vec<T> a_k = splat<Vec<T>>(a[m * lda + k]);
+        const auto a_k = Terms::spread(a[m * lda + k]);
         unroll<P * Q>([&](auto pq) FUSEDRNN_LAMBDA {
           acc[m][pq] = Terms::multiply_add(a_k, w[pq], acc[m][pq]);
         });

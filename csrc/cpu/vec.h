@@ -84,6 +84,9 @@ FUSEDRNN_INLINE Vec<float> load_first(const float* p, int n) {
 FUSEDRNN_INLINE Vec<double> load_first(const double* p, int n) {
   return (Vec<double>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
 }
+FUSEDRNN_INLINE Vec<uint16_t> load_first(const uint16_t* p, int n) {
+  return (Vec<uint16_t>)_mm512_maskz_loadu_epi16(__mmask32((1u << n) - 1), p);
+}
 FUSEDRNN_INLINE void store_first(float* p, Vec<float> v, int n) {
   _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
 }
@@ -214,6 +217,7 @@ enum Factor { kFirst, kSecond };
 // A group of kGroup numbers takes kGroupLanes lanes, its parts, which may differ between a product's
 // factors; a row of n numbers has lanes(n). load(row, n) is a part of the first V groups, zeros behind
 // the n-th number; above_each_other(a, b, n) is one of n columns in the row a and the one below it.
+// spread(a) is a in all lanes, as multiply_add takes its first factor.
 // An array of Stored is read without a conversion. kTileRows: of a register tile, where registers for
 // it are not vectors (amx.h). A Scope lives in each thread while it works.
 template <class T>
@@ -224,6 +228,7 @@ struct Numbers {
   static constexpr int kTileRows   = 0;
   struct Scope {};
   static FUSEDRNN_INLINE Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) { return fma(a, b, c); }
+  static FUSEDRNN_INLINE Vec<T> spread(T a) { return a - Vec<T>{}; }  // math.h's splat
   template <Factor = kFirst, int = 0>
   static FUSEDRNN_INLINE Vec<T> load(const T* row, int64_t n) {
     return fusedrnn::load(row, int(n < kLanes<T> ? n : kLanes<T>));
@@ -234,51 +239,88 @@ struct Numbers {
   }
 };
 
+// Of bfloat16: add_pairs is c plus each lane's products of a pair of a and one of b, summed; rounded the
+// numbers of low, then those of high.
 #if defined(__AVX512BF16__)
+#define FUSEDRNN_HAS_PAIRS
+FUSEDRNN_INLINE Vec<float> add_pairs(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+}
+FUSEDRNN_INLINE Vec<float> spread_pair(float a) { return a - Vec<float>{}; }
+FUSEDRNN_INLINE Vec<uint16_t> rounded(Vec<float> low, Vec<float> high) {
+  return (Vec<uint16_t>)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+}
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define FUSEDRNN_HAS_PAIRS
+FUSEDRNN_INLINE Vec<float> add_pairs(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)vbfdotq_f32((float32x4_t)c, (bfloat16x8_t)a, (bfloat16x8_t)b);
+}
+// In one lane, from where the instruction takes it: to copy it to all would keep a unit from multiplying.
+FUSEDRNN_INLINE bfloat16x4_t spread_pair(float a) {
+  uint32_t bits = 0;
+  std::memcpy(&bits, &a, sizeof bits);
+  return vcreate_bf16(bits);
+}
+FUSEDRNN_INLINE Vec<float> add_pairs(bfloat16x4_t a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)vbfdotq_lane_f32((float32x4_t)c, (bfloat16x8_t)b, a, 0);
+}
+FUSEDRNN_INLINE Vec<uint16_t> rounded(Vec<float> low, Vec<float> high) {
+  return (Vec<uint16_t>)vcvtq_high_bf16_f32(vcvtq_low_bf16_f32((float32x4_t)low),
+                                            (float32x4_t)high);
+}
+#endif
+
+#if defined(FUSEDRNN_HAS_PAIRS)
 struct Pairs {
   using Stored                     = uint16_t;  // a bfloat16's bits
   static constexpr int kGroup      = 2;
   static constexpr int kGroupLanes = 1;
   static constexpr int kTileRows   = 0;
   struct Scope {};
-  static FUSEDRNN_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
-    return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+  template <class First>
+  static FUSEDRNN_INLINE Vec<float> multiply_add(First a, Vec<float> b, Vec<float> c) {
+    return add_pairs(a, b, c);
   }
+  static FUSEDRNN_INLINE auto spread(float a) { return spread_pair(a); }
   template <Factor = kFirst, int = 0>
   static FUSEDRNN_INLINE Vec<float> load(const float* row, int64_t n) {
-    return halves(load_up_to(row, n), load_up_to(row + kLanes<float>, n - kLanes<float>));
+    return pairs(load_up_to(row, n), load_up_to(row + kLanes<float>, n - kLanes<float>));
   }
   template <Factor = kFirst, int = 0>
   static FUSEDRNN_INLINE Vec<float> load(const uint16_t* row, int64_t n) {
-    const auto mask = n < 32 ? __mmask32((1u << n) - 1) : ~__mmask32(0);
-    return (Vec<float>)_mm512_maskz_loadu_epi16(mask, row);
+    return (Vec<float>)load_up_to(row, n);
   }
   template <Factor = kFirst, int = 0>
   static FUSEDRNN_INLINE Vec<float> above_each_other(const float* a, const float* b, int n) {
-    return alternate(halves(fusedrnn::load(a, n), b ? fusedrnn::load(b, n) : Vec<float>{}));
+    return alternate(fusedrnn::load(a, n), b ? fusedrnn::load(b, n) : Vec<float>{});
   }
   template <Factor = kFirst, int = 0>
   static FUSEDRNN_INLINE Vec<float> above_each_other(const uint16_t* a, const uint16_t* b, int n) {
-    const auto mask    = __mmask16((1u << n) - 1);
-    const __m256i low  = _mm256_maskz_loadu_epi16(mask, a);
-    const __m256i high = b ? _mm256_maskz_loadu_epi16(mask, b) : __m256i{};
-    return alternate((Vec<float>)__builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7));
+    return alternate<kLanes<uint16_t>>(fusedrnn::load(a, n),
+                                       b ? fusedrnn::load(b, n) : Vec<uint16_t>{}, Numbered{});
   }
 
  protected:
-  static FUSEDRNN_INLINE Vec<float> halves(Vec<float> low, Vec<float> high) {
-    return (Vec<float>)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  using Numbered = std::make_integer_sequence<int, kLanes<uint16_t>>;
+
+  // The numbers of low, then those of high.
+  static FUSEDRNN_INLINE Vec<float> pairs(Vec<float> low, Vec<float> high) {
+    return (Vec<float>)rounded(low, high);
   }
-  // The 16 numbers of the first half in turns with those of the second.
-  static FUSEDRNN_INLINE Vec<float> alternate(Vec<float> v) {
-    return alternate((Vec<int16_t>)v, std::make_integer_sequence<int, 32>{});
+  // Those of a in turns with those of b.
+  static FUSEDRNN_INLINE Vec<float> alternate(Vec<float> a, Vec<float> b) {
+    const Vec<uint16_t> both = rounded(a, b);
+    return alternate<kLanes<float>>(both, both, Numbered{});
   }
-  template <int... Is>
-  static FUSEDRNN_INLINE Vec<float> alternate(Vec<int16_t> v, std::integer_sequence<int, Is...>) {
-    return (Vec<float>)__builtin_shufflevector(v, v, (Is % 2 * 16 + Is / 2)...);
+  // The first ones of `a` in turns with those from kSecond on of a and b next to each other.
+  template <int kSecond, int... Is>
+  static FUSEDRNN_INLINE Vec<float> alternate(Vec<uint16_t> a, Vec<uint16_t> b,
+                                              std::integer_sequence<int, Is...>) {
+    return (Vec<float>)__builtin_shufflevector(a, b, (Is % 2 * kSecond + Is / 2)...);
   }
-  static FUSEDRNN_INLINE Vec<float> load_up_to(const float* p, int64_t n) {
-    return n <= 0 ? Vec<float>{} : fusedrnn::load(p, int(n < kLanes<float> ? n : kLanes<float>));
+  template <class From>
+  static FUSEDRNN_INLINE Vec<From> load_up_to(const From* p, int64_t n) {
+    return n <= 0 ? Vec<From>{} : fusedrnn::load(p, int(n < kLanes<From> ? n : kLanes<From>));
   }
 };
 #endif
