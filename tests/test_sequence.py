@@ -352,8 +352,8 @@ def test_a_sequence_alone_has_the_bits_that_it_has_in_a_batch(cell, size, direct
             assert torch.equal(a, b)
 
 
-# T, B, I, H of an input whose rows of consecutive steps are not evenly spaced in memory, and whether a
-# chunk is several of its steps all the same: those of few sequences and weights beyond L2.
+# T, B, I, H of an input whose rows of consecutive steps are not evenly spaced in memory, and
+# whether a chunk is several of its steps all the same: of few sequences, or with weights beyond L2.
 APART = {
     (40, 2, 37, 33): True,
     (100, 3, 64, 65): True,  # chunks of 16 steps, the last one smaller
