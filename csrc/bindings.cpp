@@ -443,7 +443,12 @@ struct Layer {
 
  private:
   bool copy(PyObject* object, TensorView* out) {
-    if (check_only) return true;
+    if (check_only) {
+      for (int64_t i = out->dims - 1, stride = 1; i >= 0; stride *= out->shape[i--]) {
+        out->strides[i] = stride;
+      }
+      return true;
+    }
     copies.push_back(Torch::get().contiguous(object));
     return Torch::get().read(copies.back().ptr(), out);
   }

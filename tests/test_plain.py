@@ -202,7 +202,7 @@ def test_batch_first_goes_it(kind, shape, dtype, hx, layers, plain, monkeypatch)
     module = build(modules, kind, I, H, dtype=dtype, **options)
     wide = torch.randn(*shape, I + 1, dtype=dtype)
     given = states(kind, 2 * layers, shape[0], H, dtype=dtype) if hx == "given" else None
-    inputs = [wide[..., 1:], wide[..., 1:].clone(), wide.transpose(0, 1)[..., 1:].transpose(0, 1)]
+    inputs = [wide[..., 1:], wide[..., 1:].clone()]
     inputs.append(torch.randn(*shape[::-1], I, dtype=dtype).transpose(0, 1))
     with torch.no_grad():
         short = [module(input, given) for input in inputs]

@@ -123,8 +123,8 @@ struct TileSplitPairs : TilePairs {
 
   template <Factor kFactor, int kPart>
   static FUSEDRNN_INLINE Vec<float> load(const float* row, int64_t n) {
-    return pairs(part<kFactor, kPart>(load_up_to(row, n)),
-                 part<kFactor, kPart>(load_up_to(row + kLanes<float>, n - kLanes<float>)));
+    return rounded(part<kFactor, kPart>(load_up_to(row, n)),
+                   part<kFactor, kPart>(load_up_to(row + kLanes<float>, n - kLanes<float>)));
   }
   template <Factor kFactor, int kPart>
   static FUSEDRNN_INLINE Vec<float> above_each_other(const float* a, const float* b, int n) {

@@ -62,7 +62,8 @@ struct ForwardLayout {
     weight_bytes = panels_size() * int64_t(sizeof(T));
     // A chunk is one product, of rows that lie as one matrix or are copied to be one.
     one_matrix             = s.offsets || s.B == 1 || a.input_stride_t == s.B * a.input_stride_b;
-    const bool joins       = !one_matrix && pays_to_join(s.B, weight_bytes, l2_bytes());
+    const bool joins       = !one_matrix && 2 * s.B <= min64(rows, kChunkRows) &&
+                             pays_to_join(s.B, weight_bytes, l2_bytes());
     copies                 = kConverts || joins;
     chunk_rows             = one_matrix || joins ? max64(s.B, min64(rows, kChunkRows)) : s.B;
     constexpr int64_t tile = kAheadTile<Cell>;

@@ -42,11 +42,12 @@ inline int64_t l2_bytes() {
 constexpr int64_t kChunkRows = 48;
 
 // Whether to copy the input of a chunk's steps where their rows are not one matrix (`batch_first`), so
-// that weight_ih is read once a chunk and not once a step. The time of an inference call of a step a
-// chunk over that, on a Zen 5 core (1 MB of L2), float32 LSTM / GRU / RNN: B = 2, H = 64, 1.15 / 1.14 /
-// 1.07, H = 128 1.07 / 1.08 / 1.19; B = 4, H = 32, 0.94 / 1.02 / 1.01, H = 64 0.98 / 1.03 / 0.98; B = 8,
-// H = 128, 0.98 / 0.99 / 0.97; beyond L2: B = 2, H = 512, 1.64 / 1.75 / 1.77, B = 16, H = 512, 1.0,
-// H = 1024 1.22 / 1.27 / 0.99.
+// that weight_ih is read once a chunk and not once a step. The time of an inference call with chunks of
+// one step over that with copies, on a Zen 5 core (1 MB of L2) at T = 100, or 20 where B = 16, float32
+// LSTM / GRU / RNN: B = 2, H = 64, 1.15 / 1.14 / 1.07, H = 128 1.07 / 1.08 / 1.19; B = 4, H = 32, 0.94 /
+// 1.02 / 1.01, H = 64 0.98 / 1.03 / 0.98; B = 8, H = 128, 0.98 / 0.99 / 0.97; beyond L2: B = 2, H = 512,
+// 1.64 / 1.75 / 1.77, B = 16, H = 512, 1.0, H = 1024 1.22 / 1.27 / 0.99. On two threads, each with half
+// of the units, 1.47 / 1.51 / 1.63 and, at B = 16, H = 1024, 1.22 / 1.27 / 1.0.
 inline bool pays_to_join(int64_t B, int64_t weight_bytes, int64_t l2_bytes) {
   return B < 4 || weight_bytes > l2_bytes;
 }

@@ -84,25 +84,68 @@ FUSEDRNN_INLINE Vec<float> load_first(const float* p, int n) {
 FUSEDRNN_INLINE Vec<double> load_first(const double* p, int n) {
   return (Vec<double>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
 }
+#if defined(__AVX512BF16__)
 FUSEDRNN_INLINE Vec<uint16_t> load_first(const uint16_t* p, int n) {
   return (Vec<uint16_t>)_mm512_maskz_loadu_epi16(__mmask32((1u << n) - 1), p);
 }
+#endif
 FUSEDRNN_INLINE void store_first(float* p, Vec<float> v, int n) {
   _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
 }
 FUSEDRNN_INLINE void store_first(double* p, Vec<double> v, int n) {
   _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
 }
+#elif defined(__AVX2__)
+FUSEDRNN_INLINE Vec<float> load_first(const float* p, int n) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return (Vec<float>)_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane));
+}
+FUSEDRNN_INLINE Vec<double> load_first(const double* p, int n) {
+  const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
+  return (Vec<double>)_mm256_maskload_pd(p, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), lane));
+}
+// By halves: a masked store takes AMD's CPUs up to 12 cycles.
+FUSEDRNN_INLINE void store_first(float* p, Vec<float> v, int n) {
+  __m128 half = _mm256_castps256_ps128((__m256)v);
+  if (n & 4) {
+    _mm_storeu_ps(p, half);
+    half = _mm256_extractf128_ps((__m256)v, 1);
+  }
+  if (n & 2) {
+    _mm_storel_pi((__m64*)(p + (n & 4)), half);
+    half = _mm_movehl_ps(half, half);
+  }
+  if (n & 1) _mm_store_ss(p + (n & 6), half);
+}
+FUSEDRNN_INLINE void store_first(double* p, Vec<double> v, int n) {
+  __m128d half = _mm256_castpd256_pd128((__m256d)v);
+  if (n & 2) {
+    _mm_storeu_pd(p, half);
+    half = _mm256_extractf128_pd((__m256d)v, 1);
+  }
+  if (n & 1) _mm_store_sd(p + (n & 2), half);
+}
 #else
+// By memcpy, as whole vectors: memory that holds pairs is written as floats and read as bfloat16's bits.
 template <class T>
 FUSEDRNN_INLINE Vec<T> load_first(const T* p, int n) {
   Vec<T> v{};
-  for (int i = 0; i < n; ++i) v[i] = p[i];
+  unroll<kLanes<T> - 1>([&](auto lane) FUSEDRNN_LAMBDA {
+    constexpr int i = lane;
+    if (i >= n) return;
+    T x;
+    std::memcpy(&x, p + i, sizeof x);
+    v[i] = x;
+  });
   return v;
 }
 template <class T>
 FUSEDRNN_INLINE void store_first(T* p, Vec<T> v, int n) {
-  for (int i = 0; i < n; ++i) p[i] = v[i];
+  unroll<kLanes<T> - 1>([&](auto lane) FUSEDRNN_LAMBDA {
+    constexpr int i = lane;
+    const T x       = v[i];
+    if (i < n) std::memcpy(p + i, &x, sizeof x);
+  });
 }
 #endif
 
@@ -217,7 +260,7 @@ enum Factor { kFirst, kSecond };
 // A group of kGroup numbers takes kGroupLanes lanes, its parts, which may differ between a product's
 // factors; a row of n numbers has lanes(n). load(row, n) is a part of the first V groups, zeros behind
 // the n-th number; above_each_other(a, b, n) is one of n columns in the row a and the one below it.
-// spread(a) is a in all lanes, as multiply_add takes its first factor.
+// spread(a) is a for all lanes, as multiply_add takes its first factor.
 // An array of Stored is read without a conversion. kTileRows: of a register tile, where registers for
 // it are not vectors (amx.h). A Scope lives in each thread while it works.
 template <class T>
@@ -239,16 +282,16 @@ struct Numbers {
   }
 };
 
-// Of bfloat16: add_pairs is c plus each lane's products of a pair of a and one of b, summed; rounded the
-// numbers of low, then those of high.
+// Of bfloat16: add_pairs is c and in each lane the products of a's and b's pairs; spread_pair is a pair
+// for all lanes; rounded has the numbers of low, then those of high.
 #if defined(__AVX512BF16__)
 #define FUSEDRNN_HAS_PAIRS
 FUSEDRNN_INLINE Vec<float> add_pairs(Vec<float> a, Vec<float> b, Vec<float> c) {
   return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
 }
-FUSEDRNN_INLINE Vec<float> spread_pair(float a) { return a - Vec<float>{}; }
-FUSEDRNN_INLINE Vec<uint16_t> rounded(Vec<float> low, Vec<float> high) {
-  return (Vec<uint16_t>)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+FUSEDRNN_INLINE Vec<float> spread_pair(float a) { return Numbers<float>::spread(a); }
+FUSEDRNN_INLINE Vec<float> rounded(Vec<float> low, Vec<float> high) {
+  return (Vec<float>)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
 }
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #define FUSEDRNN_HAS_PAIRS
@@ -264,9 +307,8 @@ FUSEDRNN_INLINE bfloat16x4_t spread_pair(float a) {
 FUSEDRNN_INLINE Vec<float> add_pairs(bfloat16x4_t a, Vec<float> b, Vec<float> c) {
   return (Vec<float>)vbfdotq_lane_f32((float32x4_t)c, (bfloat16x8_t)b, a, 0);
 }
-FUSEDRNN_INLINE Vec<uint16_t> rounded(Vec<float> low, Vec<float> high) {
-  return (Vec<uint16_t>)vcvtq_high_bf16_f32(vcvtq_low_bf16_f32((float32x4_t)low),
-                                            (float32x4_t)high);
+FUSEDRNN_INLINE Vec<float> rounded(Vec<float> low, Vec<float> high) {
+  return (Vec<float>)vcvtq_high_bf16_f32(vcvtq_low_bf16_f32((float32x4_t)low), (float32x4_t)high);
 }
 #endif
 
@@ -284,7 +326,7 @@ struct Pairs {
   static FUSEDRNN_INLINE auto spread(float a) { return spread_pair(a); }
   template <Factor = kFirst, int = 0>
   static FUSEDRNN_INLINE Vec<float> load(const float* row, int64_t n) {
-    return pairs(load_up_to(row, n), load_up_to(row + kLanes<float>, n - kLanes<float>));
+    return rounded(load_up_to(row, n), load_up_to(row + kLanes<float>, n - kLanes<float>));
   }
   template <Factor = kFirst, int = 0>
   static FUSEDRNN_INLINE Vec<float> load(const uint16_t* row, int64_t n) {
@@ -303,13 +345,9 @@ struct Pairs {
  protected:
   using Numbered = std::make_integer_sequence<int, kLanes<uint16_t>>;
 
-  // The numbers of low, then those of high.
-  static FUSEDRNN_INLINE Vec<float> pairs(Vec<float> low, Vec<float> high) {
-    return (Vec<float>)rounded(low, high);
-  }
   // Those of a in turns with those of b.
   static FUSEDRNN_INLINE Vec<float> alternate(Vec<float> a, Vec<float> b) {
-    const Vec<uint16_t> both = rounded(a, b);
+    const auto both = (Vec<uint16_t>)rounded(a, b);
     return alternate<kLanes<float>>(both, both, Numbered{});
   }
   // The first ones of `a` in turns with those from kSecond on of a and b next to each other.
