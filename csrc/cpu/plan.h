@@ -47,7 +47,7 @@ constexpr int64_t kChunkRows = 48;
 // LSTM / GRU / RNN: B = 2, H = 64, 1.15 / 1.14 / 1.07, H = 128 1.07 / 1.08 / 1.19; B = 4, H = 32, 0.94 /
 // 1.02 / 1.01, H = 64 0.98 / 1.03 / 0.98; B = 8, H = 128, 0.98 / 0.99 / 0.97; beyond L2: B = 2, H = 512,
 // 1.64 / 1.75 / 1.77, B = 16, H = 512, 1.0, H = 1024 1.22 / 1.27 / 0.99. On two threads, each with half
-// of the units, 1.47 / 1.51 / 1.63 and, at B = 16, H = 1024, 1.22 / 1.27 / 1.0.
+// of the units, B = 2, H = 512, 1.47 / 1.51 / 1.63 and, at B = 16, H = 1024, 1.22 / 1.27 / 1.0.
 inline bool pays_to_join(int64_t B, int64_t weight_bytes, int64_t l2_bytes) {
   return B < 4 || weight_bytes > l2_bytes;
 }

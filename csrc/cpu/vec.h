@@ -76,7 +76,7 @@ FUSEDRNN_INLINE void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-// The first n lanes only; the others load as zero and are not touched in memory.
+// The first n lanes only, n < kLanes; the others load as zero and are not touched in memory.
 #if defined(__AVX512F__)
 FUSEDRNN_INLINE Vec<float> load_first(const float* p, int n) {
   return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
@@ -126,7 +126,7 @@ FUSEDRNN_INLINE void store_first(double* p, Vec<double> v, int n) {
   if (n & 1) _mm_store_sd(p + (n & 2), half);
 }
 #else
-// By memcpy, as whole vectors: memory that holds pairs is written as floats and read as bfloat16's bits.
+// By memcpy, as load and store are: memory that holds pairs is written as floats and read as bfloat16's bits.
 template <class T>
 FUSEDRNN_INLINE Vec<T> load_first(const T* p, int n) {
   Vec<T> v{};
@@ -282,8 +282,8 @@ struct Numbers {
   }
 };
 
-// Of bfloat16: add_pairs is c and in each lane the products of a's and b's pairs; spread_pair is a pair
-// for all lanes; rounded has the numbers of low, then those of high.
+// Of bfloat16: add_pairs is c plus, in each lane, both products of a's pair and b's; spread_pair is a pair
+// for all lanes; rounded has low's numbers as bfloat16, then high's.
 #if defined(__AVX512BF16__)
 #define FUSEDRNN_HAS_PAIRS
 FUSEDRNN_INLINE Vec<float> add_pairs(Vec<float> a, Vec<float> b, Vec<float> c) {
