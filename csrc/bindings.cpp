@@ -128,6 +128,8 @@ struct Layer {
   int cell_index = 0;
   int64_t T = 0, B = 0, N = 0, I = 0, H = 0, P = 0, D = 0;
   bool one_step   = false;  // input [B, I], states [B, P]
+  bool of_module  = false;  // whether that is known, and inputs and states may come
+  bool unbatched  = false;  // without a dimension for B = 1
   bool swapped    = false;  // input [B, T, I]
   bool projects   = false;
   bool cells      = false;  // c of every step is a result too
@@ -249,12 +251,15 @@ struct Layer {
       I = input.shape[1];
       if (offsets.back() != N) return false;
     } else {
-      one_step = input.dims == 2 && D == 1 && !swapped;
-      if (!one_step && input.dims != 3) return false;
-      T = one_step ? 1 : input.shape[swapped];
-      B = input.shape[input.dims - 2 - swapped];
-      I = input.shape[input.dims - 1];
-      N = T * B;
+      if (!of_module) one_step = input.dims == 2 && D == 1;
+      const int dims = one_step ? 2 : 3;
+      unbatched      = of_module && input.dims == dims - 1;
+      if (input.dims != dims && !unbatched) return false;
+      swapped &= !unbatched;
+      T        = one_step ? 1 : input.shape[swapped];
+      B        = unbatched ? 1 : input.shape[dims - 2 - swapped];
+      I        = input.shape[input.dims - 1];
+      N        = T * B;
     }
     if (one_step && (mask != Py_None || cells)) return false;
     return mask == Py_None || read_reset(mask);
@@ -313,8 +318,14 @@ struct Layer {
   int64_t state_size(int64_t i) const { return i == 0 ? P : H; }
   // The i-th state (h, c), or the gradient of one.
   bool read_state(PyObject* object, int64_t i, TensorView* out) {
-    if (one_step) return read_dense(object, {B, state_size(i)}, out);
-    if (!read_dense(object, {layers * D, B, state_size(i)}, out)) return false;
+    const int64_t size = state_size(i);
+    if (one_step) {
+      return unbatched ? read_dense(object, {size}, out) : read_dense(object, {B, size}, out);
+    }
+    if (!(unbatched ? read_dense(object, {layers * D, size}, out)
+                    : read_dense(object, {layers * D, B, size}, out))) {
+      return false;
+    }
     out->shape[0] = D;
     out->data     = own_state(out->data, i, is_narrow(dtype()) ? sizeof(uint16_t) : wide_size());
     return true;
@@ -334,13 +345,16 @@ struct Layer {
   // of a dimension of 1.
   bool swaps_output() const { return swapped && (T == 1 || B == 1); }
   NewTensor new_state(PyObject* like, int64_t i) const {
-    return one_step ? NewTensor(like, dtype(), {B, state_size(i)})
-                    : NewTensor(like, dtype(), {layers * D, B, state_size(i)});
+    const int64_t size = state_size(i);
+    if (one_step) return new_rows(like, size);
+    return unbatched ? NewTensor(like, dtype(), {layers * D, size})
+                     : NewTensor(like, dtype(), {layers * D, B, size});
   }
   NewTensor new_rows(PyObject* like, int64_t size) const {
     if (swaps_output()) return {like, dtype(), {B, T, size}};
-    return one_step || !offsets.empty() ? NewTensor(like, dtype(), {N, size})
-                                        : NewTensor(like, dtype(), {T, B, size});
+    if (one_step && unbatched) return {like, dtype(), {size}};
+    return one_step || unbatched || !offsets.empty() ? NewTensor(like, dtype(), {N, size})
+                                                     : NewTensor(like, dtype(), {T, B, size});
   }
   // The gradient of the i-th weight of a direction, or one for each of `groups`.
   NewTensor new_weight(PyObject* like, int64_t i, int64_t groups) const {
@@ -470,7 +484,8 @@ ForwardArgs<T> forward_args(const Layer& layer, int num_threads) {
   layer.fill(&args);
   args.num_threads    = num_threads;
   args.input_stride_t = layer.one_step ? 0 : layer.input.strides[layer.swapped];
-  args.input_stride_b = layer.input.strides[layer.input.dims - 2 - layer.swapped];
+  args.input_stride_b =
+      layer.unbatched ? 0 : layer.input.strides[layer.input.dims - 2 - layer.swapped];
   for (int64_t d = 0; layer.panels && d < layer.D; ++d) {
     args.panels[d] = static_cast<const T*>(layer.panels->directions[d]);
   }
@@ -637,17 +652,19 @@ py::object plain(PyObject* const* arguments) {
   for (int64_t number = 0; number < layers; ++number) {
     const py::object input = results.output;
     Layer layer;
-    layer.swapped = batch_first && !transposes;
-    layer.layers  = layers;
-    layer.number  = number;
+    layer.of_module = true;
+    layer.one_step  = one_step;
+    layer.swapped   = batch_first && !transposes;
+    layer.layers    = layers;
+    layer.number    = number;
     if (!layer.read(cell, input.ptr(), initial, Items(weights[size_t(number)].ptr()), Py_None,
                     false) ||
-        layer.one_step != one_step || (number == 0 && integer(sizes[0]) != layer.I) ||
-        integer(sizes[1]) != layer.H || (number > 0 && layer.P != size_of_h)) {
+        (number == 0 && integer(sizes[0]) != layer.I) || integer(sizes[1]) != layer.H ||
+        (number > 0 && layer.P != size_of_h)) {
       return py::none();
     }
     size_of_h  = layer.P;  // of all layers: h_n has one size
-    transposes = batch_first && !layer.swaps_output();
+    transposes = transposes || (layer.swapped && !layer.swaps_output());
     // Without panels plan.h packs nothing for one row, which is then multiplied as it is.
     if (layer.N > 1 || panels_of != Py_None) layer.least = torch.float32_precision();
     py::object panels = py::none();

@@ -222,14 +222,50 @@ def test_a_projection_goes_it(plain):
     assert plain == [True] * 3
 
 
-def test_an_unbatched_input_is_no_step(plain):
-    theirs, ours = pair("GRU", I, H)
-    input = torch.randn(T, I)
-    for _ in range(2):
-        assert_torchs(ours, theirs, input)
-        assert plain == [False]
-        plain.clear()
-        theirs.batch_first = ours.batch_first = True
+def unbatched(kind, options, dtype):
+    """input and hx without a dimension for the batch."""
+    step = kind in CELLS
+    input = torch.randn(*[T] * (not step), I, dtype=dtype)
+    rows = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
+    sizes = [options.get("proj_size") or H, H]
+    hx = [torch.randn(*[rows] * (not step), size, dtype=dtype) for size in sizes]
+    return input, tuple(hx) if kind.startswith("LSTM") else hx[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *((kind, {}) for kind in LAYERS + CELLS),
+        *((kind, {"num_layers": 2, "bidirectional": True}) for kind in LAYERS),
+        *((kind, {"num_layers": 2, "batch_first": True}) for kind in LAYERS),
+        ("LSTM", {"num_layers": 2, "proj_size": 3}),
+    ],
+    ids=str,
+)
+def test_an_unbatched_input_goes_it(kind, options, dtype, plain, monkeypatch):
+    module = build(modules, kind, I, H, dtype=dtype, **options)
+    input, hx = unbatched(kind, options, dtype)
+    calls = [(input,), (input, hx), (input.repeat_interleave(2, -1)[..., ::2], hx)]
+    with torch.no_grad():
+        short = [module(*call) for call in calls]
+        assert plain == [True] * len(calls)
+        monkeypatch.setattr(ops, "plain", lambda *_: None)
+        for call, results in zip(calls, short, strict=True):
+            for a, b in zip(flat(results), flat(module(*call)), strict=True):
+                assert torch.equal(a, b)
+                assert a.stride() == b.stride()
+
+
+@pytest.mark.parametrize("kind", LAYERS + CELLS)
+def test_states_of_a_batch_and_an_unbatched_input_have_torchs_errors(kind, plain):
+    theirs, ours = pair(kind, I, H)
+    input, _ = unbatched(kind, {}, torch.float32)
+    _, hx = arguments(kind)
+    with torch.no_grad():
+        expected, ours_raised = (raised(lambda m=m: m(input, hx)) for m in (theirs, ours))
+    assert (type(ours_raised), str(ours_raised)) == (type(expected), str(expected))
+    assert plain == [False]
 
 
 WRONG = {
