@@ -257,7 +257,8 @@ def plain(
 ) -> tuple[Tensor, ...] | None:
     """What a module gives for (input, hx), in the plainest case: an input [T, B, I] (if `one_step`,
     [B, I]; if `batch_first`, [B, T, I], and the output likewise; or without B, and the states too),
-    no gradients, no dropout, nobody `watched`, and every weight of `names` among the module's `parameters`. None for any other.
+    no gradients, no dropout, nobody `watched`, and every weight of `names` among the module's
+    `parameters`. None for any other.
 
     sizes: I, H, the number of layers, and how many weights each direction has, from 2 (without
     biases) to 5 (with a projection). flat: the weights as the layers list them, None for a step.
