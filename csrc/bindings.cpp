@@ -623,6 +623,8 @@ py::object plain(PyObject* const* arguments) {
   // Without biases None stands for them: weight_ih, weight_hh, bias_ih, bias_hh, weight_hr.
   const bool biases   = kinds > 3;
   const int64_t count = 4 + kinds % 2, of_layer = names.size() / (layers * kinds) * count;
+  // A step is one layer's, in one direction.
+  if (one_step && (layers != 1 || of_layer != count || is_true(arguments[2]))) return py::none();
   // Held: others may change the module while the kernels run.
   const Items flat(one_step ? py::tuple().ptr() : arguments[6]);
   std::vector<py::tuple> weights;  // of each layer

@@ -257,6 +257,22 @@ def test_an_unbatched_input_goes_it(kind, options, dtype, plain, monkeypatch):
                 assert a.stride() == b.stride()
 
 
+def test_a_step_is_of_one_layer_in_one_direction():
+    cell = build(modules, "GRUCell", I, H)
+    names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
+    with torch.no_grad():
+        for batch_first, layers, directions in [
+            (False, 1, 1),
+            (True, 1, 1),
+            (False, 2, 1),
+            (False, 1, 2),
+        ]:
+            sizes = (I, H, layers, 4)
+            args = (batch_first, sizes, cell._parameters, names * layers * directions, None)
+            result = ops.plain("gru", True, *args, torch.randn(B, I), None, None)
+            assert (result is not None) == (not batch_first and layers == directions == 1)
+
+
 @pytest.mark.parametrize("kind", LAYERS + CELLS)
 def test_states_of_a_batch_and_an_unbatched_input_have_torchs_errors(kind, plain):
     theirs, ours = pair(kind, I, H)
