@@ -624,7 +624,8 @@ py::object plain(PyObject* const* arguments) {
   const bool biases   = kinds > 3;
   const int64_t count = 4 + kinds % 2, of_layer = names.size() / (layers * kinds) * count;
   // A step is one layer's, in one direction.
-  if (one_step && (layers != 1 || of_layer != count || is_true(arguments[2]))) return py::none();
+  const bool batch_first = is_true(arguments[2]);
+  if (one_step && (layers != 1 || of_layer != count || batch_first)) return py::none();
   // Held: others may change the module while the kernels run.
   const Items flat(one_step ? py::tuple().ptr() : arguments[6]);
   std::vector<py::tuple> weights;  // of each layer
@@ -647,9 +648,8 @@ py::object plain(PyObject* const* arguments) {
   }
   const int num_threads = torch.num_threads();
   FinalStates final;
-  int64_t size_of_h      = 0;
-  const bool batch_first = is_true(arguments[2]);
-  bool transposes        = false;  // [T, B, ...] to [B, T, ...] in the end
+  int64_t size_of_h = 0;
+  bool transposes   = false;  // [T, B, ...] to [B, T, ...] in the end
   LayerResults results{py::reinterpret_borrow<py::object>(like), py::none(), py::none()};
   for (int64_t number = 0; number < layers; ++number) {
     const py::object input = results.output;

@@ -126,7 +126,8 @@ FUSEDRNN_INLINE void store_first(double* p, Vec<double> v, int n) {
   if (n & 1) _mm_store_sd(p + (n & 2), half);
 }
 #else
-// By memcpy, as load and store are: memory that holds pairs is written as floats and read as bfloat16's bits.
+// By memcpy, as load and store are: memory that holds pairs is written as floats and read as
+// bfloat16's bits.
 template <class T>
 FUSEDRNN_INLINE Vec<T> load_first(const T* p, int n) {
   Vec<T> v{};
