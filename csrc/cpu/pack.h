@@ -138,10 +138,12 @@ void to_turned_columns_of_terms(const From* from, int64_t from_stride, T* to, in
 }
 
 // The panels of blocks [begin, end), from weight [G*H, K] and bias [G*H] (or null). V rows are read side
-// by side, and those that follow are fetched meanwhile. The time of an inference call without over with
-// it, on a Zen 5 core at (B, T, H): LSTM 1.08 in float32 at (1, 20, 512), 1.09 and 1.13 in bfloat16 at
-// (1, 100, 512) and (8, 20, 512), 0.98 to 1.0 at (1, 100, 128); with AVX2 1.13 at (1, 20, 512), where it
-// is 1.13 for GRU and 0.96 for RNN with AVX-512.
+// by side, and those that follow are fetched to L2 meanwhile, in their order. The time of an inference
+// call with each row's next lines fetched to L1 instead, column by column, over that, on a Zen 4 core at
+// (B, T, H), float32 LSTM / GRU / RNN: (1, 20, 128) 1.0, (1, 20, 256) 1.05 / 1.04 / 1.02, (1, 100, 512)
+// 1.06 / 1.03 / 1.02, (1, 20, 1024) 1.15 / 1.15 / 1.18; bfloat16 (8, 20, 512) 1.05 / 1.03 / 1.0,
+// (1, 20, 1024) 1.20 / 1.18 / 1.08; with AVX2 (1, 20, 512) 0.96 / 0.94 / 1.01, (1, 20, 1024) 1.03 to 1.06.
+// On a Zen 5 core nothing fetched over that other way was 1.08 / 1.13 / 0.96 at (1, 20, 512).
 template <int G, class T, class Terms = Numbers<T>, class From = T>
 void pack_forward(T* panels, const From* weight, const T* bias, int64_t H, int64_t K, int64_t begin,
                   int64_t end) {
@@ -151,18 +153,18 @@ void pack_forward(T* panels, const From* weight, const T* bias, int64_t H, int64
     T* panel        = panels + block * forward_panel_size<G, T>(lanes<Terms>(K));
     const int units = int(H - block * V < V ? H - block * V : V);
     for (int g = 0; g < G; ++g) {
-      const int64_t row          = g * H + block * V;
-      const int64_t to_next_rows = (g + 1 < G ? H : V - (G - 1) * H) * K;
+      const int64_t row           = g * H + block * V;
+      const From* const next_rows = weight + (g + 1 < G ? row + H : (block + 1) * V) * K;
       store(panel + g * V, bias ? load(bias + row, units) : Vec<T>{});
       for (int64_t k = 0; k < K; k += V * Terms::kGroup) {
         const int64_t columns = groups<Terms>(K - k);
+        for (int64_t i = 0; i < V * V * Terms::kGroup; i += kLine) {
+          __builtin_prefetch(next_rows + k * V + i, 0, 2);
+        }
         unroll<Terms::kGroupLanes>([&](auto part) FUSEDRNN_LAMBDA {
           Vec<T> tile[V];
           unroll<V>([&](auto u) FUSEDRNN_LAMBDA {
             const From* const from = weight + (row + u) * K + k;
-            for (int64_t i = 0; i < V * Terms::kGroup; i += kLine) {
-              __builtin_prefetch(from + to_next_rows + i);
-            }
             tile[u] = u < units ? Terms::template load<kSecond, part>(from, K - k) : Vec<T>{};
           });
           transpose<T>(tile);
@@ -177,22 +179,35 @@ void pack_forward(T* panels, const From* weight, const T* bias, int64_t H, int64
 }
 
 // The same for the backward product, from weight [G*H, columns]. Its row blocks begin with
-// Cell::kRecurrentRow, in the order of grad_gates (sequence.h); a group is of one block.
+// Cell::kRecurrentRow, in the order of grad_gates (sequence.h); a group is of one block. Several panels
+// at a time, so that what is read of a row is more than one line, and rows that follow are fetched. The
+// time of training with one panel at a time over that, on a Zen 4 core at (1, 20, H), LSTM / GRU / RNN:
+// H = 512 1.06 / 1.01 / 1.0, 768 1.03 / 1.05 / 1.02, 1024 1.12 / 1.06 / 1.06.
 template <class Cell, class T, class Terms = Numbers<T>, class From = T>
 void pack_backward(T* panels, const From* weight, int64_t H, int64_t columns, int64_t begin,
                    int64_t end) {
   constexpr int G = Cell::kGates, V = kLanes<T>;
-  for (int64_t block = begin; block < end; ++block) {
-    T* out         = panels + block * G * lanes<Terms>(H) * V;
-    const int left = int(columns - block * V < V ? columns - block * V : V);
+  constexpr int64_t kBlocks = 8, kAhead = 16;
+  const int64_t panel_size = G * lanes<Terms>(H) * V;
+  for (int64_t first = begin; first < end; first += kBlocks) {
+    const int64_t last = first + kBlocks < end ? first + kBlocks : end;
+    T* out             = panels;
     for (int g = 0; g < G; ++g) {
-      const From* in = weight + (g + Cell::kRecurrentRow) % G * H * columns + block * V;
+      const From* in = weight + (g + Cell::kRecurrentRow) % G * H * columns;
       for (int64_t k = 0; k < H; k += Terms::kGroup, in += Terms::kGroup * columns) {
-        const From* const below = k + 1 < H ? in + columns : nullptr;
-        unroll<Terms::kGroupLanes>([&](auto part) FUSEDRNN_LAMBDA {
-          store(out, Terms::template above_each_other<kSecond, part>(in, below, left));
-          out += V;
-        });
+        for (int64_t block = first; block < last; ++block) {
+          const From* const from  = in + block * V;
+          const From* const below = k + 1 < H ? from + columns : nullptr;
+          const int left          = int(columns - block * V < V ? columns - block * V : V);
+          for (int i = 0; i < Terms::kGroup; ++i) {
+            __builtin_prefetch(from + (kAhead + i) * columns, 0, 2);
+          }
+          unroll<Terms::kGroupLanes>([&](auto part) FUSEDRNN_LAMBDA {
+            store(out + block * panel_size + part * V,
+                  Terms::template above_each_other<kSecond, part>(from, below, left));
+          });
+        }
+        out += Terms::kGroupLanes * V;
       }
     }
   }
