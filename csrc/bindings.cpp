@@ -75,20 +75,23 @@ Memory allocate(size_t bytes) {
 }
 
 // A new tensor, and the memory that the kernels write: its own, or floats to be narrowed to it.
+// as_is: its own, even if that is narrow.
 struct NewTensor {
   void* data = nullptr;
   py::object object;
 
   NewTensor() = default;
-  NewTensor(PyObject* like, Dtype type, std::initializer_list<int64_t> shape, bool as_like = true)
+  NewTensor(PyObject* like, Dtype type, std::initializer_list<int64_t> shape, bool as_like = true,
+            bool as_is = false)
       : object(Torch::get().empty(like, type, as_like, shape, &data)), dtype_(type) {
     for (const int64_t size : shape) elements_ *= size;
-    if (is_narrow(type)) {
+    if (is_narrow(type) && !as_is) {
       narrow_ = static_cast<uint16_t*>(data);
       floats_ = allocate(size_t(elements_) * sizeof(float));
       data    = floats_.data();
     } else {
-      advise_large_pages(data, size_t(elements_) * sizeof(float));
+      advise_large_pages(data,
+                         size_t(elements_) * (is_narrow(type) ? sizeof(uint16_t) : sizeof(float)));
     }
   }
 
@@ -363,12 +366,12 @@ struct Layer {
     if (i == 2 || i == 3) {
       return groups ? NewTensor(like, dtype(), {groups, rows}) : NewTensor(like, dtype(), {rows});
     }
-    return groups ? NewTensor(like, dtype(), {groups, rows, columns})
-                  : NewTensor(like, dtype(), {rows, columns});
+    const bool as_is = i < 2;  // GradWeight
+    return groups ? NewTensor(like, dtype(), {groups, rows, columns}, true, as_is)
+                  : NewTensor(like, dtype(), {rows, columns}, true, as_is);
   }
   // For kernels that read bfloat16's input and weights: nothing that widen_all would widen.
-  // but_recurrent: also weight_hh's numbers are wanted.
-  void give_bits(bool but_recurrent = false) {
+  void give_bits() {
     const auto bits = [](const TensorView& view) {
       return static_cast<const uint16_t*>(view.data);
     };
@@ -378,7 +381,7 @@ struct Layer {
       weight_ih_bf16[d]  = bits(weights[d][0]);
       weight_hh_bf16[d]  = bits(weights[d][1]);
       weights[d][0].data = nullptr;
-      if (!but_recurrent) weights[d][1].data = nullptr;
+      weights[d][1].data = nullptr;
     }
   }
   // Gives the kernels arrays that they can compute on: floats for narrow tensors, and zeros for
@@ -700,16 +703,21 @@ void run_backward(const Layer& layer, const KernelsOf<T>& kernels, int num_threa
   args.num_threads = num_threads;
   args.groups      = groups;
   layer.place_saved(&args, static_cast<const T*>(saved));
-  args.grad_output = static_cast<const T*>(grads.output.data);
-  args.grad_h_n    = static_cast<const T*>(grads.h_n.data);
-  args.grad_c_n    = static_cast<const T*>(grads.c_n.data);
-  args.grad_cells  = static_cast<const T*>(grads.cells.data);
-  args.grad_h0     = static_cast<T*>(grads.states[0]);
-  args.grad_c0     = static_cast<T*>(grads.states[1]);
+  args.grad_output       = static_cast<const T*>(grads.output.data);
+  args.grad_h_n          = static_cast<const T*>(grads.h_n.data);
+  args.grad_c_n          = static_cast<const T*>(grads.c_n.data);
+  args.grad_cells        = static_cast<const T*>(grads.cells.data);
+  args.grad_h0           = static_cast<T*>(grads.states[0]);
+  args.grad_c0           = static_cast<T*>(grads.states[1]);
+  args.narrow            = narrow_of(layer.dtype());
+  const auto grad_weight = [&](void* data) -> GradWeight<T> {
+    if (is_narrow(layer.dtype())) return {nullptr, static_cast<uint16_t*>(data)};
+    return {static_cast<T*>(data), nullptr};
+  };
   for (int64_t d = 0; d < layer.D; ++d) {
     args.grad_input[d]     = static_cast<T*>(grads.input[d]);
-    args.grad_weight_ih[d] = static_cast<T*>(grads.weights[d][0]);
-    args.grad_weight_hh[d] = static_cast<T*>(grads.weights[d][1]);
+    args.grad_weight_ih[d] = grad_weight(grads.weights[d][0]);
+    args.grad_weight_hh[d] = grad_weight(grads.weights[d][1]);
     args.grad_bias_ih[d]   = static_cast<T*>(grads.weights[d][2]);
     args.grad_bias_hh[d]   = static_cast<T*>(grads.weights[d][3]);
     args.grad_weight_hr[d] = static_cast<T*>(grads.weights[d][4]);
@@ -767,7 +775,7 @@ py::object backward(PyObject* const* arguments) {
       (layer.reads_bf16() || kernels_for<float>(layer)
                                  .plan[layer.cell_index](forward_args<float>(layer, num_threads))
                                  .packed);
-  if (as_forward && layer.reads_bf16()) layer.give_bits(states > 0 && wanted(1));
+  if (as_forward && layer.reads_bf16()) layer.give_bits();
   layer.widen_all(num_threads);
   for (TensorView* grad : {&gradients.output, &gradients.h_n, &gradients.c_n, &gradients.cells}) {
     layer.widen(grad, num_threads);

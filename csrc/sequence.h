@@ -84,6 +84,19 @@ struct ForwardArgs {
   scalar_t* c_n;     // [D, B, H], LSTM only; working memory until the call returns
 };
 
+// Types that are stored but not computed in.
+enum Narrow { kFloat16, kBfloat16 };
+
+// Where a weight's gradient goes: numbers, or their roundings to BackwardArgs::narrow; both null: it is
+// not wanted.
+template <class scalar_t>
+struct GradWeight {
+  scalar_t* numbers;
+  uint16_t* narrow;
+
+  explicit operator bool() const { return numbers || narrow; }
+};
+
 template <class scalar_t>
 struct BackwardArgs {
   Sequences sequences;
@@ -102,7 +115,7 @@ struct BackwardArgs {
   const scalar_t* weight_hh[2];  // [G*H, P]
   const scalar_t* bias_hh[2];    // [G*H], or null; not read with gates
   const scalar_t* weight_hr[2];  // [P, H], or null
-  // In place of the above, as in ForwardArgs; but for weight_hh where grad_h0 is wanted.
+  // In place of the above, as in ForwardArgs.
   const uint16_t *input_bf16, *weight_ih_bf16[2], *weight_hh_bf16[2];
   const scalar_t* h0;  // [D, B, P]
   const scalar_t* c0;  // [D, B, H], LSTM only
@@ -113,18 +126,16 @@ struct BackwardArgs {
   const scalar_t* grad_cells;   // [N, D*H], of c at every step, or null for zero; LSTM only
 
   // Out, each null if not wanted.
-  scalar_t* grad_input[2];      // [N, I]: each direction's share
-  scalar_t* grad_h0;            // [D, B, P]
-  scalar_t* grad_c0;            // [D, B, H]; LSTM only
-  scalar_t* grad_weight_ih[2];  // [G*H, I]
-  scalar_t* grad_weight_hh[2];  // [G*H, P]
-  scalar_t* grad_bias_ih[2];    // [G*H]
-  scalar_t* grad_bias_hh[2];    // [G*H]
-  scalar_t* grad_weight_hr[2];  // [P, H]
+  scalar_t* grad_input[2];                 // [N, I]: each direction's share
+  scalar_t* grad_h0;                       // [D, B, P]
+  scalar_t* grad_c0;                       // [D, B, H]; LSTM only
+  GradWeight<scalar_t> grad_weight_ih[2];  // [G*H, I]
+  GradWeight<scalar_t> grad_weight_hh[2];  // [G*H, P]
+  scalar_t* grad_bias_ih[2];               // [G*H]
+  scalar_t* grad_bias_hh[2];               // [G*H]
+  scalar_t* grad_weight_hr[2];             // [P, H]
+  Narrow narrow;
 };
-
-// Types that are stored but not computed in.
-enum Narrow { kFloat16, kBfloat16 };
 
 // How a forward call of a shape would run.
 struct Plan {
@@ -147,8 +158,7 @@ struct KernelsOf {
   int64_t (*pack[kNumCells])(const ForwardArgs<scalar_t>&, int64_t d, scalar_t* panels);
 };
 
-// What float32's products are, but for grad_h0's, as torch.set_float32_matmul_precision's words have
-// it; sums are float32.
+// What float32's products are, as torch.set_float32_matmul_precision's words have it; sums are float32.
 enum Precision {
   kHighest,  // of the numbers themselves
   kHigh,     // of two bfloat16 parts of each, high and low, without low times low

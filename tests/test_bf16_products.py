@@ -105,7 +105,6 @@ def check(monkeypatch, cell, size, precision, options=None):
     floats = [g.float() for g in grads]
     with matmul_precision(precision), ran("kernel_forward", "kernel_backward"):
         results, found = run(functional.layer, cell, inputs, floats, options)
-    states = len(inputs[1])
     for i, (ours, model, right) in enumerate(
         zip((*results, *found), (*rounded_results, *rounded), (*exact_results, *exact), strict=True)
     ):
@@ -114,7 +113,8 @@ def check(monkeypatch, cell, size, precision, options=None):
         if precision == "high":
             noise = 2.0**-15 * right.abs().max().item()
             assert distance(ours, right) <= 1.5 * distance(model, right) + noise, i
-        elif i == len(results) + 1 and states:  # of h0: its last product is exact
+        elif i == len(results) + 1 and options is not None and options.reset_to_initial:
+            # Of h0: what it is the product with is summed over the steps behind it, then rounded.
             assert distance(ours, right) <= 1.5 * distance(model, right) + noise
         else:
             assert distance(ours, model) <= 0.2 * distance(right, model) + noise, i
@@ -129,6 +129,21 @@ def check(monkeypatch, cell, size, precision, options=None):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_product_is_rounded_and_nothing_else(cell, size, precision, monkeypatch):
     check(monkeypatch, cell, size, precision)
+
+
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+def test_what_bfloat16_layers_give_is_float32s_rounded(cell):
+    inputs = layer_inputs(cell, 37, 4, 300, 387, 1, torch.bfloat16)
+    wide = [t.detach().float().requires_grad_() for t in (inputs[0], *inputs[1], *inputs[2])]
+    states = len(inputs[1])
+    wide = wide[0], tuple(wide[1 : 1 + states]), tuple(wide[1 + states :])
+    grads = [torch.randn_like(r) for r in functional.layer(cell, *inputs)]
+    with matmul_precision("medium"), ran("kernel_forward", "kernel_backward"):
+        results, found = run(functional.layer, cell, wide, [g.float() for g in grads])
+    expected = [t.bfloat16() for t in (*results, *found)]
+    with ran("kernel_forward", "kernel_backward"):
+        results, found = run(functional.layer, cell, inputs, grads)
+    assert all(map(torch.equal, (*results, *found), expected))
 
 
 @pytest.mark.skipif(not ops.SPLIT_PRODUCTS, reason="no products of two parts here")
@@ -386,8 +401,9 @@ def test_each_product_of_backward(cell, precision, steps):
         for p in ("highest", precision)
     )
     same = [*map(torch.equal, exact, other)]
-    # input, states, weight_ih, weight_hh, biases. Of one step, grad_gates are no product's.
-    assert same == [False, *[steps == 1] * states, False, False, *[steps == 1] * 2]
+    # input, h0, c0, weight_ih, weight_hh, biases. Of one step, grad_gates are no product's.
+    of_c0 = [steps == 1] * (states - 1)
+    assert same == [False, False, *of_c0, False, False, *[steps == 1] * 2]
 
 
 def test_an_output_that_is_not_finite():

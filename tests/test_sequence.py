@@ -91,7 +91,7 @@ NARROW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=s
     ids=str,
 )
 @pytest.mark.parametrize("cell", LAYER_CELLS)
-@pytest.mark.parametrize("size", SIZES[::3], ids=str)
+@pytest.mark.parametrize("size", [*SIZES[::3], SIZES[13]], ids=str)
 def test_narrow_types_are_computed_in_float32(cell, dtype, size):
     x, initial, weights = layer_inputs(cell, *size, dtype)
     wide = [t.detach().float().requires_grad_() for t in (x, *initial, *weights)]
@@ -223,8 +223,9 @@ def test_missing_biases(cell):
 
 @pytest.mark.parametrize("cell", LAYER_CELLS)
 @pytest.mark.parametrize("steps", [1, 5])
-def test_zero_batch(cell, steps):
-    x, initial, weights = layer_inputs(cell, steps, 0, 3, 8, 2, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_zero_batch(cell, steps, dtype):
+    x, initial, weights = layer_inputs(cell, steps, 0, 3, 8, 2, dtype)
     with ran("kernel_forward", "kernel_backward"):
         results = functional.layer(cell, x, initial, weights)
         assert [tuple(r.shape) for r in results] == [(steps, 0, 16)] + [(2, 0, 8)] * len(initial)

@@ -73,13 +73,17 @@ inline void widen(Narrow kind, const uint16_t* from, float* to, int64_t n, int n
   });
 }
 
+// By the calling thread.
+inline void narrow(Narrow kind, const float* from, uint16_t* to, int64_t n) {
+  if (kind == kBfloat16) {
+    for (int64_t i = 0; i < n; ++i) to[i] = float_to_bfloat16(from[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = float_to_float16(from[i]);
+  }
+}
 inline void narrow(Narrow kind, const float* from, uint16_t* to, int64_t n, int num_threads) {
   in_shares(n, num_threads, [&](int64_t begin, int64_t end) {
-    if (kind == kBfloat16) {
-      for (int64_t i = begin; i < end; ++i) to[i] = float_to_bfloat16(from[i]);
-    } else {
-      for (int64_t i = begin; i < end; ++i) to[i] = float_to_float16(from[i]);
-    }
+    narrow(kind, from + begin, to + begin, end - begin);
   });
 }
 
