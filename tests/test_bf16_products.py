@@ -146,6 +146,27 @@ def test_what_bfloat16_layers_give_is_float32s_rounded(cell):
     assert all(map(torch.equal, (*results, *found), expected))
 
 
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+@pytest.mark.parametrize("features", [0, 3])
+@pytest.mark.parametrize("steps", [1, 9])
+@pytest.mark.parametrize("wanted", [0, 1], ids=["input", "h0"])
+def test_one_gradient_alone(cell, features, steps, wanted):
+    """Each has its part of the scratch memory, also where nothing else is computed."""
+    x, initial, weights = layer_inputs(cell, steps, 200, features, 64, 1, torch.bfloat16)
+    leaf = (x, initial[0])[wanted]
+    grads = [torch.randn_like(r) for r in functional.layer(cell, x, initial, weights)]
+    with ran("kernel_forward", "kernel_backward"):
+        results = functional.layer(cell, x, initial, weights)
+        every = torch.autograd.grad(results, (x, *initial, *weights), grads)[wanted]
+    others = [t for t in (x, *initial, *weights) if t is not leaf]
+    for t in others:
+        t.requires_grad_(False)
+    with ran("kernel_forward", "kernel_backward"):
+        (alone,) = torch.autograd.grad(functional.layer(cell, x, initial, weights), leaf, grads)
+    assert alone.shape == leaf.shape
+    assert torch.equal(alone, every)
+
+
 @pytest.mark.skipif(not ops.SPLIT_PRODUCTS, reason="no products of two parts here")
 @pytest.mark.parametrize("bias", [0.0, 1000.0])
 def test_three_products_for_one(bias):

@@ -43,8 +43,7 @@ struct BackwardLayout {
   int64_t unprojected = 0;  // [N, H]: what weight_hr was multiplied with
   // Where products take other than numbers, the terms of:
   int64_t step_terms   = 0;  // [2, B, lanes]: grad_gates of a step,
-  int64_t input_weight = 0;  // [lanes, I]: weight_ih,
-  int64_t state_weight = 0;  // [lanes, P]: weight_hh, its row blocks in the order of grad_gates
+  int64_t input_weight = 0;  // [lanes, I]: weight_ih
   // Of each thread: the terms of the rows, or the copy of the part of grad_gates, that it works on, and
   // the rows of grad_weight_ih and grad_weight_hh, if these are narrow.
   int64_t rows_terms    = 0;
@@ -58,7 +57,7 @@ struct BackwardLayout {
     const int64_t rows       = rows_before(s, s.T);
     const int64_t gate_size  = Cell::kGradGates * a.H;
     const int64_t gate_lanes = Cell::kGates * lanes<Terms>(a.H);
-    if (s.T > 1) recurrent = blocks_of<T>(a.P) * kLanes<T> * gate_lanes;
+    if (s.T > 1 || (kConverts && a.grad_h0)) recurrent = blocks_of<T>(a.P) * kLanes<T> * gate_lanes;
     if (a.weight_hr[0]) {
       projection  = blocks_of<T>(a.H) * kLanes<T> * a.P;
       grad_h      = rows * a.P;
@@ -86,9 +85,9 @@ struct BackwardLayout {
     if (kConverts) {
       step_terms = 2 * s.B * gate_lanes;
       if (again) rows_terms = kChunkRows * (lanes<Terms>(a.I) + lanes<Terms>(a.P));
-      if (a.grad_input[0] || a.grad_input[1]) input_weight = gate_lanes * a.I;
-      if (a.grad_h0) state_weight = gate_lanes * a.P;
-      if (input_weight || state_weight) rows_terms = max64(rows_terms, kBlockRows * gate_lanes);
+      const bool of_input = a.grad_input[0] || a.grad_input[1];
+      if (of_input) input_weight = gate_lanes * a.I;
+      if (of_input || a.grad_h0) rows_terms = max64(rows_terms, kBlockRows * gate_lanes);
     }
     if (a.groups <= 1) {
       const auto strips = [&](int64_t columns) {
@@ -102,7 +101,7 @@ struct BackwardLayout {
     }
     for (int64_t d = 0; d < a.D; ++d) {
       if (a.grad_weight_ih[d].narrow || a.grad_weight_hh[d].narrow) {
-        grad_rows = kBlockRows * (a.I + a.P);
+        grad_rows = min64(kBlockRows, a.H) * (a.I + a.P);
       }
     }
   }
@@ -110,7 +109,7 @@ struct BackwardLayout {
     return forward_input + forward_recurrent + gates + extra + recurrent + projection + h_prev +
            c_prev + carry + initial_carry + initial_gates + grad_gates + grad_h + unprojected +
            step_terms + threads * (rows_terms + grad_rows) + group_threads * group_rows +
-           input_weight + state_weight + input_strips + h_strips +
+           input_weight + input_strips + h_strips +
            (Terms::kTileRows > 0 ? kLanes<T> : 0);  // for a tile's read beyond the last row
   }
 };
@@ -160,8 +159,7 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   T* const grad_gates        = unprojected + layout.unprojected;
   T* const step_terms        = grad_gates + layout.grad_gates;
   T* const input_weight      = step_terms + layout.step_terms;
-  T* const state_weight      = input_weight + layout.input_weight;
-  T* const thread_memory     = state_weight + layout.state_weight;
+  T* const thread_memory     = input_weight + layout.input_weight;
   const int64_t of_thread    = layout.rows_terms + layout.grad_rows;
   T* const rows_terms        = thread_memory + shard.direction_rank * of_thread;
   T* const grad_rows         = rows_terms + layout.rows_terms;
@@ -267,7 +265,7 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     copy_rows<T>(part_of_c(s.B), initial_carry, H, [](int64_t) -> const T* { return nullptr; });
   }
 
-  if (s.T > 1) {
+  if (layout.recurrent) {
     pack_shared(shard, blocks_of<T>(P), direction_barrier, [&](int64_t begin, int64_t end) {
       as_stored<Terms>(a.weight_hh[d], a.weight_hh_bf16[d], [&](const auto* weight) {
         pack_backward<Cell, T, Terms>(recurrent, weight, H, P, begin, end);
@@ -378,7 +376,7 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
 
   // Once grad_gates and h_prev are whole, each thread takes some rows of every gradient.
   direction_barrier.wait();
-  if (layout.input_weight || layout.state_weight || layout.input_strips || layout.h_strips) {
+  if (layout.input_weight || layout.input_strips || layout.h_strips) {
     // This thread's part of `all` rows.
     const auto convert = [&](const auto* from, int64_t all, int64_t columns, Columns<T> to) {
       const int64_t first  = mine(groups<Terms>(all)) * Terms::kGroup;
@@ -399,34 +397,26 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
                 in_rows(input_weight + g * lanes<Terms>(H) * a.I, a.I));
       });
     }
-    for (int g = 0; layout.state_weight && g < G; ++g) {
-      as_stored<Terms>(a.weight_hh[d], a.weight_hh_bf16[d], [&](const auto* weight) {
-        convert(weight + (g + Cell::kRecurrentRow) % G * H * P, H, P,
-                in_rows(state_weight + g * lanes<Terms>(H) * P, P));
-      });
-    }
     direction_barrier.wait();
   }
-  // Rows [begin, end) of gates [.., E*H] times a weight [lanes, columns], by terms.
-  [[maybe_unused]] const auto product_of_gates = [&](const T* gates, int64_t begin, int64_t end,
-                                                     const T* weight, int64_t columns, T* out) {
-    for (int64_t row = begin; row < end; row += kBlockRows) {
-      const int64_t count = min64(kBlockRows, end - row);
+  // run(row, count) for this thread's part of `all` rows of gates [.., E*H], the terms of `count` of them
+  // in rows_terms.
+  [[maybe_unused]] const auto by_terms = [&](const T* gates, int64_t all, const auto& run) {
+    for (int64_t row = mine(all); row < next(all); row += kBlockRows) {
+      const int64_t count = min64(kBlockRows, next(all) - row);
       gates_to_terms<Terms>({0, count, 0, H}, H, gates + row * E * H, E * H, rows_terms, G);
-      matrix_product<T, Terms>({grad_h.K,
-                                rows_terms,
-                                grad_h.K,
-                                1,
-                                in_rows(weight, columns),
-                                {out + row * columns, columns},
-                                false},
-                               0, count);
+      run(row, count);
     }
   };
   if (T* const out = a.grad_input[d]) {  // = grad_gates_x weight_ih
     const T* const grad_gates_x = grad_gates + (E - G) * H;
     if (layout.kConverts) {
-      product_of_gates(grad_gates_x, mine(rows), next(rows), input_weight, a.I, out);
+      by_terms(grad_gates_x, rows, [&](int64_t row, int64_t count) {
+        const auto weight = in_rows<const T>(input_weight, a.I);
+        const Product<T> product{out + row * a.I, a.I};
+        matrix_product<T, Terms>({grad_h.K, rows_terms, grad_h.K, 1, weight, product, false}, 0,
+                                 count);
+      });
     } else {
       matrix_product<T>(
           {G * H, grad_gates_x, E * H, 1, in_rows(a.weight_ih[d], a.I), {out, a.I}, false},
@@ -446,11 +436,18 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
       }
     }
     T* const out = a.grad_h0 + d * s.B * P;
+    // The (larger) carry last: small terms added to a large sum one by one lose more.
     if (layout.kConverts) {
       // A cell's training with numbers here over that, in bfloat16 on a Zen 4 core, LSTM / GRU / RNN:
       // (B, H) = (32, 256) 1.02 / 1.04 / 1.04, (12, 768) 1.05 / 1.11 / 1.18, (128, 512) 1.09 / 1.10 /
       // 1.07.
-      product_of_gates(initial_gates, B_begin, B_end, state_weight, P, out);
+      by_terms(initial_gates, s.B, [&](int64_t row, int64_t count) {
+        const T* const last = Cell::kPrevIsH ? initial_carry + row * H : nullptr;
+        projected.grad_h    = {rows_terms, grad_h.K, grad_h.K, recurrent, nullptr,
+                               nullptr,    0,        last,     P};
+        projected.out       = out + row * P;
+        run_tiles<GradHTiles<T, Terms>>(projected, 0, count, 0, blocks_of<T>(P), false);
+      });
     } else {
       // The row blocks from kRecurrentRow on belong to the first columns, the ones before to the rest.
       constexpr int kAfter = G - Cell::kRecurrentRow;
@@ -465,9 +462,10 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
         part.accumulate = true;
         matrix_product<T>(part, B_begin, B_end);
       }
+      for (int64_t j = B_begin * H; Cell::kPrevIsH && j < B_end * H; ++j) {
+        out[j] += initial_carry[j];
+      }
     }
-    // The (larger) carry last: small terms added to a large sum one by one lose more.
-    for (int64_t j = B_begin * H; Cell::kPrevIsH && j < B_end * H; ++j) out[j] += initial_carry[j];
   }
   if (Cell::kHasCell && a.grad_c0) {
     std::memcpy(a.grad_c0 + (d * s.B + B_begin) * H, initial_carry + B_begin * H,
@@ -507,8 +505,9 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
       const ColumnsProduct<T> ih =
           product(of_ih, f.input, layout.input_strips ? input_strips : nullptr, a.I,
                   a.grad_weight_ih[d], grad_rows);
-      const ColumnsProduct<T> hh = product(of_hh, f.h_prev, layout.h_strips ? h_strips : nullptr, P,
-                                           a.grad_weight_hh[d], grad_rows + kBlockRows * a.I);
+      const ColumnsProduct<T> hh =
+          product(of_hh, f.h_prev, layout.h_strips ? h_strips : nullptr, P, a.grad_weight_hh[d],
+                  grad_rows + min64(kBlockRows, H) * a.I);
       if (of_ih == of_hh) {
         copied(of_ih, {ih, hh});
       } else {
