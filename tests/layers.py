@@ -22,6 +22,13 @@ def layer_inputs(cell, T, B, I, H, D, dtype, seed=0):  # noqa: E741
     return leaf(torch.randn(T, B, I)), tuple(map(leaf, states)), tuple(map(leaf, weights))
 
 
+def in_dtype(inputs, dtype):
+    """What layer_inputs gave, as other leaves of a dtype."""
+    x, initial, weights = inputs
+    leaf = lambda t: t.detach().to(dtype).requires_grad_()  # noqa: E731
+    return leaf(x), tuple(map(leaf, initial)), tuple(map(leaf, weights))
+
+
 def relative_error(a, b):
     """The largest difference, relative to the largest element of b or to 1."""
     if b.numel() == 0:

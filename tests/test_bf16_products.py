@@ -8,7 +8,7 @@ from itertools import permutations
 import pytest
 import torch
 from helpers import build, matmul_precision, ran
-from layers import LAYER_CELLS, layer_inputs
+from layers import LAYER_CELLS, in_dtype, layer_inputs
 
 from benchmarks.common import threads as num_threads
 from fusedrnn import functional, modules, ops, reference
@@ -70,12 +70,6 @@ def rounded_linear(precision):
     return linear
 
 
-def in_double(inputs):
-    x, initial, weights = inputs
-    double = lambda t: t.detach().double().requires_grad_()  # noqa: E731
-    return double(x), tuple(map(double, initial)), tuple(map(double, weights))
-
-
 def run(function, cell, inputs, grads, *options):
     results = function(cell, *inputs, *options)
     leaves = [inputs[0], *inputs[1], *inputs[2]]
@@ -95,7 +89,7 @@ def check(monkeypatch, cell, size, precision, options=None):
     if options is not None and options.batch_sizes is not None:
         inputs = (inputs[0].detach().flatten(0, 1).requires_grad_(), *inputs[1:])
         assert len(inputs[0]) == options.batch_sizes.sum()
-    doubles = in_double(inputs)
+    doubles = in_dtype(inputs, torch.float64)
     theirs = () if options is None else options[:4]
     grads = [torch.randn_like(r) for r in reference.scan(cell, *doubles, *theirs)]
     exact_results, exact = run(reference.scan, cell, doubles, grads, *theirs)
@@ -134,9 +128,7 @@ def test_every_product_is_rounded_and_nothing_else(cell, size, precision, monkey
 @pytest.mark.parametrize("cell", LAYER_CELLS)
 def test_what_bfloat16_layers_give_is_float32s_rounded(cell):
     inputs = layer_inputs(cell, 37, 4, 300, 387, 1, torch.bfloat16)
-    wide = [t.detach().float().requires_grad_() for t in (inputs[0], *inputs[1], *inputs[2])]
-    states = len(inputs[1])
-    wide = wide[0], tuple(wide[1 : 1 + states]), tuple(wide[1 + states :])
+    wide = in_dtype(inputs, torch.float32)
     grads = [torch.randn_like(r) for r in functional.layer(cell, *inputs)]
     with matmul_precision("medium"), ran("kernel_forward", "kernel_backward"):
         results, found = run(functional.layer, cell, wide, [g.float() for g in grads])
@@ -253,7 +245,7 @@ def test_narrow_tensors_are_multiplied_as_they_are(cell, dtype):
 )
 def test_short_calls_of_bfloat16_tensors(cell, size, monkeypatch):
     inputs = layer_inputs(cell, *size, torch.bfloat16)
-    doubles = in_double(inputs)
+    doubles = in_dtype(inputs, torch.float64)
     grads = [torch.randn(r.shape).bfloat16() for r in reference.scan(cell, *doubles)]
     with ran("kernel_forward", "kernel_backward"):
         results, found = run(functional.layer, cell, inputs, grads)
@@ -432,7 +424,7 @@ def test_an_output_that_is_not_finite():
     with torch.no_grad():
         x[3, 0, 2], x[5, 1, 0] = float("nan"), float("inf")
         output = functional.layer("rnn_relu", x, initial, weights)[0]
-        expected = reference.scan("rnn_relu", *in_double((x, initial, weights)))[0]
+        expected = reference.scan("rnn_relu", *in_dtype((x, initial, weights), torch.float64))[0]
     assert torch.equal(output.isfinite(), expected.isfinite())
     assert not output[3:, 0].isfinite().any()
     assert output[:, 2].isfinite().all()

@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 from helpers import ran
-from layers import LAYER_CELLS, layer_inputs, relative_error
+from layers import LAYER_CELLS, in_dtype, layer_inputs, relative_error
 
 from benchmarks import limits
 from benchmarks.common import threads as num_threads
@@ -63,8 +63,7 @@ def test_float64_equals_the_reference(cell, size):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_float32_error_is_at_most_twice_that_of_torch(cell, size):
     x, initial, weights = layer_inputs(cell, *size, torch.float32)
-    in_double = lambda t: t.detach().double().requires_grad_()  # noqa: E731
-    exact_inputs = (in_double(x), tuple(map(in_double, initial)), tuple(map(in_double, weights)))
+    exact_inputs = in_dtype((x, initial, weights), torch.float64)
     exact_results = reference.scan(cell, *exact_inputs)
     grads = [torch.randn_like(r).float().double() for r in exact_results]
     exact = run(reference.scan, cell, exact_inputs, grads)
@@ -93,15 +92,13 @@ NARROW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=s
 @pytest.mark.parametrize("cell", LAYER_CELLS)
 @pytest.mark.parametrize("size", [*SIZES[::3], SIZES[13]], ids=str)
 def test_narrow_types_are_computed_in_float32(cell, dtype, size):
-    x, initial, weights = layer_inputs(cell, *size, dtype)
-    wide = [t.detach().float().requires_grad_() for t in (x, *initial, *weights)]
-    states = len(initial)
-    wide = (wide[0], tuple(wide[1 : 1 + states]), tuple(wide[1 + states :]))
+    inputs = layer_inputs(cell, *size, dtype)
+    wide = in_dtype(inputs, torch.float32)
     results = functional.layer(cell, *wide)
     grads = [torch.randn_like(r).to(dtype) for r in results]
     expected = run(functional.layer, cell, wide, [g.float() for g in grads])
     with ran("kernel_forward", "kernel_backward"):
-        ours = run(functional.layer, cell, (x, initial, weights), grads)
+        ours = run(functional.layer, cell, inputs, grads)
     for a, e in zip(ours, expected, strict=True):
         assert torch.equal(a, e.to(dtype))
 

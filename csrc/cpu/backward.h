@@ -45,9 +45,10 @@ struct BackwardLayout {
   int64_t step_terms   = 0;  // [2, B, lanes]: grad_gates of a step,
   int64_t input_weight = 0;  // [lanes, I]: weight_ih
   // Of each thread: the terms of the rows, or the copy of the part of grad_gates, that it works on, and
-  // the rows of grad_weight_ih and grad_weight_hh, if these are narrow.
+  // the rows of grad_weight_ih and of grad_weight_hh, if these are narrow.
   int64_t rows_terms    = 0;
-  int64_t grad_rows     = 0;
+  int64_t grad_ih_rows  = 0;
+  int64_t grad_hh_rows  = 0;
   int64_t group_rows    = 0;  // of each of group_threads: what a sample's gradients are products of
   int64_t group_threads = 0;
   int64_t threads;  // at most
@@ -99,17 +100,18 @@ struct BackwardLayout {
       if (a.grad_weight_hh[0] || a.grad_weight_hh[1]) h_strips = strips(a.P);
       if (input_strips || h_strips) rows_terms = max64(rows_terms, kCopiedPart);
     }
-    for (int64_t d = 0; d < a.D; ++d) {
-      if (a.grad_weight_ih[d].narrow || a.grad_weight_hh[d].narrow) {
-        grad_rows = min64(kBlockRows, a.H) * (a.I + a.P);
-      }
-    }
+    const auto narrow_rows = [&](const GradWeight<T>(&grads)[2], int64_t columns) {
+      return grads[0].narrow || grads[1].narrow ? min64(kBlockRows, a.H) * columns : 0;
+    };
+    grad_ih_rows = narrow_rows(a.grad_weight_ih, a.I);
+    grad_hh_rows = narrow_rows(a.grad_weight_hh, a.P);
   }
+  int64_t of_thread() const { return rows_terms + grad_ih_rows + grad_hh_rows; }
   int64_t elements() const {
     return forward_input + forward_recurrent + gates + extra + recurrent + projection + h_prev +
            c_prev + carry + initial_carry + initial_gates + grad_gates + grad_h + unprojected +
-           step_terms + threads * (rows_terms + grad_rows) + group_threads * group_rows +
-           input_weight + input_strips + h_strips +
+           step_terms + threads * of_thread() + group_threads * group_rows + input_weight +
+           input_strips + h_strips +
            (Terms::kTileRows > 0 ? kLanes<T> : 0);  // for a tile's read beyond the last row
   }
 };
@@ -160,10 +162,10 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   T* const step_terms        = grad_gates + layout.grad_gates;
   T* const input_weight      = step_terms + layout.step_terms;
   T* const thread_memory     = input_weight + layout.input_weight;
-  const int64_t of_thread    = layout.rows_terms + layout.grad_rows;
-  T* const rows_terms        = thread_memory + shard.direction_rank * of_thread;
-  T* const grad_rows         = rows_terms + layout.rows_terms;
-  T* const all_group_rows    = thread_memory + layout.threads * of_thread;
+  T* const rows_terms        = thread_memory + shard.direction_rank * layout.of_thread();
+  T* const grad_ih_rows      = rows_terms + layout.rows_terms;
+  T* const grad_hh_rows      = grad_ih_rows + layout.grad_ih_rows;
+  T* const all_group_rows    = thread_memory + layout.threads * layout.of_thread();
 
   T* const gates_again = kShareGates<Cell> ? grad_gates : own_gates;
   const T* const gates = again ? gates_again : a.gates + d * rows * G * H;
@@ -442,10 +444,14 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
       // bfloat16 on a Zen 4 core, LSTM / GRU / RNN: (B, H) = (32, 256) 1.07 / 1.07 / 1.06, (12, 768)
       // 1.22 / 1.26 / 1.24, (128, 512) 1.12 / 1.12 / 1.12.
       by_terms(initial_gates, s.B, [&](int64_t row, int64_t count) {
-        const T* const last = Cell::kPrevIsH ? initial_carry + row * H : nullptr;
-        projected.grad_h    = {rows_terms, grad_h.K, grad_h.K, recurrent, nullptr,
-                               nullptr,    0,        last,     P};
-        projected.out       = out + row * P;
+        projected.grad_h        = {};
+        projected.grad_h.terms  = rows_terms;
+        projected.grad_h.K      = grad_h.K;
+        projected.grad_h.stride = grad_h.K;
+        projected.grad_h.panels = recurrent;
+        projected.grad_h.h_n    = Cell::kPrevIsH ? initial_carry + row * H : nullptr;
+        projected.grad_h.P      = P;
+        projected.out           = out + row * P;
         run_tiles<GradHTiles<T, Terms>>(projected, 0, count, 0, blocks_of<T>(P), false);
       });
     } else {
@@ -504,10 +510,9 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
       };
       const ColumnsProduct<T> ih =
           product(of_ih, f.input, layout.input_strips ? input_strips : nullptr, a.I,
-                  a.grad_weight_ih[d], grad_rows);
-      const ColumnsProduct<T> hh =
-          product(of_hh, f.h_prev, layout.h_strips ? h_strips : nullptr, P, a.grad_weight_hh[d],
-                  grad_rows + min64(kBlockRows, H) * a.I);
+                  a.grad_weight_ih[d], grad_ih_rows);
+      const ColumnsProduct<T> hh = product(of_hh, f.h_prev, layout.h_strips ? h_strips : nullptr, P,
+                                           a.grad_weight_hh[d], grad_hh_rows);
       if (of_ih == of_hh) {
         copied(of_ih, {ih, hh});
       } else {

@@ -48,13 +48,10 @@ constexpr int64_t strips_size(int64_t K, int64_t columns) {
 // Rows of so many numbers into their places in b, from the first on.
 template <class Terms, class From, class T>
 void to_columns(const From* from, int64_t rows, int64_t columns, const Columns<T>& b) {
-  if (b.strip == kStrip<T>) {  // whole rows in their order
-    to_columns_of_terms<Terms, kSecond>(from, columns, b.data, b.stride, rows, columns);
-    return;
-  }
-  for (int64_t n = 0; n < columns; n += kStrip<T>) {
+  const int64_t width = b.strip == kStrip<T> ? columns : kStrip<T>;  // of neighbours in b's rows
+  for (int64_t n = 0; n < columns; n += width) {
     to_columns_of_terms<Terms, kSecond>(from + n, columns, b.data + n / kStrip<T> * b.strip,
-                                        b.stride, rows, min64(columns - n, kStrip<T>));
+                                        b.stride, rows, min64(columns - n, width));
   }
 }
 
