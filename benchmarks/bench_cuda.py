@@ -483,6 +483,15 @@ class Report:
         self.lost: list[str] = []  # with the reason
         self.missing: list[str] = []
 
+    @contextmanager
+    def keeps_on(self, what: str) -> Iterator[None]:
+        """An error inside, out of memory say, loses `what` and nothing else."""
+        try:
+            yield
+        except RuntimeError as error:
+            self.lost.append(f"{what}: {str(error).splitlines()[0]}")
+            torch.cuda.empty_cache()
+
     def write(self) -> None:
         content = {
             "machine": self.machine,
@@ -549,15 +558,12 @@ def grid(report: Report, todo: list[Row], clock: Clock, end: float) -> None:
         report.write()
         print(f"{done + 1}/{len(todo)}, {left:.0f} s left: {row}", file=sys.stderr, flush=True)
         what = (row.cell, row.batch, row.size)
-        try:
+        with report.keeps_on(str(row)):
             if made_for != what:
                 problem = made_for = None  # its memory first
                 problem, made_for = Problem(*what), what
             assert problem is not None
             report.rows.append(measured(problem, row, clock, left / (len(todo) - done)))
-        except RuntimeError as error:  # out of memory, say
-            report.lost.append(f"{row}: {str(error).splitlines()[0]}")
-            torch.cuda.empty_cache()
     else:
         report.missing = []
     report.write()
@@ -582,7 +588,8 @@ def measure(report: Report, quick: bool, seconds: int | None = None) -> None:
     for cell in common.CELLS:
         for number in NUMBERS if not quick else ("bfloat16",):
             for mode in MODES:
-                report.packed.append(packed(clock, cell, number, mode))
+                with report.keeps_on(f"{cell} {number} packed {mode}"):
+                    report.packed.append(packed(clock, cell, number, mode))
                 report.write()
     grid(report, rows(QUICK_SHAPES if quick else SHAPES), clock, end)
 

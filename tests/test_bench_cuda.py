@@ -91,18 +91,24 @@ def test_every_row_is_written_before_the_next(monkeypatch, report):
 
 
 def test_every_packed_line_is_written_before_the_next(monkeypatch, report):
+    """The second is lost, as a row is."""
     before = []
 
     def counted(*arguments):
-        before.append(len(written(report)[0]["packed"]))
+        content, _ = written(report)
+        before.append((len(content["packed"]), len(content["lost"])))
+        if len(before) == 2:
+            raise RuntimeError("out of memory\nand more")
         return packed(*arguments)
 
     monkeypatch.setattr(bench_cuda, "Clock", Clock)
     monkeypatch.setattr(bench_cuda, "packed", counted)
     monkeypatch.setattr(bench_cuda, "grid", lambda *_: None)
     bench_cuda.measure(report, quick=True)
-    assert before == list(range(6))
-    assert len(written(report)[0]["packed"]) == 6
+    assert before == [(0, 0), (1, 0), (1, 1), (2, 1), (3, 1), (4, 1)]
+    content, _ = written(report)
+    assert len(content["packed"]) == 5
+    assert content["lost"] == [f"LSTM bfloat16 packed {common.MODES[1]}: out of memory"]
 
 
 @pytest.mark.parametrize(
