@@ -41,12 +41,12 @@ struct BackwardLayout {
   int64_t grad_gates;
   int64_t grad_h      = 0;  // [N, P], of the projection's result
   int64_t unprojected = 0;  // [N, H]: what weight_hr was multiplied with
-  // Where products take other than numbers, the terms of:
-  int64_t step_terms   = 0;  // [2, B, lanes]: grad_gates of a step,
-  int64_t input_weight = 0;  // [lanes, I]: weight_ih
-  // Of each thread: the terms of the rows, or the copy of the part of grad_gates, that it works on, and
-  // the rows of grad_weight_ih and of grad_weight_hh, if these are narrow.
+  // Where products take other than numbers, the terms of a step's grad_gates: [2, B, lanes].
+  int64_t step_terms = 0;
+  // Of each thread: the terms of the rows, or the copy of the part of grad_gates, that it works on; of the
+  // part of a weight; and the rows of grad_weight_ih and of grad_weight_hh, if these are narrow.
   int64_t rows_terms    = 0;
+  int64_t weight_terms  = 0;
   int64_t grad_ih_rows  = 0;
   int64_t grad_hh_rows  = 0;
   int64_t group_rows    = 0;  // of each of group_threads: what a sample's gradients are products of
@@ -58,7 +58,7 @@ struct BackwardLayout {
     const int64_t rows       = rows_before(s, s.T);
     const int64_t gate_size  = Cell::kGradGates * a.H;
     const int64_t gate_lanes = Cell::kGates * lanes<Terms>(a.H);
-    if (s.T > 1 || (kConverts && a.grad_h0)) recurrent = blocks_of<T>(a.P) * kLanes<T> * gate_lanes;
+    if (s.T > 1) recurrent = blocks_of<T>(a.P) * kLanes<T> * gate_lanes;
     if (a.weight_hr[0]) {
       projection  = blocks_of<T>(a.H) * kLanes<T> * a.P;
       grad_h      = rows * a.P;
@@ -86,9 +86,12 @@ struct BackwardLayout {
     if (kConverts) {
       step_terms = 2 * s.B * gate_lanes;
       if (again) rows_terms = kChunkRows * (lanes<Terms>(a.I) + lanes<Terms>(a.P));
-      const bool of_input = a.grad_input[0] || a.grad_input[1];
-      if (of_input) input_weight = gate_lanes * a.I;
-      if (of_input || a.grad_h0) rows_terms = max64(rows_terms, kBlockRows * gate_lanes);
+      const auto product_with = [&](int64_t columns) {
+        rows_terms   = max64(rows_terms, kCopiedPart);
+        weight_terms = max64(weight_terms, strips_size<T>(kPartialRows, columns));
+      };
+      if (a.grad_input[0] || a.grad_input[1]) product_with(a.I);
+      if (a.grad_h0) product_with(a.P);
     }
     if (a.groups <= 1) {
       const auto strips = [&](int64_t columns) {
@@ -106,12 +109,12 @@ struct BackwardLayout {
     grad_ih_rows = narrow_rows(a.grad_weight_ih, a.I);
     grad_hh_rows = narrow_rows(a.grad_weight_hh, a.P);
   }
-  int64_t of_thread() const { return rows_terms + grad_ih_rows + grad_hh_rows; }
+  int64_t of_thread() const { return rows_terms + weight_terms + grad_ih_rows + grad_hh_rows; }
   int64_t elements() const {
     return forward_input + forward_recurrent + gates + extra + recurrent + projection + h_prev +
            c_prev + carry + initial_carry + initial_gates + grad_gates + grad_h + unprojected +
-           step_terms + threads * of_thread() + group_threads * group_rows + input_weight +
-           input_strips + h_strips +
+           step_terms + threads * of_thread() + group_threads * group_rows + input_strips +
+           h_strips +
            (Terms::kTileRows > 0 ? kLanes<T> : 0);  // for a tile's read beyond the last row
   }
 };
@@ -160,10 +163,10 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   T* const unprojected       = all_grad_h + layout.grad_h;
   T* const grad_gates        = unprojected + layout.unprojected;
   T* const step_terms        = grad_gates + layout.grad_gates;
-  T* const input_weight      = step_terms + layout.step_terms;
-  T* const thread_memory     = input_weight + layout.input_weight;
+  T* const thread_memory     = step_terms + layout.step_terms;
   T* const rows_terms        = thread_memory + shard.direction_rank * layout.of_thread();
-  T* const grad_ih_rows      = rows_terms + layout.rows_terms;
+  T* const weight_terms      = rows_terms + layout.rows_terms;
+  T* const grad_ih_rows      = weight_terms + layout.weight_terms;
   T* const grad_hh_rows      = grad_ih_rows + layout.grad_ih_rows;
   T* const all_group_rows    = thread_memory + layout.threads * layout.of_thread();
 
@@ -378,46 +381,36 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
 
   // Once grad_gates and h_prev are whole, each thread takes some rows of every gradient.
   direction_barrier.wait();
-  if (layout.input_weight || layout.input_strips || layout.h_strips) {
-    // This thread's part of `all` rows.
-    const auto convert = [&](const auto* from, int64_t all, int64_t columns, Columns<T> to) {
-      const int64_t first  = mine(groups<Terms>(all)) * Terms::kGroup;
-      const int64_t end    = min64(all, next(groups<Terms>(all)) * Terms::kGroup);
+  if (layout.input_strips || layout.h_strips) {
+    // This thread's part of the rows.
+    const auto convert = [&](const auto* from, int64_t columns, T* strips) {
+      const int64_t first  = mine(groups<Terms>(rows)) * Terms::kGroup;
+      const int64_t end    = min64(rows, next(groups<Terms>(rows)) * Terms::kGroup);
+      auto to              = in_strips(strips, lanes<Terms>(rows));
       to.data             += lanes<Terms>(first) * to.stride;
-      to_columns<Terms>(from + first * columns, end - first, columns, to);
+      to_strips<Terms>(from + first * columns, columns, end - first, 0, columns, to);
     };
-    const int64_t row_lanes = lanes<Terms>(rows);
     if (layout.input_strips) {
-      as_stored<Terms>(a.input, a.input_bf16, [&](const auto* input) {
-        convert(input, rows, a.I, in_strips(input_strips, row_lanes));
-      });
+      as_stored<Terms>(a.input, a.input_bf16,
+                       [&](const auto* input) { convert(input, a.I, input_strips); });
     }
-    if (layout.h_strips) convert(all_h_prev, rows, P, in_strips(h_strips, row_lanes));
-    for (int g = 0; layout.input_weight && a.grad_input[d] && g < G; ++g) {
-      as_stored<Terms>(a.weight_ih[d], a.weight_ih_bf16[d], [&](const auto* weight) {
-        convert(weight + g * H * a.I, H, a.I,
-                in_rows(input_weight + g * lanes<Terms>(H) * a.I, a.I));
-      });
-    }
+    if (layout.h_strips) convert(all_h_prev, P, h_strips);
     direction_barrier.wait();
   }
-  // run(row, count) for this thread's part of `all` rows of gates [.., E*H], the terms of `count` of them
-  // in rows_terms.
-  [[maybe_unused]] const auto by_terms = [&](const T* gates, int64_t all, const auto& run) {
-    for (int64_t row = mine(all); row < next(all); row += kBlockRows) {
-      const int64_t count = min64(kBlockRows, next(all) - row);
-      gates_to_terms<Terms>({0, count, 0, H}, H, gates + row * E * H, E * H, rows_terms, G);
-      run(row, count);
-    }
+  // This thread's part of a product of gates [all, E*H] and a weight [.., columns]: of few rows some
+  // columns, since to make the terms of the weight is most of the work.
+  const auto part_of_product = [&](int64_t all, int64_t columns) -> Part {
+    if (!layout.kConverts || all > kBlockRows) return {mine(all), next(all), 0, columns};
+    const int64_t strips = (columns + kStrip<T> - 1) / kStrip<T>;
+    const int64_t left   = mine(strips) * kStrip<T>;
+    return {0, all, left, min64(columns, next(strips) * kStrip<T>) - left};
   };
   if (T* const out = a.grad_input[d]) {  // = grad_gates_x weight_ih
     const T* const grad_gates_x = grad_gates + (E - G) * H;
     if (layout.kConverts) {
-      by_terms(grad_gates_x, rows, [&](int64_t row, int64_t count) {
-        const auto weight = in_rows<const T>(input_weight, a.I);
-        const Product<T> product{out + row * a.I, a.I};
-        matrix_product<T, Terms>({grad_h.K, rows_terms, grad_h.K, 1, weight, product, false}, 0,
-                                 count);
+      as_stored<Terms>(a.weight_ih[d], a.weight_ih_bf16[d], [&](const auto* weight) {
+        gates_product<Terms>(part_of_product(rows, a.I), Gates<T>{grad_gates_x, E * H, H, G},
+                             weight, 0, a.I, out, rows_terms, weight_terms);
       });
     } else {
       matrix_product<T>(
@@ -437,39 +430,33 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
         for (int64_t j = 0; j < E * H; ++j) initial_gates[row * E * H + j] += from[j];
       }
     }
-    T* const out = a.grad_h0 + d * s.B * P;
-    // The (larger) carry last: small terms added to a large sum one by one lose more.
+    T* const out    = a.grad_h0 + d * s.B * P;
+    const Part part = part_of_product(s.B, P);
     if (layout.kConverts) {
-      // A cell's training with numbers here (and input_weight made by strips of columns) over that, in
-      // bfloat16 on a Zen 4 core, LSTM / GRU / RNN: (B, H) = (32, 256) 1.07 / 1.07 / 1.06, (12, 768)
-      // 1.22 / 1.26 / 1.24, (128, 512) 1.12 / 1.12 / 1.12.
-      by_terms(initial_gates, s.B, [&](int64_t row, int64_t count) {
-        projected.grad_h        = {};
-        projected.grad_h.terms  = rows_terms;
-        projected.grad_h.K      = grad_h.K;
-        projected.grad_h.stride = grad_h.K;
-        projected.grad_h.panels = recurrent;
-        projected.grad_h.h_n    = Cell::kPrevIsH ? initial_carry + row * H : nullptr;
-        projected.grad_h.P      = P;
-        projected.out           = out + row * P;
-        run_tiles<GradHTiles<T, Terms>>(projected, 0, count, 0, blocks_of<T>(P), false);
+      direction_barrier.wait();
+      as_stored<Terms>(a.weight_hh[d], a.weight_hh_bf16[d], [&](const auto* weight) {
+        gates_product<Terms>(part, Gates<T>{initial_gates, E * H, H, G}, weight,
+                             Cell::kRecurrentRow, P, out, rows_terms, weight_terms);
       });
     } else {
       // The row blocks from kRecurrentRow on belong to the first columns, the ones before to the rest.
       constexpr int kAfter = G - Cell::kRecurrentRow;
       const T* const w     = a.weight_hh[d];
       const auto after     = in_rows(w + Cell::kRecurrentRow * H * P, P);
-      ProductStep<T> part{kAfter * H, initial_gates, E * H, 1, after, {out, P}, false};
-      matrix_product<T>(part, B_begin, B_end);
+      ProductStep<T> product{kAfter * H, initial_gates, E * H, 1, after, {out, P}, false};
+      matrix_product<T>(product, B_begin, B_end);
       if (Cell::kRecurrentRow) {
-        part.K          = Cell::kRecurrentRow * H;
-        part.a          = initial_gates + kAfter * H;
-        part.b          = in_rows(w, P);
-        part.accumulate = true;
-        matrix_product<T>(part, B_begin, B_end);
+        product.K          = Cell::kRecurrentRow * H;
+        product.a          = initial_gates + kAfter * H;
+        product.b          = in_rows(w, P);
+        product.accumulate = true;
+        matrix_product<T>(product, B_begin, B_end);
       }
-      for (int64_t j = B_begin * H; Cell::kPrevIsH && j < B_end * H; ++j) {
-        out[j] += initial_carry[j];
+    }
+    // The (larger) carry last: small terms added to a large sum one by one lose more.
+    for (int64_t row = part.row_begin; Cell::kPrevIsH && row < part.row_end; ++row) {
+      for (int64_t at = row * P + part.column; at < row * P + part.column + part.columns; ++at) {
+        out[at] += initial_carry[at];
       }
     }
   }
