@@ -241,14 +241,14 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     project.H            = H;
     project.input_stride = project.K;
     project.gates_stride = G * H;
-    project.panels       = forward_input;
+    project.packed       = {forward_input};
     ForwardStep<T> step{};
     step.H             = H;
     step.K             = lanes<Terms>(P);
     step.save          = true;
     step.h_prev_stride = step.K;
     step.prev_stride   = H;
-    step.panels        = forward_recurrent;
+    step.packed        = {forward_recurrent};
     for (int64_t row = mine(rows); row < next(rows); row += kChunkRows) {
       const int64_t count = min64(next(rows) - row, kChunkRows);
       project.input       = terms_of(a.input, a.input_bf16, row, rows_terms, a.I, count);

@@ -61,11 +61,12 @@ struct ForwardLayout {
     }
     weight_bytes = panels_size() * int64_t(sizeof(T));
     // A chunk is one product, of rows that lie as one matrix or are copied to be one.
-    one_matrix             = s.offsets || s.B == 1 || a.input_stride_t == s.B * a.input_stride_b;
-    const bool joins       = !one_matrix && 2 * s.B <= min64(rows, kChunkRows) &&
-                             pays_to_join(s.B, weight_bytes, l2_bytes());
-    copies                 = kConverts || joins;
-    chunk_rows             = one_matrix || joins ? max64(s.B, min64(rows, kChunkRows)) : s.B;
+    one_matrix       = s.offsets || s.B == 1 || a.input_stride_t == s.B * a.input_stride_b;
+    const bool joins = !one_matrix && 2 * s.B <= min64(rows, kChunkRows) &&
+                       pays_to_join(s.B, weight_bytes, l2_bytes());
+    copies           = kConverts || joins;
+    const bool once  = rows <= kOnceRows && weight_bytes > l2_bytes();
+    chunk_rows = one_matrix || joins ? max64(s.B, once ? rows : min64(rows, kChunkRows)) : s.B;
     constexpr int64_t tile = kAheadTile<Cell>;
     if (kCanGoAhead<Terms> && s.B == 1 && !s.offsets && s.T > 2 * tile) {
       // The first rows are projected before any step: few of a few (1.06 times as fast at T = 20).
@@ -95,25 +96,63 @@ struct ForwardLayout {
   }
 };
 
-// Direction d's weights to `panels`: weight_hh, weight_ih, weight_hr. share(blocks, pack) calls
-// pack(begin, end) so that all blocks are packed.
+// The blocks [begin, end) of direction d's weight_hh, and of weight_ih, to panels of those from `first` on.
+template <class Cell, class T, class Terms>
+void pack_recurrent(const ForwardArgs<T>& a, int64_t d, T* panels, int64_t begin, int64_t end,
+                    int64_t first = 0) {
+  as_stored<Terms>(a.weight_hh[d], a.weight_hh_bf16[d], [&](const auto* weight) {
+    pack_forward<Cell::kGates, T, Terms>(panels, weight, a.bias_hh[d], a.H, a.P, begin, end, first);
+  });
+}
+template <class Cell, class T, class Terms>
+void pack_input(const ForwardArgs<T>& a, int64_t d, T* panels, int64_t begin, int64_t end,
+                int64_t first = 0) {
+  as_stored<Terms>(a.weight_ih[d], a.weight_ih_bf16[d], [&](const auto* weight) {
+    pack_forward<Cell::kGates, T, Terms>(panels, weight, a.bias_ih[d], a.H, a.I, begin, end, first);
+  });
+}
+
+// Which panels of a call are used once: they are packed piece by piece, just before that, and go no further
+// than L2. The time of an inference call with all packed before over that, on a Zen 4 core at (B, T, H), LSTM
+// / GRU / RNN: (1, 20, 512) 1.11 / 1.06 / 1.01, (1, 20, 1024) 1.12 / 1.12 / 1.09, cells (32, 1, 512) 1.2 / 1.1 /
+// 1.02, (32, 1, 1024) 1.27 / 1.25 / 1.15, (256, 1, 1024) 1.04 each; bfloat16 (1, 20, 1024) 1.19 / 1.23 / 1.06,
+// (32, 1, 1024) 1.43 / 1.31 / 1.08; AVX2 (40, 1, 512) 1.22 / 1.13 / 1.04; H = 128 and 256 0.98 to 1.03.
+struct Once {
+  bool recurrent = false, input = false;
+};
+
+// The other weights of direction d to `panels`: weight_hh, weight_ih, weight_hr. share(blocks, pack)
+// calls pack(begin, end) so that all blocks are packed.
 template <class Cell, class T, class Terms, class Share>
 void pack_direction(const ForwardArgs<T>& a, int64_t d, const ForwardLayout<Cell, T, Terms>& layout,
-                    T* panels, const Share& share) {
+                    const Once& once, T* panels, const Share& share) {
   T* const input      = panels + layout.recurrent;
   T* const projection = input + layout.input;
   share(blocks_of<T>(a.H), [&](int64_t begin, int64_t end) {
-    as_stored<Terms>(a.weight_hh[d], a.weight_hh_bf16[d], [&](const auto* weight) {
-      pack_forward<Cell::kGates, T, Terms>(panels, weight, a.bias_hh[d], a.H, a.P, begin, end);
-    });
-    as_stored<Terms>(a.weight_ih[d], a.weight_ih_bf16[d], [&](const auto* weight) {
-      pack_forward<Cell::kGates, T, Terms>(input, weight, a.bias_ih[d], a.H, a.I, begin, end);
-    });
+    if (!once.recurrent) pack_recurrent<Cell, T, Terms>(a, d, panels, begin, end);
+    if (!once.input) pack_input<Cell, T, Terms>(a, d, input, begin, end);
   });
   if (a.weight_hr[d]) {
     share(blocks_of<T>(a.P), [&](int64_t begin, int64_t end) {
       pack_forward<1, T>(projection, a.weight_hr[d], nullptr, a.P, a.H, begin, end);
     });
+  }
+}
+
+// run_tiles for all of a thread's units, of panels that are used once: those of a tile at a time, which
+// pack(to, begin, end) packs where the ones before lay, in the thread's part of `panels`.
+template <class Tiles, class T, class Pack>
+void run_packing(typename Tiles::Step step, int64_t row_begin, int64_t row_end, const Shard& shard,
+                 T* panels, const Pack& pack) {
+  using Terms              = typename Tiles::Terms;
+  constexpr int Q          = Tiles::Q;
+  constexpr int64_t kPiece = max_panels<Terms, Q>(kMaxRows<Terms, Q>);
+  T* const own             = panels + shard.block_begin * forward_panel_size<Q, T>(step.K);
+  for (int64_t block = shard.block_begin; block < shard.block_end; block += kPiece) {
+    const int64_t end = min64(block + kPiece, shard.block_end);
+    pack(own, block, end);
+    step.packed = {own, block};
+    run_tiles<Tiles>(step, row_begin, row_end, block, end, false);
   }
 }
 
@@ -149,20 +188,27 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   project.H            = H;
   project.input_stride = layout.copies ? project.K : input_stride;
   project.gates_stride = G * H;
-  ProjectStep<T> project_h{H, P, unprojected, H, nullptr, DP, nullptr};
-  const bool projects   = a.weight_hr[d] != nullptr;
-  const Blocks h_blocks = own_blocks(shard, blocks_of<T>(P));
+  ProjectStep<T> project_h{H, P, unprojected, H, nullptr, DP, {}};
+  const bool projects      = a.weight_hr[d] != nullptr;
+  const Blocks h_blocks    = own_blocks(shard, blocks_of<T>(P));
+  const int64_t ahead_rows = layout.ahead_of(shard);
+  Once once;
   if (layout.packed()) {
     if (!layout.given) {
+      if (shard.direction_threads == shard.unit_shards) {  // none shares another one's panels
+        once.recurrent = s.T == 1;
+        once.input     = ahead_rows == 0 && layout.chunk(walk, 0, s.T) == s.T;
+      }
       Barrier direction_barrier = scratch.direction_barrier(d, shard);
       const auto share          = [&](int64_t blocks, const auto& pack_blocks) {
         pack_shared(shard, blocks, direction_barrier, pack_blocks);
       };
-      pack_direction(a, d, layout, panels, share);
+      pack_direction(a, d, layout, once, panels, share);
     }
-    step.panels      = layout.given ? a.panels[d] : panels;
-    project.panels   = step.panels + layout.recurrent;
-    project_h.panels = project.panels + layout.input;
+    const T* const all = layout.given ? a.panels[d] : panels;
+    step.packed        = {all};
+    project.packed     = {all + layout.recurrent};
+    project_h.packed   = {all + layout.recurrent + layout.input};
   }
 
   const auto part_of_h = [&](int64_t count) { return own_part<T>(shard, count, P); };
@@ -227,9 +273,8 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   };
 
   // gates_x of step i, and of the next ones a signed stride apart: those of two chunks in turns, or all.
-  const int64_t ahead_rows = layout.ahead_of(shard);
-  const int64_t time_sign  = d == 0 ? 1 : -1;
-  const auto ahead_gates   = [&](int64_t i) {
+  const int64_t time_sign = d == 0 ? 1 : -1;
+  const auto ahead_gates  = [&](int64_t i) {
     return layout.gates ? chunk_gates + i % (2 * ahead_rows) * G * H
                         : a.gates + (first + walk.offset(i)) * G * H;
   };
@@ -285,8 +330,15 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
         const int64_t end = walk.offset(in_memory_last) + walk.count(in_memory_last) - chunk_first;
         project.input     = project_input(in_memory_first, 0, end);
         project.gates     = gates_of(chunk_first);
-        run_tiles<ProjectTiles<Cell, T, Terms>>(project, 0, end, shard.block_begin, shard.block_end,
-                                                false);
+        using Tiles       = ProjectTiles<Cell, T, Terms>;
+        if (once.input) {
+          run_packing<Tiles>(project, 0, end, shard, panels + layout.recurrent,
+                             [&](T* to, int64_t first, int64_t last) {
+                               pack_input<Cell, T, Terms>(a, d, to, first, last, first);
+                             });
+        } else {
+          run_tiles<Tiles>(project, 0, end, shard.block_begin, shard.block_end, false);
+        }
       } else {
         for (int64_t j = begin; j < chunk_end; ++j) {
           const int64_t row = min64(shard.row_begin, walk.count(j));
@@ -323,6 +375,11 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
         }
         run_tiles<ForwardTiles<Cell, T, Terms>>(step, 0, 1, ahead_end, shard.block_end, false);
       }
+    } else if (once.recurrent) {
+      run_packing<ForwardTiles<Cell, T, Terms>>(
+          step, row_begin, row_end, shard, panels, [&](T* to, int64_t first, int64_t last) {
+            pack_recurrent<Cell, T, Terms>(a, d, to, first, last, first);
+          });
     } else if (layout.packed()) {
       run_tiles<ForwardTiles<Cell, T, Terms>>(step, row_begin, row_end, shard.block_begin,
                                               shard.block_end, i % 2 == 1);
@@ -387,7 +444,7 @@ int64_t pack(const ForwardArgs<T>& a, int64_t d, T* panels) {
   args.panels[0] = &any;  // of a call that is given its panels
   const ForwardLayout<Cell, T, Terms> layout(args);
   if (panels) {
-    pack_direction(a, d, layout, panels,
+    pack_direction(a, d, layout, Once{}, panels,
                    [](int64_t blocks, const auto& pack_blocks) { pack_blocks(0, blocks); });
   }
   return layout.panels_size();
