@@ -261,7 +261,9 @@ def test_short_calls_of_bfloat16_tensors(cell, size, monkeypatch):
 
 
 @pytest.mark.parametrize("cell", LAYER_CELLS)
-@pytest.mark.parametrize("size", [(20, 33, 24, 40, 1), (20, 2, 130, 128, 2)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(20, 33, 24, 40, 1), (20, 2, 130, 128, 2), (20, 2, 130, 128, 1)], ids=str
+)
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_the_same_bits_on_any_number_of_threads(cell, size, dtype):
     inputs = layer_inputs(cell, *size, dtype)

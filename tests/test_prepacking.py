@@ -49,6 +49,26 @@ def close(a, b, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("shape", [(1, 30), (1, 200), (5, 20), (60, 2)], ids=str)
+def test_panels_that_a_call_uses_once_give_the_bits_of_kept_ones(kind, dtype, shape, packs):
+    """Without `prepacked` they are packed piece by piece. Weights are beyond L2 where it has 2 MB,
+    so two threads split units."""
+    module = build(modules, kind, 900, 700, dtype=dtype)
+    x = torch.randn(*shape, 900, dtype=dtype)
+    found = []
+    for threads in (1, 2):
+        with num_threads(threads):
+            found.append(call(module, x))
+    with fusedrnn.prepacked(module):
+        call(module, x), call(module, x)
+        found.append(call(module, x))
+    assert packs[-1].calls > 0
+    for others in found[1:]:
+        assert torch.equal(found[0], others)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize(
     "options",
     [{}, {"bidirectional": True, "num_layers": 2}, {"bias": False, "batch_first": True}],

@@ -98,7 +98,7 @@ class Ahead {
 
  private:
   int64_t panel_size() const { return forward_panel_size<G, T>(step_.K); }
-  const T* panel() const { return step_.packed.template of<G>(block_, step_.K); }
+  const T* panel() const { return step_.panels.template of<G>(block_, step_.K); }
 
   void start_block() {
     if (block_ == end_) return;
@@ -152,7 +152,7 @@ void forward_beside(const ForwardStep<T>& s, int64_t block, Ahead<Cell, T>& ahea
   // Terms to each one of the projection, so that that comes faster than the steps that need it.
   constexpr int kUnit      = A::R - 1;
   const int64_t panel_size = forward_panel_size<G, T>(s.K);
-  const T* const panel     = s.packed.template of<G>(block, s.K);
+  const T* const panel     = s.panels.template of<G>(block, s.K);
   Vec<T> acc[Q];
   PartialSums<T, Q> sums{};
   unroll<Q>([&](auto q) FUSEDRNN_LAMBDA { acc[q] = load(panel + q / G * panel_size + q % G * V); });

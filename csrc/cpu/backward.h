@@ -19,7 +19,7 @@ struct BackwardLayout {
   static constexpr bool kConverts = Terms::kGroup > 1;
 
   // Elements. Where products take other than numbers, and where it pays to copy these, with one row's
-  // number above the next one's (first: on cache lines):
+  // number above the next one's (first, with the threads' own: on cache lines):
   int64_t input_strips = 0;  // [lanes, I], in_strips: the input of all rows,
   int64_t h_strips     = 0;  // [lanes, P], in_strips: h_prev
   // For gates that are computed again: packed weight_ih and weight_hh,
@@ -88,7 +88,7 @@ struct BackwardLayout {
       if (again) rows_terms = kChunkRows * (lanes<Terms>(a.I) + lanes<Terms>(a.P));
       const auto product_with = [&](int64_t columns) {
         rows_terms   = max64(rows_terms, kCopiedPart);
-        weight_terms = max64(weight_terms, strips_size<T>(kPartialRows, columns));
+        weight_terms = max64(weight_terms, copied_weight<T>(columns));
       };
       if (a.grad_input[0] || a.grad_input[1]) product_with(a.I);
       if (a.grad_h0) product_with(a.P);
@@ -109,13 +109,14 @@ struct BackwardLayout {
     grad_ih_rows = narrow_rows(a.grad_weight_ih, a.I);
     grad_hh_rows = narrow_rows(a.grad_weight_hh, a.P);
   }
-  int64_t of_thread() const { return rows_terms + weight_terms + grad_ih_rows + grad_hh_rows; }
+  int64_t of_thread() const {  // in whole cache lines
+    return (rows_terms + weight_terms + grad_ih_rows + grad_hh_rows + 15) / 16 * 16;
+  }
   int64_t elements() const {
     return forward_input + forward_recurrent + gates + extra + recurrent + projection + h_prev +
            c_prev + carry + initial_carry + initial_gates + grad_gates + grad_h + unprojected +
            step_terms + threads * of_thread() + group_threads * group_rows + input_strips +
-           h_strips +
-           (Terms::kTileRows > 0 ? kLanes<T> : 0);  // for a tile's read beyond the last row
+           h_strips;
   }
 };
 
@@ -148,7 +149,12 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
 
   T* const input_strips      = scratch.numbers(d);
   T* const h_strips          = input_strips + layout.input_strips;
-  T* const forward_input     = h_strips + layout.h_strips;
+  T* const thread_memory     = h_strips + layout.h_strips;
+  T* const rows_terms        = thread_memory + shard.direction_rank * layout.of_thread();
+  T* const weight_terms      = rows_terms + layout.rows_terms;
+  T* const grad_ih_rows      = weight_terms + layout.weight_terms;
+  T* const grad_hh_rows      = grad_ih_rows + layout.grad_ih_rows;
+  T* const forward_input     = thread_memory + layout.threads * layout.of_thread();
   T* const forward_recurrent = forward_input + layout.forward_input;
   T* const own_gates         = forward_recurrent + layout.forward_recurrent;
   T* const own_extra         = own_gates + layout.gates;
@@ -163,12 +169,7 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   T* const unprojected       = all_grad_h + layout.grad_h;
   T* const grad_gates        = unprojected + layout.unprojected;
   T* const step_terms        = grad_gates + layout.grad_gates;
-  T* const thread_memory     = step_terms + layout.step_terms;
-  T* const rows_terms        = thread_memory + shard.direction_rank * layout.of_thread();
-  T* const weight_terms      = rows_terms + layout.rows_terms;
-  T* const grad_ih_rows      = weight_terms + layout.weight_terms;
-  T* const grad_hh_rows      = grad_ih_rows + layout.grad_ih_rows;
-  T* const all_group_rows    = thread_memory + layout.threads * layout.of_thread();
+  T* const all_group_rows    = step_terms + layout.step_terms;
 
   T* const gates_again = kShareGates<Cell> ? grad_gates : own_gates;
   const T* const gates = again ? gates_again : a.gates + d * rows * G * H;
@@ -241,14 +242,14 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     project.H            = H;
     project.input_stride = project.K;
     project.gates_stride = G * H;
-    project.packed       = {forward_input};
+    project.panels       = {forward_input};
     ForwardStep<T> step{};
     step.H             = H;
     step.K             = lanes<Terms>(P);
     step.save          = true;
     step.h_prev_stride = step.K;
     step.prev_stride   = H;
-    step.packed        = {forward_recurrent};
+    step.panels        = {forward_recurrent};
     for (int64_t row = mine(rows); row < next(rows); row += kChunkRows) {
       const int64_t count = min64(next(rows) - row, kChunkRows);
       project.input       = terms_of(a.input, a.input_bf16, row, rows_terms, a.I, count);
@@ -379,7 +380,7 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     barrier.wait();
   }
 
-  // Once grad_gates and h_prev are whole, each thread takes some rows of every gradient.
+  // Once grad_gates and h_prev are whole, each thread takes a part of every gradient.
   direction_barrier.wait();
   if (layout.input_strips || layout.h_strips) {
     // This thread's part of the rows.
@@ -397,19 +398,21 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     if (layout.h_strips) convert(all_h_prev, P, h_strips);
     direction_barrier.wait();
   }
-  // This thread's part of a product of gates [all, E*H] and a weight [.., columns]: of few rows some
-  // columns, since to make the terms of the weight is most of the work.
+  // This thread's part of a product of gates [all, E*H] and a weight [.., columns]. Each makes the terms
+  // of its part of either: some rows, or, of fewer rows than columns, some columns.
   const auto part_of_product = [&](int64_t all, int64_t columns) -> Part {
-    if (!layout.kConverts || all > kBlockRows) return {mine(all), next(all), 0, columns};
     const int64_t strips = (columns + kStrip<T> - 1) / kStrip<T>;
-    const int64_t left   = mine(strips) * kStrip<T>;
+    if (!layout.kConverts || all > columns || strips < shard.direction_threads) {
+      return {mine(all), next(all), 0, columns};
+    }
+    const int64_t left = mine(strips) * kStrip<T>;
     return {0, all, left, min64(columns, next(strips) * kStrip<T>) - left};
   };
   if (T* const out = a.grad_input[d]) {  // = grad_gates_x weight_ih
     const T* const grad_gates_x = grad_gates + (E - G) * H;
     if (layout.kConverts) {
       as_stored<Terms>(a.weight_ih[d], a.weight_ih_bf16[d], [&](const auto* weight) {
-        gates_product<Terms>(part_of_product(rows, a.I), Gates<T>{grad_gates_x, E * H, H, G},
+        gates_product<Terms>(part_of_product(rows, a.I), GradGates<T>{grad_gates_x, E * H, H, G},
                              weight, 0, a.I, out, rows_terms, weight_terms);
       });
     } else {
@@ -435,7 +438,7 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     if (layout.kConverts) {
       direction_barrier.wait();
       as_stored<Terms>(a.weight_hh[d], a.weight_hh_bf16[d], [&](const auto* weight) {
-        gates_product<Terms>(part, Gates<T>{initial_gates, E * H, H, G}, weight,
+        gates_product<Terms>(part, GradGates<T>{initial_gates, E * H, H, G}, weight,
                              Cell::kRecurrentRow, P, out, rows_terms, weight_terms);
       });
     } else {

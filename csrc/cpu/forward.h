@@ -61,12 +61,13 @@ struct ForwardLayout {
     }
     weight_bytes = panels_size() * int64_t(sizeof(T));
     // A chunk is one product, of rows that lie as one matrix or are copied to be one.
-    one_matrix       = s.offsets || s.B == 1 || a.input_stride_t == s.B * a.input_stride_b;
-    const bool joins = !one_matrix && 2 * s.B <= min64(rows, kChunkRows) &&
-                       pays_to_join(s.B, weight_bytes, l2_bytes());
-    copies           = kConverts || joins;
-    const bool once  = rows <= kOnceRows && weight_bytes > l2_bytes();
-    chunk_rows = one_matrix || joins ? max64(s.B, once ? rows : min64(rows, kChunkRows)) : s.B;
+    one_matrix         = s.offsets || s.B == 1 || a.input_stride_t == s.B * a.input_stride_b;
+    const bool once    = rows <= kOnceRows && weight_bytes > l2_bytes();
+    const int64_t most = once ? rows : min64(rows, kChunkRows);
+    const bool joins =
+        !one_matrix && 2 * s.B <= most && pays_to_join(s.B, weight_bytes, l2_bytes());
+    copies                 = kConverts || joins;
+    chunk_rows             = one_matrix || joins ? max64(s.B, most) : s.B;
     constexpr int64_t tile = kAheadTile<Cell>;
     if (kCanGoAhead<Terms> && s.B == 1 && !s.offsets && s.T > 2 * tile) {
       // The first rows are projected before any step: few of a few (1.06 times as fast at T = 20).
@@ -113,7 +114,7 @@ void pack_input(const ForwardArgs<T>& a, int64_t d, T* panels, int64_t begin, in
 }
 
 // Which panels of a call are used once: they are packed piece by piece, just before that, and go no further
-// than L2. The time of an inference call with all packed before over that, on a Zen 4 core at (B, T, H), LSTM
+// than L2 if one fits there. The time of an inference call with all packed before over that, on a Zen 4 core at (B, T, H), LSTM
 // / GRU / RNN: (1, 20, 512) 1.11 / 1.06 / 1.01, (1, 20, 1024) 1.12 / 1.12 / 1.09, cells (32, 1, 512) 1.2 / 1.1 /
 // 1.02, (32, 1, 1024) 1.27 / 1.25 / 1.15, (256, 1, 1024) 1.04 each; bfloat16 (1, 20, 1024) 1.19 / 1.23 / 1.06,
 // (32, 1, 1024) 1.43 / 1.31 / 1.08; AVX2 (40, 1, 512) 1.22 / 1.13 / 1.04; H = 128 and 256 0.98 to 1.03.
@@ -121,8 +122,8 @@ struct Once {
   bool recurrent = false, input = false;
 };
 
-// The other weights of direction d to `panels`: weight_hh, weight_ih, weight_hr. share(blocks, pack)
-// calls pack(begin, end) so that all blocks are packed.
+// Direction d's weights but for those of `once` to `panels`: weight_hh, weight_ih, weight_hr. share(blocks,
+// pack) calls pack(begin, end) so that all blocks are packed.
 template <class Cell, class T, class Terms, class Share>
 void pack_direction(const ForwardArgs<T>& a, int64_t d, const ForwardLayout<Cell, T, Terms>& layout,
                     const Once& once, T* panels, const Share& share) {
@@ -139,8 +140,8 @@ void pack_direction(const ForwardArgs<T>& a, int64_t d, const ForwardLayout<Cell
   }
 }
 
-// run_tiles for all of a thread's units, of panels that are used once: those of a tile at a time, which
-// pack(to, begin, end) packs where the ones before lay, in the thread's part of `panels`.
+// run_tiles for all of a thread's units. pack(to, begin, end) packs each tile's panels just before, over
+// the last one's, in the thread's part of `panels`.
 template <class Tiles, class T, class Pack>
 void run_packing(typename Tiles::Step step, int64_t row_begin, int64_t row_end, const Shard& shard,
                  T* panels, const Pack& pack) {
@@ -151,7 +152,7 @@ void run_packing(typename Tiles::Step step, int64_t row_begin, int64_t row_end, 
   for (int64_t block = shard.block_begin; block < shard.block_end; block += kPiece) {
     const int64_t end = min64(block + kPiece, shard.block_end);
     pack(own, block, end);
-    step.packed = {own, block};
+    step.panels = {own, block};
     run_tiles<Tiles>(step, row_begin, row_end, block, end, false);
   }
 }
@@ -206,9 +207,9 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
       pack_direction(a, d, layout, once, panels, share);
     }
     const T* const all = layout.given ? a.panels[d] : panels;
-    step.packed        = {all};
-    project.packed     = {all + layout.recurrent};
-    project_h.packed   = {all + layout.recurrent + layout.input};
+    step.panels        = {all};
+    project.panels     = {all + layout.recurrent};
+    project_h.panels   = {all + layout.recurrent + layout.input};
   }
 
   const auto part_of_h = [&](int64_t count) { return own_part<T>(shard, count, P); };
@@ -333,8 +334,8 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
         using Tiles       = ProjectTiles<Cell, T, Terms>;
         if (once.input) {
           run_packing<Tiles>(project, 0, end, shard, panels + layout.recurrent,
-                             [&](T* to, int64_t first, int64_t last) {
-                               pack_input<Cell, T, Terms>(a, d, to, first, last, first);
+                             [&](T* to, int64_t from, int64_t until) {
+                               pack_input<Cell, T, Terms>(a, d, to, from, until, from);
                              });
         } else {
           run_tiles<Tiles>(project, 0, end, shard.block_begin, shard.block_end, false);
@@ -377,8 +378,8 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
       }
     } else if (once.recurrent) {
       run_packing<ForwardTiles<Cell, T, Terms>>(
-          step, row_begin, row_end, shard, panels, [&](T* to, int64_t first, int64_t last) {
-            pack_recurrent<Cell, T, Terms>(a, d, to, first, last, first);
+          step, row_begin, row_end, shard, panels, [&](T* to, int64_t from, int64_t until) {
+            pack_recurrent<Cell, T, Terms>(a, d, to, from, until, from);
           });
     } else if (layout.packed()) {
       run_tiles<ForwardTiles<Cell, T, Terms>>(step, row_begin, row_end, shard.block_begin,

@@ -1,6 +1,6 @@
 // The gradients of a layer's input, weights and biases, after the backward recurrence has left
-// grad_gates: products in the register tiles of step.h, over operands as they lie in memory or, for the
-// weights where that pays, copies of them. Every element is summed by one thread in one order, so that
+// grad_gates: products in the register tiles of step.h, over operands as they lie in memory or, where that
+// pays or products take other than numbers, copies of them. Every element is summed by one thread in one order, so that
 // the bits do not depend on how many there are.
 #pragma once
 
@@ -24,12 +24,16 @@ constexpr int kStripPanels = 4;
 template <class T>
 constexpr int64_t kStrip = kStripPanels * kLanes<T>;
 
-// The second factor of a product: b(k, n) = data[n / kStrip * strip + k * stride + n % kStrip], k in
-// lanes of terms.
+// The second factor of a product, of columns from `first` on, a strip's first one: b(k, first + n) =
+// data[n / kStrip * strip + k * stride + n % kStrip], k in lanes of terms.
 template <class T>
 struct Columns {
   T* data;
-  int64_t stride, strip;
+  int64_t stride, strip, first = 0;
+
+  T* at(int64_t n) const {  // b(0, n)
+    return data + (n - first) / kStrip<T> * strip + (n - first) % kStrip<T>;
+  }
 };
 // A matrix with rows of so many columns.
 template <class T>
@@ -51,8 +55,8 @@ template <class Terms, class From, class T>
 void to_strips(const From* from, int64_t from_stride, int64_t rows, int64_t left, int64_t right,
                const Columns<T>& b) {
   for (int64_t n = left; n < right; n += kStrip<T>) {
-    to_columns_of_terms<Terms, kSecond>(from + n, from_stride, b.data + n / kStrip<T> * b.strip,
-                                        b.stride, rows, min64(right - n, kStrip<T>));
+    to_columns_of_terms<Terms, kSecond>(from + n, from_stride, b.at(n), b.stride, rows,
+                                        min64(right - n, kStrip<T>));
   }
 }
 
@@ -95,7 +99,7 @@ FUSEDRNN_INLINE void product_columns(const ProductStep<T>& s, const T* a, const 
   Vec<T> acc[M][P] = {};
   if constexpr (Terms::kTileRows > 0) {
     static_assert(P <= kStripPanels, "b lies in one strip");
-    // b's last vector may reach beyond the row: into lanes that are not stored.
+    // b's last vector may have lanes that nothing wrote, and that are not stored.
     Terms::add_product(
         acc, rows, s.K,
         [&](auto tile, int64_t k) FUSEDRNN_LAMBDA {
@@ -133,7 +137,7 @@ void product_tile(const ProductStep<T>& s, int64_t m, int64_t block, int rows, c
   const int64_t n     = block * V;
   const int64_t left  = s.out.columns - n - (P - 1) * V;
   const T* const a    = s.a + m * s.a_stride_m;
-  const T* const b    = s.b.data + n / kStrip<T> * s.b.strip + n % kStrip<T>;
+  const T* const b    = s.b.at(n);
   T* const out        = s.out.numbers + m * s.out.columns + n;
   if (left >= V) {
     product_columns<T, Terms, M, P, true>(s, a, b, out, int(V), rows);
@@ -158,8 +162,8 @@ constexpr int64_t kBlockRows = 192;
 
 // part(m, rows, k, terms) for `terms` of K lanes of terms from k on and `rows` of rows [begin, end) from
 // m on, until that is all; finish(m, rows) after the last terms of these rows.
-template <class Terms, class T, class Part, class Finish>
-void for_parts(int64_t K, int64_t begin, int64_t end, const Part& part, const Finish& finish) {
+template <class Terms, class T, class AddPart, class Finish>
+void for_parts(int64_t K, int64_t begin, int64_t end, const AddPart& part, const Finish& finish) {
   for (int64_t m = begin; m < end; m += kBlockRows) {
     const int64_t rows = min64(end - m, kBlockRows);
     for (int64_t k = 0; k < K; k += kPartialLanes<Terms, T>) {
@@ -179,8 +183,8 @@ void run_part(const ProductStep<T>& s, int64_t rows) {
   run_part<Terms>(s, rows, 0, s.out.columns);
 }
 
-// s, with all its terms, for m in [begin, end) and all columns; without terms, zero is added.
-template <class T, class Terms = Numbers<T>>
+// s, of numbers, with all its terms, for m in [begin, end) and all columns; without terms, zero is added.
+template <class T>
 void matrix_product(const ProductStep<T>& s, int64_t begin, int64_t end) {
   const auto part = [&](int64_t m, int64_t rows, int64_t k, int64_t terms) {
     ProductStep<T> part  = s;
@@ -189,9 +193,9 @@ void matrix_product(const ProductStep<T>& s, int64_t begin, int64_t end) {
     part.b.data         += k * s.b.stride;
     part.out.numbers     = s.out.rows_from(m);
     part.accumulate      = s.accumulate || k > 0;
-    run_part<Terms>(part, rows);
+    run_part<Numbers<T>>(part, rows);
   };
-  for_parts<Terms, T>(s.K, begin, end, part, [&](int64_t m, int64_t rows) {
+  for_parts<Numbers<T>, T>(s.K, begin, end, part, [&](int64_t m, int64_t rows) {
     if (s.K == 0 && !s.accumulate) {
       std::memset(s.out.rows_from(m), 0, sizeof(T) * size_t(rows * s.out.columns));
     }
@@ -204,43 +208,54 @@ constexpr int64_t kCopiedPart = kBlockRows * kPartialRows;
 
 // A direction's gradients of the pre-activations, [.., gates * H], the rows `stride` apart.
 template <class T>
-struct Gates {
+struct GradGates {
   const T* data;
   int64_t stride, H;
   int count;
 };
 
+// Columns whose terms are made at once below: kPartialRows of these are half of an L2 of 1 MB.
+template <class T>
+constexpr int64_t kColumnsAtOnce = 16 * kStrip<T>;
+template <class T>
+constexpr int64_t copied_weight(int64_t columns) {
+  return strips_size<T>(kPartialRows, columns < kColumnsAtOnce<T> ? columns : kColumnsAtOnce<T>);
+}
+
 // A part, whose columns begin with a strip's, of out [rows, columns] = gates weight: gate g's row block of
 // the weight [gates * H, columns] is (g + first) % gates. The terms are made piece by piece, in copies of
-// kCopiedPart and of strips_size(kPartialRows, columns) numbers. A cell's training in bfloat16 with the
-// terms of both weights made before their products, over that, on Zen 4, LSTM / GRU / RNN, at (B, H):
-// (32, 256) 1.02 / 1.03 / 1.01, (12, 768) 1.16 / 1.14 / 1.06, (128, 512) 1.05 / 1.06 / 1.01; on two threads
-// 1.07 / 1.06 / 1.05, 1.31 / 1.35 / 1.19, 1.08 / 1.09 / 1.03. Layers of 50 and 100 steps 0.99 to 1.01.
-// Not for numbers: to read them where they lie takes 0.95 to 1.0 of the time.
+// kCopiedPart and of copied_weight(columns) numbers. A cell's training in bfloat16 with the terms of both
+// weights made before their products, over that, on Zen 4, LSTM / GRU / RNN, at (B, H): (32, 256) 1.02 /
+// 1.03 / 1.01, (12, 768) 1.16 / 1.14 / 1.06, (128, 512) 1.05 / 1.06 / 1.01; on two threads 1.07 / 1.06 /
+// 1.05, 1.31 / 1.35 / 1.19, 1.08 / 1.09 / 1.03. Layers of 50 and 100 steps 0.99 to 1.01. Not for numbers: to
+// read them where they lie takes 0.95 to 1.0 of the time.
 template <class Terms, class T, class From>
-void gates_product(const Part& of_out, const Gates<T>& a, const From* weight, int first,
+void gates_product(const Part& of_out, const GradGates<T>& a, const From* weight, int first,
                    int64_t columns, T* out, T* a_copy, T* b_copy) {
-  const int64_t left = of_out.column, right = left + of_out.columns;
   constexpr int64_t kPart = kPartialLanes<Terms, T> / Terms::kGroupLanes * Terms::kGroup;
-  for (int g = 0; g < a.count; ++g) {
-    for (int64_t k = 0; k < a.H; k += kPart) {
-      const int64_t some = min64(a.H - k, kPart);
-      const auto strips  = in_strips(b_copy, kPartialRows);
-      to_strips<Terms>(weight + ((g + first) % a.count * a.H + k) * columns, columns, some, left,
-                       right, strips);
+  const int64_t end       = of_out.column + of_out.columns;
+  for (int64_t left = of_out.column; left < end; left += kColumnsAtOnce<T>) {
+    const int64_t right = min64(end, left + kColumnsAtOnce<T>);
+    Columns<T> b        = in_strips(b_copy, kPartialRows);
+    b.first             = left;
+    for (int64_t k = 0; k < a.count * a.H;) {
+      const int64_t g    = k / a.H;
+      const int64_t some = min64((g + 1) * a.H - k, kPart);
+      const int64_t row  = (k + first * a.H) % (a.count * a.H);
+      to_strips<Terms>(weight + row * columns, columns, some, left, right, b);
       for (int64_t m = of_out.row_begin; m < of_out.row_end; m += kBlockRows) {
         const int64_t rows = min64(of_out.row_end - m, kBlockRows);
-        to_terms<Terms>(a.data + m * a.stride + g * a.H + k, a.stride, a_copy, kPartialRows, rows,
-                        some);
+        to_terms<Terms>(a.data + m * a.stride + k, a.stride, a_copy, kPartialRows, rows, some);
         run_part<Terms>(ProductStep<T>{lanes<Terms>(some),
                                        a_copy,
                                        kPartialRows,
                                        1,
-                                       {b_copy, strips.stride, strips.strip},
+                                       {b.data, b.stride, b.strip, b.first},
                                        {out + m * columns, columns},
-                                       g > 0 || k > 0},
+                                       k > 0},
                         rows, left, right);
       }
+      k += some;
     }
   }
 }

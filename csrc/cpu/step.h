@@ -130,23 +130,23 @@ FUSEDRNN_INLINE void product(Vec<T> (&acc)[M][P * Q], [[maybe_unused]] int rows,
 
 // pack_forward's panels of the blocks from `first` on.
 template <class T>
-struct Packed {
-  const T* panels;
+struct ForwardPanels {
+  const T* data;
   int64_t first = 0;
 
   template <int G>
   const T* of(int64_t block, int64_t K) const {
-    return panels + (block - first) * forward_panel_size<G, T>(K);
+    return data + (block - first) * forward_panel_size<G, T>(K);
   }
 };
 
 // acc = bias + a W^T of M rows of K lanes and P panels.
 template <int G, class Terms, int M, int P, class T>
 FUSEDRNN_INLINE void affine(Vec<T> (&acc)[M][P * G], int rows, const T* a, int64_t lda, int64_t K,
-                            const Packed<T>& packed, int64_t block, const char* next) {
+                            const ForwardPanels<T>& all_panels, int64_t block, const char* next) {
   constexpr int V          = kLanes<T>;
   const int64_t panel_size = forward_panel_size<G, T>(K);
-  const T* panels          = packed.template of<G>(block, K);
+  const T* panels          = all_panels.template of<G>(block, K);
   unroll<P * G>([&](auto pg) FUSEDRNN_LAMBDA {
     const Vec<T> bias = load(panels + pg / G * panel_size + pg % G * V);
     for_rows<Terms, M>(rows, [&](auto m) FUSEDRNN_LAMBDA { acc[m][pg] = bias; });
@@ -163,13 +163,13 @@ struct ProjectStep {
   int64_t input_stride;
   T* gates;  // rows of G*H
   int64_t gates_stride;
-  Packed<T> packed;
+  ForwardPanels<T> panels;
 };
 
 template <int G, class T, class Terms, int M, int P>
 void project_tile(const ProjectStep<T>& s, int64_t row, int64_t block, int rows, const char* next) {
   Vec<T> acc[M][P * G];
-  affine<G, Terms, M, P>(acc, rows, s.input + row * s.input_stride, s.input_stride, s.K, s.packed,
+  affine<G, Terms, M, P>(acc, rows, s.input + row * s.input_stride, s.input_stride, s.K, s.panels,
                          block, next);
   for_rows<Terms, M>(rows, [&](auto m) FUSEDRNN_LAMBDA {
     unroll<P>([&](auto p) FUSEDRNN_LAMBDA {
@@ -196,7 +196,7 @@ struct ForwardStep {
   int64_t prev_stride;
   T* h;  // [B, H]: before the projection, if there is one; or null
   int64_t h_stride;
-  Packed<T> packed;
+  ForwardPanels<T> panels;
 };
 
 // The cell's first part for V units of one row, both products in registers.
@@ -248,7 +248,7 @@ void forward_tile(const ForwardStep<T>& s, int64_t row, int64_t block, int rows,
   constexpr int G = Cell::kGates;
   Vec<T> acc[M][P * G];
   affine<G, Terms, M, P>(acc, rows, s.h_prev + row * s.h_prev_stride, s.h_prev_stride, s.K,
-                         s.packed, block, next);
+                         s.panels, block, next);
   // Not unrolled: through memory, the cell's code stands once per tile and not M*P times.
   Vec<T> sums[M * P * G];
   for_rows<Terms, M>(rows, [&](auto m) FUSEDRNN_LAMBDA {
@@ -514,11 +514,11 @@ Tile<typename Tiles::Step> tile_of(int rows, int log2_panels) {
 // H = 1024, is 1.19 (LSTM), 1.28 (GRU) and 1.0 (RNN) for 32 rows, 1.07, 1.07 and 1.06 for 64; 1.0 to
 // 1.03 at H = 512.
 template <int Q, class T>
-const char* next_line(const Packed<T>& packed, int64_t K, int64_t block, int64_t P, int64_t tiles,
-                      int64_t i) {
+const char* next_line(const ForwardPanels<T>& panels, int64_t K, int64_t block, int64_t P,
+                      int64_t tiles, int64_t i) {
   constexpr int64_t kLines = (Q * kVectorBytes + 63) / 64;
   if (tiles < P * kLines || i >= P * kLines) return nullptr;
-  const T* const terms = packed.template of<Q>(block + i / kLines, K) + Q * kLanes<T>;
+  const T* const terms = panels.template of<Q>(block + i / kLines, K) + Q * kLanes<T>;
   return reinterpret_cast<const char*>(terms) + i % kLines * 64;
 }
 
@@ -558,7 +558,7 @@ void run_tiles(const typename Tiles::Step& step, int64_t row_begin, int64_t row_
         const char* next = nullptr;
         if constexpr (Tiles::kFetches) {
           if (blocks - done >= 2 * panels) {  // else the next tiles are no such
-            next = next_line<Tiles::Q>(step.packed, step.K, block + (descending ? -panels : panels),
+            next = next_line<Tiles::Q>(step.panels, step.K, block + (descending ? -panels : panels),
                                        panels, fetching, i);
           }
         }
