@@ -43,8 +43,8 @@ struct BackwardLayout {
   int64_t unprojected = 0;  // [N, H]: what weight_hr was multiplied with
   // Where products take other than numbers, the terms of a step's grad_gates: [2, B, lanes].
   int64_t step_terms = 0;
-  // Of each thread: the terms of the rows, or the copy of the part of grad_gates, that it works on; of the
-  // part of a weight; and the rows of grad_weight_ih and of grad_weight_hh, if these are narrow.
+  // Of each thread: the terms of the rows, or the copy of the part of grad_gates, that it works on; of
+  // the part of a weight; and the rows of grad_weight_ih and of grad_weight_hh, if these are narrow.
   int64_t rows_terms    = 0;
   int64_t weight_terms  = 0;
   int64_t grad_ih_rows  = 0;
@@ -398,8 +398,8 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     if (layout.h_strips) convert(all_h_prev, P, h_strips);
     direction_barrier.wait();
   }
-  // This thread's part of a product of gates [all, E*H] and a weight [.., columns]. Each makes the terms
-  // of its part of either: some rows, or, of fewer rows than columns, some columns.
+  // This thread's part of a product of gates [all, E*H] and a weight [.., columns]. Each makes the
+  // terms of its part of either: some rows, or, of fewer rows than columns, some columns.
   const auto part_of_product = [&](int64_t all, int64_t columns) -> Part {
     const int64_t strips = (columns + kStrip<T> - 1) / kStrip<T>;
     if (!layout.kConverts || all > columns || strips < shard.direction_threads) {

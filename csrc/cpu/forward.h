@@ -97,7 +97,8 @@ struct ForwardLayout {
   }
 };
 
-// The blocks [begin, end) of direction d's weight_hh, and of weight_ih, to panels of those from `first` on.
+// The blocks [begin, end) of direction d's weight_hh, and of weight_ih, to panels of those from `first`
+// on.
 template <class Cell, class T, class Terms>
 void pack_recurrent(const ForwardArgs<T>& a, int64_t d, T* panels, int64_t begin, int64_t end,
                     int64_t first = 0) {
@@ -113,17 +114,18 @@ void pack_input(const ForwardArgs<T>& a, int64_t d, T* panels, int64_t begin, in
   });
 }
 
-// Which panels of a call are used once: they are packed piece by piece, just before that, and go no further
-// than L2 if one fits there. The time of an inference call with all packed before over that, on a Zen 4 core at (B, T, H), LSTM
-// / GRU / RNN: (1, 20, 512) 1.11 / 1.06 / 1.01, (1, 20, 1024) 1.12 / 1.12 / 1.09, cells (32, 1, 512) 1.2 / 1.1 /
-// 1.02, (32, 1, 1024) 1.27 / 1.25 / 1.15, (256, 1, 1024) 1.04 each; bfloat16 (1, 20, 1024) 1.19 / 1.23 / 1.06,
-// (32, 1, 1024) 1.43 / 1.31 / 1.08; AVX2 (40, 1, 512) 1.22 / 1.13 / 1.04; H = 128 and 256 0.98 to 1.03.
+// Which panels of a call are used once: they are packed piece by piece, just before that, and go no
+// further than L2 if one fits there. The time of an inference call with all packed before over that, on
+// a Zen 4 core at (B, T, H), LSTM / GRU / RNN: (1, 20, 512) 1.11 / 1.06 / 1.01, (1, 20, 1024) 1.12 /
+// 1.12 / 1.09, cells (32, 1, 512) 1.2 / 1.1 / 1.02, (32, 1, 1024) 1.27 / 1.25 / 1.15, (256, 1, 1024)
+// 1.04 each; bfloat16 (1, 20, 1024) 1.19 / 1.23 / 1.06, (32, 1, 1024) 1.43 / 1.31 / 1.08; AVX2 (40, 1,
+// 512) 1.22 / 1.13 / 1.04; H = 128 and 256 0.98 to 1.03.
 struct Once {
   bool recurrent = false, input = false;
 };
 
-// Direction d's weights but for those of `once` to `panels`: weight_hh, weight_ih, weight_hr. share(blocks,
-// pack) calls pack(begin, end) so that all blocks are packed.
+// Direction d's weights but for those of `once` to `panels`: weight_hh, weight_ih, weight_hr.
+// share(blocks, pack) calls pack(begin, end) so that all blocks are packed.
 template <class Cell, class T, class Terms, class Share>
 void pack_direction(const ForwardArgs<T>& a, int64_t d, const ForwardLayout<Cell, T, Terms>& layout,
                     const Once& once, T* panels, const Share& share) {
@@ -140,8 +142,8 @@ void pack_direction(const ForwardArgs<T>& a, int64_t d, const ForwardLayout<Cell
   }
 }
 
-// run_tiles for all of a thread's units. pack(to, begin, end) packs each tile's panels just before, over
-// the last one's, in the thread's part of `panels`.
+// run_tiles for all of a thread's units. pack(to, begin, end) packs each tile's panels just before,
+// over the last one's, in the thread's part of `panels`.
 template <class Tiles, class T, class Pack>
 void run_packing(typename Tiles::Step step, int64_t row_begin, int64_t row_end, const Shard& shard,
                  T* panels, const Pack& pack) {

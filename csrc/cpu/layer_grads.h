@@ -1,7 +1,7 @@
 // The gradients of a layer's input, weights and biases, after the backward recurrence has left
-// grad_gates: products in the register tiles of step.h, over operands as they lie in memory or, where that
-// pays or products take other than numbers, copies of them. Every element is summed by one thread in one order, so that
-// the bits do not depend on how many there are.
+// grad_gates: products in the register tiles of step.h, over operands as they lie in memory or, where
+// that pays or products take other than numbers, copies of them. Every element is summed by one thread
+// in one order, so that the bits do not depend on how many there are.
 #pragma once
 
 #include "../walk.h"
@@ -222,13 +222,13 @@ constexpr int64_t copied_weight(int64_t columns) {
   return strips_size<T>(kPartialRows, columns < kColumnsAtOnce<T> ? columns : kColumnsAtOnce<T>);
 }
 
-// A part, whose columns begin with a strip's, of out [rows, columns] = gates weight: gate g's row block of
-// the weight [gates * H, columns] is (g + first) % gates. The terms are made piece by piece, in copies of
-// kCopiedPart and of copied_weight(columns) numbers. A cell's training in bfloat16 with the terms of both
-// weights made before their products, over that, on Zen 4, LSTM / GRU / RNN, at (B, H): (32, 256) 1.02 /
-// 1.03 / 1.01, (12, 768) 1.16 / 1.14 / 1.06, (128, 512) 1.05 / 1.06 / 1.01; on two threads 1.07 / 1.06 /
-// 1.05, 1.31 / 1.35 / 1.19, 1.08 / 1.09 / 1.03. Layers of 50 and 100 steps 0.99 to 1.01. Not for numbers: to
-// read them where they lie takes 0.95 to 1.0 of the time.
+// A part, whose columns begin with a strip's, of out [rows, columns] = gates weight: gate g's row block
+// of the weight [gates * H, columns] is (g + first) % gates. The terms are made piece by piece, in
+// copies of kCopiedPart and of copied_weight(columns) numbers. A cell's training in bfloat16 with the
+// terms of both weights made before their products, over that, on Zen 4, LSTM / GRU / RNN, at (B, H):
+// (32, 256) 1.02 / 1.03 / 1.01, (12, 768) 1.16 / 1.14 / 1.06, (128, 512) 1.05 / 1.06 / 1.01; on two
+// threads 1.07 / 1.06 / 1.05, 1.31 / 1.35 / 1.19, 1.08 / 1.09 / 1.03. Layers of 50 and 100 steps 0.99
+// to 1.01. Not for numbers: to read them where they lie takes 0.95 to 1.0 of the time.
 template <class Terms, class T, class From>
 void gates_product(const Part& of_out, const GradGates<T>& a, const From* weight, int first,
                    int64_t columns, T* out, T* a_copy, T* b_copy) {

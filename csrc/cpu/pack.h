@@ -137,13 +137,14 @@ void to_turned_columns_of_terms(const From* from, int64_t from_stride, T* to, in
   }
 }
 
-// The panels of blocks [begin, end), from weight [G*H, K] and bias [G*H] (or null), into an array of those
-// from block `first` on. V rows are read side by side, and those that follow are fetched to L2 meanwhile, in
-// their order. The time of an inference call with each row's next lines fetched to L1 instead, column by
-// column, over that, on a Zen 4 core at (B, T, H), float32 LSTM / GRU / RNN: (1, 20, 128) 1.0, (1, 20, 256)
-// 1.05 / 1.04 / 1.02, (1, 100, 512) 1.06 / 1.03 / 1.02, (1, 20, 1024) 1.15 / 1.15 / 1.18; bfloat16 (8, 20, 512) 1.05 / 1.03 / 1.0,
-// (1, 20, 1024) 1.20 / 1.18 / 1.08; with AVX2 (1, 20, 512) 0.96 / 0.94 / 1.01, (1, 20, 1024) 1.03 to 1.06.
-// On a Zen 5 core nothing fetched over that other way was 1.08 / 1.13 / 0.96 at (1, 20, 512).
+// The panels of blocks [begin, end), from weight [G*H, K] and bias [G*H] (or null), into an array of
+// those from block `first` on. V rows are read side by side, and those that follow are fetched to L2
+// meanwhile, in their order. The time of an inference call with each row's next lines fetched to L1
+// instead, column by column, over that, on a Zen 4 core at (B, T, H), float32 LSTM / GRU / RNN: (1, 20,
+// 128) 1.0, (1, 20, 256) 1.05 / 1.04 / 1.02, (1, 100, 512) 1.06 / 1.03 / 1.02, (1, 20, 1024) 1.15 /
+// 1.15 / 1.18; bfloat16 (8, 20, 512) 1.05 / 1.03 / 1.0, (1, 20, 1024) 1.20 / 1.18 / 1.08; with AVX2 (1,
+// 20, 512) 0.96 / 0.94 / 1.01, (1, 20, 1024) 1.03 to 1.06. On a Zen 5 core nothing fetched over that
+// other way was 1.08 / 1.13 / 0.96 at (1, 20, 512).
 template <int G, class T, class Terms = Numbers<T>, class From = T>
 void pack_forward(T* panels, const From* weight, const T* bias, int64_t H, int64_t K, int64_t begin,
                   int64_t end, int64_t first = 0) {

@@ -40,10 +40,11 @@ inline int64_t l2_bytes() {
 // 24 and 96 take 1.04 times as long at (1, 32), 24 also at (1, 128); at larger shapes all three are
 // within a percent.
 constexpr int64_t kChunkRows = 48;
-// With weights beyond L2 all rows are one chunk if they are no more than this: then weight_ih's panels are
-// read once, and packed where that is done (forward.h, Once). The time of an inference call without over with it, LSTM / GRU / RNN, at
-// (B, T, H): (1, 100, 512) 1.04 / 1.02 / 1.0, (1, 100, 1024) 1.12 / 1.10 / 1.03, in bfloat16 1.02 / 1.0 /
-// 1.0 and 1.15 / 1.09 / 1.01; 160 and 200 rows, at H = 512, 0.97 to 1.04.
+// With weights beyond L2 all rows are one chunk if they are no more than this: then weight_ih's panels
+// are read once, and packed where that is done (forward.h, Once). The time of an inference call without
+// over with it, LSTM / GRU / RNN, at (B, T, H): (1, 100, 512) 1.04 / 1.02 / 1.0, (1, 100, 1024) 1.12 /
+// 1.10 / 1.03, in bfloat16 1.02 / 1.0 / 1.0 and 1.15 / 1.09 / 1.01; 160 and 200 rows, at H = 512, 0.97
+// to 1.04.
 constexpr int64_t kOnceRows = 128;
 
 // Whether to copy the input of a chunk's steps where their rows are not one matrix (`batch_first`), so
