@@ -219,14 +219,8 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
     // The gates, of all rows at once: what a step begins with is known.
     for (int64_t i = 0; Cell::kHasCell && i < s.T; ++i) copy_c_prev(i, c_prev + walk.offset(i) * H);
     const int64_t blocks = blocks_of<T>(H);
-    as_stored<Terms>(a.weight_ih[d], a.weight_ih_bf16[d], [&](const auto* weight) {
-      pack_forward<Cell::kGates, T, Terms>(forward_input, weight, a.bias_ih[d], H, a.I,
-                                           mine(blocks), next(blocks));
-    });
-    as_stored<Terms>(a.weight_hh[d], a.weight_hh_bf16[d], [&](const auto* weight) {
-      pack_forward<Cell::kGates, T, Terms>(forward_recurrent, weight, a.bias_hh[d], H, P,
-                                           mine(blocks), next(blocks));
-    });
+    pack_input<Cell, Terms>(a, d, forward_input, mine(blocks), next(blocks));
+    pack_recurrent<Cell, Terms>(a, d, forward_recurrent, mine(blocks), next(blocks));
     direction_barrier.wait();
     const auto terms_of = [&](const T* numbers, const uint16_t* bf16, int64_t row, T* to,
                               int64_t columns, int64_t count) -> const T* {
@@ -562,7 +556,7 @@ template <class Cell, class T, class Terms>
 bool backward(const BackwardArgs<T>& a) {
   const BackwardLayout<Cell, T, Terms> layout(a);
   const Shape shape = shape_of<Cell, T>(
-      a, int64_t(sizeof(T)) * (layout.recurrent + layout.projection), kMaxRows<Terms, 1>);
+      a, int64_t(sizeof(T)) * (layout.recurrent + layout.projection), kShardRows<Terms, 1>);
   return run_call<T, Terms>(shape, layout.elements(), a.num_threads,
                             [&](int64_t d, const Shard& shard, const Scratch<T>& scratch) {
                               backward_direction<Cell, T, Terms>(a, d, shard, scratch);

@@ -72,6 +72,23 @@ void pack_shared(const Shard& s, int64_t blocks, Barrier& barrier, const PackBlo
   }
 }
 
+// The blocks [begin, end) of direction d's weight_hh, and of weight_ih, to panels of those from `first`
+// on.
+template <class Cell, class Terms, class Args, class T>
+void pack_recurrent(const Args& a, int64_t d, T* panels, int64_t begin, int64_t end,
+                    int64_t first = 0) {
+  as_stored<Terms>(a.weight_hh[d], a.weight_hh_bf16[d], [&](const auto* weight) {
+    pack_forward<Cell::kGates, T, Terms>(panels, weight, a.bias_hh[d], a.H, a.P, begin, end, first);
+  });
+}
+template <class Cell, class Terms, class Args, class T>
+void pack_input(const Args& a, int64_t d, T* panels, int64_t begin, int64_t end,
+                int64_t first = 0) {
+  as_stored<Terms>(a.weight_ih[d], a.weight_ih_bf16[d], [&](const auto* weight) {
+    pack_forward<Cell::kGates, T, Terms>(panels, weight, a.bias_ih[d], a.H, a.I, begin, end, first);
+  });
+}
+
 // A thread's rows at one step, and its columns of an array there.
 struct Part {
   int64_t row_begin, row_end, column, columns;
@@ -123,12 +140,12 @@ struct States {
 };
 
 template <class Cell, class T, class Args>
-Shape shape_of(const Args& a, int64_t weight_bytes, int max_rows) {
+Shape shape_of(const Args& a, int64_t weight_bytes, int shard_rows) {
   return {a.sequences, rows_before(a.sequences, a.sequences.T),
           a.H,         a.P,
           a.D,         Cell::kGates,
           kLanes<T>,   weight_bytes,
-          l2_bytes(),  max_rows};
+          l2_bytes(),  shard_rows};
 }
 
 // body(direction, shard, scratch) for all of a call, in one parallel region; false, with nothing

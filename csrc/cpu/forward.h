@@ -97,23 +97,6 @@ struct ForwardLayout {
   }
 };
 
-// The blocks [begin, end) of direction d's weight_hh, and of weight_ih, to panels of those from `first`
-// on.
-template <class Cell, class T, class Terms>
-void pack_recurrent(const ForwardArgs<T>& a, int64_t d, T* panels, int64_t begin, int64_t end,
-                    int64_t first = 0) {
-  as_stored<Terms>(a.weight_hh[d], a.weight_hh_bf16[d], [&](const auto* weight) {
-    pack_forward<Cell::kGates, T, Terms>(panels, weight, a.bias_hh[d], a.H, a.P, begin, end, first);
-  });
-}
-template <class Cell, class T, class Terms>
-void pack_input(const ForwardArgs<T>& a, int64_t d, T* panels, int64_t begin, int64_t end,
-                int64_t first = 0) {
-  as_stored<Terms>(a.weight_ih[d], a.weight_ih_bf16[d], [&](const auto* weight) {
-    pack_forward<Cell::kGates, T, Terms>(panels, weight, a.bias_ih[d], a.H, a.I, begin, end, first);
-  });
-}
-
 // Which panels of a call are used once: they are packed piece by piece, just before that, and go no
 // further than L2 if one fits there. The time of an inference call with all packed before over that, on
 // a Zen 4 core at (B, T, H), LSTM / GRU / RNN: (1, 20, 512) 1.11 / 1.06 / 1.01, (1, 20, 1024) 1.12 /
@@ -132,8 +115,8 @@ void pack_direction(const ForwardArgs<T>& a, int64_t d, const ForwardLayout<Cell
   T* const input      = panels + layout.recurrent;
   T* const projection = input + layout.input;
   share(blocks_of<T>(a.H), [&](int64_t begin, int64_t end) {
-    if (!once.recurrent) pack_recurrent<Cell, T, Terms>(a, d, panels, begin, end);
-    if (!once.input) pack_input<Cell, T, Terms>(a, d, input, begin, end);
+    if (!once.recurrent) pack_recurrent<Cell, Terms>(a, d, panels, begin, end);
+    if (!once.input) pack_input<Cell, Terms>(a, d, input, begin, end);
   });
   if (a.weight_hr[d]) {
     share(blocks_of<T>(a.P), [&](int64_t begin, int64_t end) {
@@ -337,7 +320,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
         if (once.input) {
           run_packing<Tiles>(project, 0, end, shard, panels + layout.recurrent,
                              [&](T* to, int64_t from, int64_t until) {
-                               pack_input<Cell, T, Terms>(a, d, to, from, until, from);
+                               pack_input<Cell, Terms>(a, d, to, from, until, from);
                              });
         } else {
           run_tiles<Tiles>(project, 0, end, shard.block_begin, shard.block_end, false);
@@ -381,7 +364,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
     } else if (once.recurrent) {
       run_packing<ForwardTiles<Cell, T, Terms>>(
           step, row_begin, row_end, shard, panels, [&](T* to, int64_t from, int64_t until) {
-            pack_recurrent<Cell, T, Terms>(a, d, to, from, until, from);
+            pack_recurrent<Cell, Terms>(a, d, to, from, until, from);
           });
     } else if (layout.packed()) {
       run_tiles<ForwardTiles<Cell, T, Terms>>(step, row_begin, row_end, shard.block_begin,
@@ -427,7 +410,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
 
 template <class Cell, class T, class Terms>
 Shape forward_shape(const ForwardArgs<T>& a, const ForwardLayout<Cell, T, Terms>& layout) {
-  return shape_of<Cell, T>(a, layout.weight_bytes, kMaxRows<Terms, Cell::kGates>);
+  return shape_of<Cell, T>(a, layout.weight_bytes, kShardRows<Terms, Cell::kGates>);
 }
 
 // With Pairs not for a projection.

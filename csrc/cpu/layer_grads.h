@@ -18,9 +18,10 @@ constexpr int64_t kPartialRows = 128;
 template <class Terms, class T>
 constexpr int64_t kPartialLanes = kPartialRows - kPartialRows % (kLanes<T> * Terms::kGroupLanes);
 
-// Panels that lie side by side whatever the layout of a product's second factor is; no tile of fewer
-// begins in the midst of them and ends behind them, since panels are taken from the first on.
-constexpr int kStripPanels = 4;
+// Panels that lie side by side whatever the layout of a product's second factor is, a full tile's; no
+// tile of fewer begins in the midst of them and ends behind them, since panels are taken from the first
+// on.
+constexpr int kStripPanels = kAccumulators / 6;
 template <class T>
 constexpr int64_t kStrip = kStripPanels * kLanes<T>;
 
@@ -159,6 +160,15 @@ struct ProductTiles {
 // Rows that take all their terms before the next ones do, so that the partial sums stay in L2
 // (96 and 384: within 2 percent, mostly slower).
 constexpr int64_t kBlockRows = 192;
+// Numbers of the copy of a part of a product's first factor.
+constexpr int64_t kCopiedPart = kBlockRows * kPartialRows;
+// Columns whose terms are made at once: kPartialRows of these are half of an L2 of 1 MB.
+template <class T>
+constexpr int64_t kColumnsAtOnce = 16 * kStrip<T>;
+template <class T>
+constexpr int64_t copied_weight(int64_t columns) {
+  return strips_size<T>(kPartialRows, columns < kColumnsAtOnce<T> ? columns : kColumnsAtOnce<T>);
+}
 
 // part(m, rows, k, terms) for `terms` of K lanes of terms from k on and `rows` of rows [begin, end) from
 // m on, until that is all; finish(m, rows) after the last terms of these rows.
@@ -203,9 +213,6 @@ void matrix_product(const ProductStep<T>& s, int64_t begin, int64_t end) {
   });
 }
 
-// Numbers of the copies of a part of a below.
-constexpr int64_t kCopiedPart = kBlockRows * kPartialRows;
-
 // A direction's gradients of the pre-activations, [.., gates * H], the rows `stride` apart.
 template <class T>
 struct GradGates {
@@ -213,14 +220,6 @@ struct GradGates {
   int64_t stride, H;
   int count;
 };
-
-// Columns whose terms are made at once below: kPartialRows of these are half of an L2 of 1 MB.
-template <class T>
-constexpr int64_t kColumnsAtOnce = 16 * kStrip<T>;
-template <class T>
-constexpr int64_t copied_weight(int64_t columns) {
-  return strips_size<T>(kPartialRows, columns < kColumnsAtOnce<T> ? columns : kColumnsAtOnce<T>);
-}
 
 // A part, whose columns begin with a strip's, of out [rows, columns] = gates weight: gate g's row block
 // of the weight [gates * H, columns] is (g + first) % gates. The terms are made piece by piece, in
