@@ -154,19 +154,27 @@ def two_threads():
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(
-    ("shape", "directions", "words"),
+    ("cell", "shape", "directions", "words"),
     [
-        ((100, 1, 32), 1, "one thread of 2"),  # H at most 64: no synchronisation
-        ((100, 1, 256), 1, "the hidden units are split in 2"),
-        ((100, 32, 128), 1, "the batch is split in 2, which never wait"),
-        ((100, 1, 256), 2, "the directions run side by side"),
-        ((100, 64, 1024), 1, "the hidden units are split in 2"),  # weights larger than the L2
-        ((1, 1, 256), 1, "as they lie in memory"),
-        ((100, 1, 256), 1, "laid out anew"),
+        ("LSTM", (100, 1, 32), 1, "one thread of 2"),  # H at most 64: no synchronisation
+        ("LSTM", (100, 1, 256), 1, "the hidden units are split in 2"),
+        ("LSTM", (100, 32, 128), 1, "the batch is split in 2, which never wait"),
+        ("LSTM", (100, 1, 256), 2, "the directions run side by side"),
+        (
+            "LSTM",
+            (100, 64, 1024),
+            1,
+            "the hidden units are split in 2",
+        ),  # weights larger than the L2
+        ("LSTM", (100, 8, 128), 1, "the hidden units are split in 2"),  # no full tile a thread
+        ("RNN", (100, 8, 128), 1, "the batch is split in 2, which never wait"),
+        ("GRU", (2, 32, 128), 1, "the hidden units are split in 2"),  # packing is most of the work
+        ("LSTM", (1, 1, 256), 1, "as they lie in memory"),
+        ("LSTM", (100, 1, 256), 1, "laid out anew"),
     ],
 )
-def test_plans(shape, directions, words):
-    module = build(modules, "LSTM", shape[2], shape[2], bidirectional=directions == 2)
+def test_plans(cell, shape, directions, words):
+    module = build(modules, cell, shape[2], shape[2], bidirectional=directions == 2)
     assert words in fusedrnn.explain(module, torch.empty(shape))
 
 

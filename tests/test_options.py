@@ -81,7 +81,7 @@ def test_kernels_match_the_reference(cell, form, reset, D):
 @pytest.mark.parametrize("P", [0, 24])
 @pytest.mark.parametrize("form", ["padded", "packed"])
 @pytest.mark.parametrize("D", [1, 2])
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_the_same_bits_for_every_thread_count(cell, D, form, P):
     """Shapes that split the batch (B=48), and hidden units (B=3)."""
     if P and cell != "lstm":

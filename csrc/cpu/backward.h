@@ -28,8 +28,6 @@ struct BackwardLayout {
   int64_t gates             = 0;  // [N, G*H], unless they share grad_gates' memory,
   int64_t extra             = 0;  // [N, H], GRU's
   // For all calls:
-  int64_t recurrent     = 0;  // packed weight_hh,
-  int64_t projection    = 0;  // packed weight_hr,
   int64_t h_prev        = 0;  // [N, P], if it is wanted
   int64_t c_prev        = 0;  // [B, H], of steps that some rows begin with; [N, H] with `gates`
   int64_t carry         = 0;  // [B, H]: the cell's part of the gradient of the state before,
@@ -52,6 +50,9 @@ struct BackwardLayout {
   int64_t group_rows    = 0;  // of each of group_threads: what a sample's gradients are products of
   int64_t group_threads = 0;
   int64_t threads;  // at most
+  // Panels of weight_hh, and of weight_hr.
+  int64_t recurrent  = 0;
+  int64_t projection = 0;
 
   explicit BackwardLayout(const BackwardArgs<T>& a) : threads(a.num_threads) {
     const Sequences& s       = a.sequences;
@@ -113,10 +114,9 @@ struct BackwardLayout {
     return (rows_terms + weight_terms + grad_ih_rows + grad_hh_rows + 15) / 16 * 16;
   }
   int64_t elements() const {
-    return forward_input + forward_recurrent + gates + extra + recurrent + projection + h_prev +
-           c_prev + carry + initial_carry + initial_gates + grad_gates + grad_h + unprojected +
-           step_terms + threads * of_thread() + group_threads * group_rows + input_strips +
-           h_strips;
+    return forward_input + forward_recurrent + gates + extra + h_prev + c_prev + carry +
+           initial_carry + initial_gates + grad_gates + grad_h + unprojected + step_terms +
+           threads * of_thread() + group_threads * group_rows + input_strips + h_strips;
   }
 };
 
@@ -158,9 +158,7 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   T* const forward_recurrent = forward_input + layout.forward_input;
   T* const own_gates         = forward_recurrent + layout.forward_recurrent;
   T* const own_extra         = own_gates + layout.gates;
-  T* const recurrent         = own_extra + layout.extra;
-  T* const projection        = recurrent + layout.recurrent;
-  T* const all_h_prev        = projection + layout.projection;
+  T* const all_h_prev        = own_extra + layout.extra;
   T* const c_prev            = all_h_prev + layout.h_prev;
   T* const carry             = c_prev + layout.c_prev;
   T* const initial_carry     = carry + layout.carry;
@@ -170,6 +168,8 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   T* const grad_gates        = unprojected + layout.unprojected;
   T* const step_terms        = grad_gates + layout.grad_gates;
   T* const all_group_rows    = step_terms + layout.step_terms;
+  T* const recurrent         = scratch.panels(d, shard);
+  T* const projection        = recurrent + layout.recurrent;
 
   T* const gates_again = kShareGates<Cell> ? grad_gates : own_gates;
   const T* const gates = again ? gates_again : a.gates + d * rows * G * H;
@@ -266,16 +266,13 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
   }
 
   if (layout.recurrent) {
-    pack_shared(shard, blocks_of<T>(P), direction_barrier, [&](int64_t begin, int64_t end) {
-      as_stored<Terms>(a.weight_hh[d], a.weight_hh_bf16[d], [&](const auto* weight) {
-        pack_backward<Cell, T, Terms>(recurrent, weight, H, P, begin, end);
-      });
+    as_stored<Terms>(a.weight_hh[d], a.weight_hh_bf16[d], [&](const auto* weight) {
+      pack_backward<Cell, T, Terms>(recurrent, weight, H, P, h_blocks.begin, h_blocks.end);
     });
   }
   if (projects) {
-    pack_shared(shard, blocks_of<T>(H), direction_barrier, [&](int64_t begin, int64_t end) {
-      pack_backward<Projection, T>(projection, a.weight_hr[d], P, H, begin, end);
-    });
+    pack_backward<Projection, T>(projection, a.weight_hr[d], P, H, shard.block_begin,
+                                 shard.block_end);
   }
 
   BackwardStep<T> step{};
@@ -555,9 +552,11 @@ void backward_direction(const BackwardArgs<T>& a, int64_t d, const Shard& shard,
 template <class Cell, class T, class Terms>
 bool backward(const BackwardArgs<T>& a) {
   const BackwardLayout<Cell, T, Terms> layout(a);
-  const Shape shape = shape_of<Cell, T>(
-      a, int64_t(sizeof(T)) * (layout.recurrent + layout.projection), kShardRows<Terms, 1>);
-  return run_call<T, Terms>(shape, layout.elements(), a.num_threads,
+  const int64_t panels = layout.recurrent + layout.projection;
+  const int64_t bytes  = panels * int64_t(sizeof(T));
+  const Shape shape    = shape_of<Cell, T>(a, bytes, bytes, Cell::kGates * a.H * int64_t(sizeof(T)),
+                                           kShardRows<Terms, 1>);
+  return run_call<T, Terms>(shape, layout.elements(), panels, a.num_threads,
                             [&](int64_t d, const Shard& shard, const Scratch<T>& scratch) {
                               backward_direction<Cell, T, Terms>(a, d, shard, scratch);
                             });

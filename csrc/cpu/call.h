@@ -12,15 +12,18 @@ namespace {
 // A projection is a product by rows of one gate.
 using Projection = Rnn<false>;
 
-// Scratch of one call, shared by its threads: for each direction `elements` numbers, on a cache
-// line boundary, and barrier counters.
+// Scratch of one call: for each direction barrier counters, `elements` numbers that its threads share, and
+// `panels` for each row shard, all on cache line boundaries.
 template <class T>
 class Scratch {
  public:
-  Scratch(int64_t elements, int64_t directions, int threads)
-      : elements_((elements + 63) / 64 * 64), threads_(threads) {
+  Scratch(int64_t elements, int64_t panels, int64_t directions, int threads, int row_shards)
+      : elements_((elements + 63) / 64 * 64),
+        panels_((panels + 63) / 64 * 64),
+        direction_(elements_ + row_shards * panels_),
+        threads_(threads) {
     const size_t counters = sizeof(BarrierCounter) * size_t(directions * (threads + 1));
-    const size_t numbers  = sizeof(T) * size_t(elements_ * directions);
+    const size_t numbers  = sizeof(T) * size_t(direction_ * directions);
     memory_               = Memory(counters + numbers);
     if (!ok()) return;
     std::memset(memory_.data(), 0, counters);
@@ -28,7 +31,10 @@ class Scratch {
   }
 
   bool ok() const { return memory_.data() != nullptr; }
-  T* numbers(int64_t direction) const { return numbers_ + direction * elements_; }
+  T* numbers(int64_t direction) const { return numbers_ + direction * direction_; }
+  T* panels(int64_t direction, const Shard& s) const {
+    return numbers(direction) + elements_ + s.row_shard * panels_;
+  }
 
   // The barrier of all threads of a direction.
   Barrier direction_barrier(int64_t direction, const Shard& s) const {
@@ -44,7 +50,7 @@ class Scratch {
     return static_cast<BarrierCounter*>(memory_.data()) + direction * (threads_ + 1) + i;
   }
 
-  int64_t elements_;
+  int64_t elements_, panels_, direction_;
   int threads_;
   Memory memory_;
   T* numbers_ = nullptr;
@@ -56,20 +62,6 @@ struct Blocks {
 };
 inline Blocks own_blocks(const Shard& s, int64_t blocks) {
   return {blocks * s.unit_shard / s.unit_shards, blocks * (s.unit_shard + 1) / s.unit_shards};
-}
-
-// Packs `blocks` panels of a direction's weights, each of its threads a part. Threads that split only
-// units pack what they will read themselves, into their own cache, and need not wait.
-template <class PackBlocks>
-void pack_shared(const Shard& s, int64_t blocks, Barrier& barrier, const PackBlocks& pack_blocks) {
-  if (s.direction_threads == s.unit_shards) {
-    const Blocks own = own_blocks(s, blocks);
-    pack_blocks(own.begin, own.end);
-  } else {
-    pack_blocks(blocks * s.direction_rank / s.direction_threads,
-                blocks * (s.direction_rank + 1) / s.direction_threads);
-    barrier.wait();
-  }
 }
 
 // The blocks [begin, end) of direction d's weight_hh, and of weight_ih, to panels of those from `first`
@@ -140,20 +132,25 @@ struct States {
 };
 
 template <class Cell, class T, class Args>
-Shape shape_of(const Args& a, int64_t weight_bytes, int shard_rows) {
-  return {a.sequences, rows_before(a.sequences, a.sequences.T),
-          a.H,         a.P,
-          a.D,         Cell::kGates,
-          kLanes<T>,   weight_bytes,
-          l2_bytes(),  shard_rows};
+Shape shape_of(const Args& a, int64_t weight_bytes, int64_t packed_bytes, int64_t row_bytes,
+               int shard_rows) {
+  return {a.sequences,  rows_before(a.sequences, a.sequences.T),
+          a.H,          a.P,
+          a.D,          Cell::kGates,
+          kLanes<T>,    weight_bytes,
+          packed_bytes, l2_bytes(),
+          row_bytes,    shard_rows};
 }
 
-// body(direction, shard, scratch) for all of a call, in one parallel region; false, with nothing
-// done, if there is no memory for the scratch.
+// body(direction, shard, scratch) for all of a call, in one parallel region, with scratch of so many
+// elements and panels; false, with nothing done, if there is no memory for it.
 template <class T, class Terms, class Body>
-bool run_call(const Shape& shape, int64_t scratch_elements, int num_threads, const Body& body) {
-  const int threads = useful_threads(shape, num_threads);
-  const Scratch<T> scratch(scratch_elements, shape.D, threads);
+bool run_call(const Shape& shape, int64_t elements, int64_t panels, int num_threads,
+              const Body& body) {
+  const int threads      = useful_threads(shape, num_threads);
+  const int of_direction = int((threads + shape.D - 1) / shape.D);
+  const Scratch<T> scratch(elements, panels, shape.D, threads,
+                           most_row_shards(shape, of_direction));
   if (!scratch.ok()) return false;
   parallel(threads, [&](int thread, int running) {
     const FlushDenormals<T> flush;

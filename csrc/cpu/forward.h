@@ -35,6 +35,7 @@ struct ForwardLayout {
 
   bool packed() const { return recurrent > 0; }
   int64_t panels_size() const { return recurrent + input + projection; }
+  int64_t own_panels() const { return given ? 0 : panels_size(); }
 
   explicit ForwardLayout(const ForwardArgs<T>& a)
       : threads(a.num_threads), given(a.panels[0] != nullptr) {
@@ -84,7 +85,7 @@ struct ForwardLayout {
     return waits && shard.unit_shards == 1 ? ahead_rows : 0;
   }
   int64_t elements() const {
-    return !given * panels_size() + unprojected + started + h_terms + threads * input_terms + gates;
+    return unprojected + started + h_terms + threads * input_terms + gates;
   }
 
   // Steps of the chunk that begins with the i-th.
@@ -157,8 +158,8 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   const Walk walk(s, d);
   const ForwardLayout<Cell, T, Terms> layout(a);
 
-  T* const panels      = scratch.numbers(d);
-  T* const unprojected = panels + !layout.given * layout.panels_size();
+  T* const panels      = scratch.panels(d, shard);
+  T* const unprojected = scratch.numbers(d);
   T* const started     = unprojected + layout.unprojected;
   T* const h_terms     = started + layout.started;
   T* const input_terms = h_terms + layout.h_terms + shard.direction_rank * layout.input_terms;
@@ -181,15 +182,13 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   Once once;
   if (layout.packed()) {
     if (!layout.given) {
-      if (shard.direction_threads == shard.unit_shards) {  // none shares another one's panels
-        once.recurrent = s.T == 1;
-        once.input     = ahead_rows == 0 && layout.chunk(walk, 0, s.T) == s.T;
-      }
-      Barrier direction_barrier = scratch.direction_barrier(d, shard);
-      const auto share          = [&](int64_t blocks, const auto& pack_blocks) {
-        pack_shared(shard, blocks, direction_barrier, pack_blocks);
-      };
-      pack_direction(a, d, layout, once, panels, share);
+      const bool all_rows = shard.direction_threads == shard.unit_shards;
+      once.recurrent      = s.T == 1;
+      once.input          = ahead_rows == 0 && all_rows && layout.chunk(walk, 0, s.T) == s.T;
+      pack_direction(a, d, layout, once, panels, [&](int64_t blocks, const auto& pack_blocks) {
+        const Blocks own = own_blocks(shard, blocks);
+        pack_blocks(own.begin, own.end);
+      });
     }
     const T* const all = layout.given ? a.panels[d] : panels;
     step.panels        = {all};
@@ -410,14 +409,16 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
 
 template <class Cell, class T, class Terms>
 Shape forward_shape(const ForwardArgs<T>& a, const ForwardLayout<Cell, T, Terms>& layout) {
-  return shape_of<Cell, T>(a, layout.weight_bytes, kShardRows<Terms, Cell::kGates>);
+  return shape_of<Cell, T>(a, layout.weight_bytes, layout.own_panels() * int64_t(sizeof(T)),
+                           a.P * int64_t(sizeof(T)), kShardRows<Terms, Cell::kGates>);
 }
 
 // With Pairs not for a projection.
 template <class Cell, class T, class Terms>
 bool forward(const ForwardArgs<T>& a) {
   const ForwardLayout<Cell, T, Terms> layout(a);
-  return run_call<T, Terms>(forward_shape(a, layout), layout.elements(), a.num_threads,
+  return run_call<T, Terms>(forward_shape(a, layout), layout.elements(), layout.own_panels(),
+                            a.num_threads,
                             [&](int64_t d, const Shard& shard, const Scratch<T>& scratch) {
                               forward_direction<Cell, T, Terms>(a, d, shard, scratch);
                             });

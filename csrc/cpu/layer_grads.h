@@ -21,7 +21,7 @@ constexpr int64_t kPartialLanes = kPartialRows - kPartialRows % (kLanes<T> * Ter
 // Panels that lie side by side whatever the layout of a product's second factor is, a full tile's; no
 // tile of fewer begins in the midst of them and ends behind them, since panels are taken from the first
 // on.
-constexpr int kStripPanels = kAccumulators / 6;
+constexpr int kStripPanels = max_panels<Numbers<float>, 1>(kMaxRows<Numbers<float>, 1>);
 template <class T>
 constexpr int64_t kStrip = kStripPanels * kLanes<T>;
 

@@ -71,13 +71,13 @@ inline int64_t max_unpacked_passes(int64_t weight_bytes, int64_t l2_bytes) {
   return weight_bytes <= l2_bytes / 4 ? 2 : 6;
 }
 
-// Rows that a thread gets at least where threads split rows, so that it reads the weights for enough
-// work: of several gates a full tile's, of one, where a barrier costs more than reading them for less,
-// four. The time with full tiles' over that with four, on two threads, at (B, H), T = 100, LSTM / GRU /
-// RNN: training (8, 64) 1.12 / 1.13 / 1.18, (8, 128) 1.10 / 1.11 / 1.22, (11, 128) 1.07 / 1.10 / 1.21,
-// (8, 256) 1.04 / 1.01 / 1.0, in bfloat16 (8, 128) 1.06 / 1.08 / 1.13; an RNN's inference, in this order,
-// 1.10, 1.07, 1.22, 1.01 and 1.18. Three rows: RNN (6, 128) 0.9, (6, 256) 0.8; four of several gates:
-// LSTM (8, 128) 0.83 to 0.97.
+// Rows that a thread gets at least where threads split rows, each reading all weights: a full tile; in
+// products of one gate four, since there a barrier costs more than reading weights for less work. Speedup
+// of four rows over full tiles on two threads, at (B, H), T = 100, LSTM / GRU / RNN: training (8, 64)
+// 1.12 / 1.13 / 1.18, (8, 128) 1.10 / 1.11 / 1.22, (11, 128) 1.07 / 1.10 / 1.21, (8, 256) 1.04 / 1.01 /
+// 1.0, in bfloat16 (8, 128) 1.06 / 1.08 / 1.13; an RNN's inference, in this order, 1.10, 1.07, 1.22, 1.01
+// and 1.18. Three rows: RNN (6, 128) 0.9, (6, 256) 0.8; four of several gates: LSTM (9, 128) 0.89 to 1.0,
+// GRU 0.89 to 0.99. AMX's tiles have 16 rows in either case.
 template <class Terms, int Q>
 constexpr int kShardRows = Q == 1 && Terms::kTileRows == 0 ? 4 : kMaxRows<Terms, Q>;
 
@@ -88,15 +88,38 @@ struct Shape {
   int64_t gates;         // G
   int64_t lanes;         // V
   int64_t weight_bytes;  // of one direction, as the steps read them
+  int64_t packed_bytes;  // of these, what the call packs
   int64_t l2_bytes;      // asked once: all threads of a call must plan alike
+  int64_t row_bytes;     // of a row at a step, that threads which split units write for each other
   int shard_rows;        // at least, of a thread where threads split rows
 };
 
-// How many of `threads` threads of one direction split rows; the others split units.
-FUSEDRNN_INLINE int row_shards_of(const Shape& s, int threads) {
-  // Rows are split where the weights, which each thread then reads whole, fit its L2.
-  const int64_t by_rows = s.weight_bytes <= s.l2_bytes ? s.sequences.B / s.shard_rows : 1;
+// On average: sequences may end at different steps.
+inline int64_t rows_of_step(const Shape& s) { return s.rows / s.sequences.T; }
+
+// Whether it pays for two threads with so many rows to split them. Then each packs all weights; if they
+// split units, each packs a half, but at every step it waits at a barrier and reads half of what is written
+// from the other's cache. The barrier counts as 2 KB of that, and to read a byte as to pack four. Speedup
+// of an inference call by splitting units on a Zen 4 core, LSTM / GRU / RNN: (16, 2, 128) 1.10 / 1.11 /
+// 1.02, (64, 2, 64) 0.93 / 0.98 / 0.91, (16, 60, 128) 0.97 / 1.07 / 0.92, (64, 60, 64) 1.02 / 0.83 / 0.93.
+inline bool pays_to_split_rows(const Shape& s, int64_t rows) {
+  return s.sequences.T * (rows * s.row_bytes + 2048) > s.packed_bytes / 4;
+}
+
+// Row shards of one direction's threads at most: each reads all weights, which fit its L2.
+inline int most_row_shards(const Shape& s, int threads) {
+  const int64_t by_rows = s.weight_bytes <= s.l2_bytes ? rows_of_step(s) / s.shard_rows : 1;
   return int(max64(1, min64(threads, by_rows)));
+}
+
+// How many row shards; the threads of each split units.
+FUSEDRNN_INLINE int row_shards_of(const Shape& s, int threads) {
+  const int most  = most_row_shards(s, threads);
+  int unit_shards = (threads + most - 1) / most;
+  if (unit_shards == 1 && threads > 1 && !pays_to_split_rows(s, rows_of_step(s) * 2 / threads)) {
+    unit_shards = 2;
+  }
+  return threads / unit_shards;
 }
 
 // The first row of the k-th of n row shards with equal work: so many sequences that their steps are
@@ -121,9 +144,10 @@ FUSEDRNN_INLINE int useful_threads(const Shape& s, int wanted) {
   // against one: 1.2x at 32K a thread (one step, H=128), 1.5x at 200K, 1.7x at 128K to 1M.
   constexpr int64_t kMinCall = 64 * 1024;
   const int64_t row          = s.P * s.H * s.gates;
-  const int64_t step         = s.rows / s.sequences.T * row;
+  const int64_t step_rows    = rows_of_step(s);
   const int64_t call         = s.D * s.rows * row;
-  const int64_t per_step     = s.D * max64(s.sequences.B / s.shard_rows, max64(1, step / kMinStep));
+  const int64_t per_step =
+      s.D * max64(step_rows / s.shard_rows, max64(1, step_rows * row / kMinStep));
   return int(max64(1, available_threads(min64(wanted, min64(per_step, call / kMinCall)))));
 }
 

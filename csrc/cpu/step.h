@@ -62,7 +62,8 @@ FUSEDRNN_INLINE int64_t part_end(int64_t k, int64_t K) {
 // at 8 rows of an LSTM, H=512), nor AVX2's of several gates (0.96 to 0.99; an RNN's, H=1024, 1.03 to
 // 1.06).
 constexpr bool fetches(int64_t M, int64_t P, int64_t Q) {
-  return (kVectorBytes == 64 || Q == 1) && 3 * M * P * Q > 2 * kAccumulators;
+  return (kVectorBytes == 64 || (kVectorBytes == 32 && Q == 1)) &&
+         3 * M * P * Q > 2 * kAccumulators;
 }
 
 // acc[m][p*Q + q] += sum_k a[m*lda + k] panel_p[k][q] for k in [begin, end), ascending; k counts lanes
