@@ -106,9 +106,11 @@ inline bool pays_to_split_rows(const Shape& s, int64_t rows) {
   return s.sequences.T * (rows * s.row_bytes + 2048) > s.packed_bytes / 4;
 }
 
-// Row shards of one direction's threads at most: each reads all weights, which fit its L2.
+// Row shards of one direction's threads at most: each reads all weights, which fit its L2. At steps that
+// not all sequences reach they have fewer rows: an RNN's inference with 12 rows at first and 6.6 on average
+// takes two threads that split them 0.7 to 0.9 of the time that units take.
 inline int most_row_shards(const Shape& s, int threads) {
-  const int64_t by_rows = s.weight_bytes <= s.l2_bytes ? rows_of_step(s) / s.shard_rows : 1;
+  const int64_t by_rows = s.weight_bytes <= s.l2_bytes ? s.sequences.B / s.shard_rows : 1;
   return int(max64(1, min64(threads, by_rows)));
 }
 
@@ -144,10 +146,9 @@ FUSEDRNN_INLINE int useful_threads(const Shape& s, int wanted) {
   // against one: 1.2x at 32K a thread (one step, H=128), 1.5x at 200K, 1.7x at 128K to 1M.
   constexpr int64_t kMinCall = 64 * 1024;
   const int64_t row          = s.P * s.H * s.gates;
-  const int64_t step_rows    = rows_of_step(s);
   const int64_t call         = s.D * s.rows * row;
   const int64_t per_step =
-      s.D * max64(step_rows / s.shard_rows, max64(1, step_rows * row / kMinStep));
+      s.D * max64(s.sequences.B / s.shard_rows, max64(1, rows_of_step(s) * row / kMinStep));
   return int(max64(1, available_threads(min64(wanted, min64(per_step, call / kMinCall)))));
 }
 
