@@ -69,7 +69,7 @@ bool is_narrow(Dtype dtype) { return dtype == Dtype::kFloat16 || dtype == Dtype:
 Narrow narrow_of(Dtype dtype) { return dtype == Dtype::kFloat16 ? kFloat16 : kBfloat16; }
 
 Memory allocate(size_t bytes) {
-  Memory memory(bytes + 1);
+  Memory memory(bytes + 1);  // never 0 bytes, for which posix_memalign may give null
   if (!memory.data()) throw std::bad_alloc();
   return memory;
 }
@@ -90,8 +90,10 @@ struct NewTensor {
       floats_ = allocate(size_t(elements_) * sizeof(float));
       data    = floats_.data();
     } else {
-      advise_large_pages(data,
-                         size_t(elements_) * (is_narrow(type) ? sizeof(uint16_t) : sizeof(float)));
+      const size_t size = is_narrow(type)           ? sizeof(uint16_t)
+                          : type == Dtype::kFloat32 ? sizeof(float)
+                                                    : sizeof(double);
+      advise_large_pages(data, size_t(elements_) * size);
     }
   }
 
@@ -131,8 +133,8 @@ struct Layer {
   int cell_index = 0;
   int64_t T = 0, B = 0, N = 0, I = 0, H = 0, P = 0, D = 0;
   bool one_step   = false;  // input [B, I], states [B, P]
-  bool of_module  = false;  // whether that is known, and inputs and states may come
-  bool unbatched  = false;  // without a dimension for B = 1
+  bool of_module  = false;  // one_step is given, and the batch dimension may be missing
+  bool unbatched  = false;  // it is missing: B = 1
   bool swapped    = false;  // input [B, T, I]
   bool projects   = false;
   bool cells      = false;  // c of every step is a result too
@@ -344,8 +346,8 @@ struct Layer {
                                         : read_dense(object, {T, B, size}, out);
   }
 
-  // Whether the output of a swapped input is made as one: the same memory as [T, B, ...], but for strides
-  // of a dimension of 1.
+  // Whether the output of a swapped input is made as one: the same memory as [T, B, ...], but for
+  // strides of a dimension of 1.
   bool swaps_output() const { return swapped && (T == 1 || B == 1); }
   NewTensor new_state(PyObject* like, int64_t i) const {
     const int64_t size = state_size(i);
@@ -393,7 +395,7 @@ struct Layer {
       for (TensorView& weight : of_direction) widen(&weight, num_threads);
     }
     if (zero_states) {
-      const size_t bytes = sizeof(double) * size_t(D * B * std::max(H, P));
+      const size_t bytes = wide_size() * size_t(D * B * std::max(H, P));
       memory.push_back(allocate(bytes));
       std::memset(memory.back().data(), 0, bytes);
       for (TensorView& state : states) state.data = memory.back().data();
@@ -535,7 +537,7 @@ struct FinalStates {
   }
 };
 
-// What one of them gives beside; None: not wanted.
+// A layer's other results; None: not wanted.
 struct LayerResults {
   py::object output, cells, saved;
 };
@@ -589,7 +591,7 @@ py::object forward(PyObject* const* arguments) {
   return py::make_tuple(results_of(results, final, num_threads), results.saved);
 }
 
-// The integer that `object` is; -1 if it is none, or too large.
+// `object` as an integer; -1 if it is not one, or too large.
 int64_t integer(PyObject* object) {
   const int64_t value = PyLong_Check(object) ? PyLong_AsLongLong(object) : -1;
   PyErr_Clear();
@@ -670,7 +672,8 @@ py::object plain(PyObject* const* arguments) {
     }
     size_of_h  = layer.P;  // of all layers: h_n has one size
     transposes = transposes || (layer.swapped && !layer.swaps_output());
-    // Without panels plan.h packs nothing for one row, which is then multiplied as it is.
+    // No difference to one row without panels: that is not packed (plan.h), so its products are of
+    // float32.
     if (layer.N > 1 || panels_of != Py_None) layer.least = torch.float32_precision();
     py::object panels = py::none();
     if (panels_of != Py_None) panels = py::handle(panels_of)(number, weights[size_t(number)]);
@@ -768,8 +771,8 @@ py::object backward(PyObject* const* arguments) {
 
   const auto wanted    = [&](int64_t i) { return needed[i] == Py_True; };
   const int64_t states = initial.size();
-  // A short call multiplies float32 numbers as they are: as forward did, so that gates are computed
-  // again as they were (but for groups').
+  // The precision of forward's products, so that gates computed again have its bits (but for
+  // groups'): a short call multiplies float32 numbers as they are.
   const bool as_forward =
       layer.products() != kHighest && groups == 0 &&
       (layer.reads_bf16() || kernels_for<float>(layer)
@@ -787,7 +790,7 @@ py::object backward(PyObject* const* arguments) {
     made[0]            = layer.new_rows(like, layer.I);
     gradients.input[0] = made[0].data;
     if (D == 2) {
-      layer.memory.push_back(allocate(sizeof(double) * size_t(N * layer.I)));
+      layer.memory.push_back(allocate(layer.wide_size() * size_t(N * layer.I)));
       gradients.input[1] = layer.memory.back().data();
     }
   }

@@ -13,11 +13,11 @@ namespace {
 
 constexpr size_t kLargePage = size_t(2) << 20;
 
-// The blocks that a thread gave back last, up to kMost bytes of them. From the system the next call's
-// would come in pages to be cleared: 0.9 of the time of training an LSTM at (32, 100, 256) in bfloat16
-// this way, 0.6 of an LSTMCell's at (32, 256). In float32 the limit of 256 MB is 0.84 of the time at 64
-// MB of an LSTM's (64, 50, 1024), 0.65 of its (128, 100, 512), in turns with torch.nn's calls on a
-// virtual machine, whose host takes freed pages away.
+// The blocks that a thread gave back last, up to kMost bytes of them: pages from the system would
+// have to be cleared. Training takes 0.9 of the time so for an LSTM at (32, 100, 256) in bfloat16,
+// 0.6 for an LSTMCell at (32, 256); in float32, with 256 MB kept instead of 64, 0.84 for an LSTM at
+// (64, 50, 1024) and 0.65 at (128, 100, 512), in turns with torch.nn's calls on a virtual machine
+// whose host takes freed pages away.
 class Kept {
  public:
   // A block of at least so many bytes, and not of many more; null if there is none.
@@ -43,7 +43,7 @@ class Kept {
   }
 
  private:
-#if defined(__SANITIZE_ADDRESS__)  // which is to see who reads or writes them when they are freed
+#if defined(__SANITIZE_ADDRESS__)  // so that it sees uses after free
   static constexpr size_t kMost = 0;
 #else
   static constexpr size_t kMost = 256 << 20;

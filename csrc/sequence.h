@@ -5,13 +5,17 @@
 //   T time steps, B batch, I input features, H hidden units, D directions (1 or 2),
 //   P size of h (H, or the rows of a projection), N rows of all time steps (T*B, or fewer),
 //   G gates of a cell (LSTM 4, GRU 3, RNN 1), E gradient rows of a cell (LSTM 4, GRU 4, RNN 1).
+// As template parameters of the CPU's tiles (cpu/step.h): T the type of a number, M rows, P panels, Q
+// vectors of a panel's row; V is the lanes of a vector.
 //
 // All arrays are dense and row-major in the order given, of one dtype (float or double), and live
-// in the caller's memory until the call returns; unless said otherwise no two of them overlap.
-// [N, ...] holds the rows of time 0, then those of time 1 and so on: [T, B, ...] where all sequences
-// are equally long. Direction d = 0 runs from t = 0 upwards, d = 1 from t = T-1 downwards; "the step before t" is
-// meant in the direction's own order. The kernels read no shape but these numbers: checking is the
-// caller's.
+// in the caller's memory until the call returns; unless said otherwise none that is written overlaps
+// another. [N, ...] holds the rows of time 0, then those of time 1 and so on: [T, B, ...] where all
+// sequences are equally long. Direction d = 0 runs from t = 0 upwards, d = 1 from t = T-1 downwards;
+// "the step before t" is meant in the direction's own order. The kernels read no shape but these
+// numbers: checking is the caller's.
+//
+// "Speedup" beside a constant or a choice is the time without it over the time with it.
 #pragma once
 
 #include <cstdint>
@@ -42,7 +46,7 @@ struct Sequences {
   // sequences run. Null: all have T steps.
   const int64_t* offsets;
   // [N]: whether a boundary that no state crosses lies between this row's step and the one before it
-  // in time, for both directions. At time 0: whether direction 0 ignores h0 and c0. Null: no
+  // in time, for both directions; at time 0, between direction 0's first step and h0 and c0. Null: no
   // boundaries.
   const bool* reset;
   bool reset_to_initial;  // behind a boundary stand h0 and c0 again; else zeros
@@ -62,19 +66,17 @@ struct ForwardArgs {
   const scalar_t* weight_hh[2];  // [G*H, P]
   const scalar_t* bias_hh[2];    // [G*H], or null
   const scalar_t* weight_hr[2];  // [P, H], LSTM only, or null: then P = H
-  // In place of the above, for kernels of precision kMedium: bfloat16's bits; null: there are none.
+  // In place of input, weight_ih, weight_hh for kernels of kMedium: bfloat16's bits, or null.
   const uint16_t *input_bf16, *weight_ih_bf16[2], *weight_hh_bf16[2];
   // The same weights and biases as KernelsOf::pack has laid them out; null: done for the call. With
   // them, only whether weight_hr is null is read.
   const scalar_t* panels[2];
 
-  // Out, each null if not wanted: what backward needs. Either the activated gates (LSTM i f g o, GRU
-  // r z n, RNN h),
-  scalar_t* gates;  // [D, N, G*H]
-  // and with them LSTM c, GRU a_hn (the recurrent part of n before the reset gate),
-  scalar_t* extra;  // [D, N, H]; of LSTM also without the gates
-  // and h, if weight_hr; or, for backward to compute the gates again, h and LSTM's c.
-  scalar_t* hidden;  // [D, N, P]
+  // Out, each null if not wanted: what backward needs. That is gates and extra, and with weight_hr
+  // hidden; or, for backward to compute the gates again, hidden and LSTM's extra.
+  scalar_t* gates;   // [D, N, G*H], activated: LSTM i f g o, GRU r z n, RNN h
+  scalar_t* extra;   // [D, N, H]: LSTM c, GRU a_hn (the recurrent part of n before the reset gate)
+  scalar_t* hidden;  // [D, N, P]: h
 
   const scalar_t* h0;  // [D, B, P]
   const scalar_t* c0;  // [D, B, H], LSTM only
@@ -94,7 +96,7 @@ struct GradWeight {
   scalar_t* numbers;
   uint16_t* narrow;
 
-  explicit operator bool() const { return numbers || narrow; }
+  FUSEDRNN_INLINE explicit operator bool() const { return numbers || narrow; }
 };
 
 template <class scalar_t>
@@ -115,7 +117,7 @@ struct BackwardArgs {
   const scalar_t* weight_hh[2];  // [G*H, P]
   const scalar_t* bias_hh[2];    // [G*H], or null; not read with gates
   const scalar_t* weight_hr[2];  // [P, H], or null
-  // In place of the above, as in ForwardArgs.
+  // In place of input, weight_ih and weight_hh, as in ForwardArgs.
   const uint16_t *input_bf16, *weight_ih_bf16[2], *weight_hh_bf16[2];
   const scalar_t* h0;  // [D, B, P]
   const scalar_t* c0;  // [D, B, H], LSTM only
@@ -153,8 +155,8 @@ struct KernelsOf {
   bool (*forward[kNumCells])(const ForwardArgs<scalar_t>&);
   bool (*backward[kNumCells])(const BackwardArgs<scalar_t>&);
   Plan (*plan[kNumCells])(const ForwardArgs<scalar_t>&);
-  // For ForwardArgs::panels: how many numbers direction d's weights take, which are written to
-  // panels, 64-byte aligned, unless it is null. Of the arguments only sizes and weights are read.
+  // For ForwardArgs::panels: how many numbers direction d's panels take; writes them, unless panels
+  // (64-byte aligned) is null. Only sizes and weights are read.
   int64_t (*pack[kNumCells])(const ForwardArgs<scalar_t>&, int64_t d, scalar_t* panels);
 };
 
@@ -167,8 +169,8 @@ enum Precision {
 
 struct Kernels {
   const char* isa;
-  // By Precision. But for kHighest not for a projection, nor for groups, and null where the CPU has no
-  // instruction that would make it faster.
+  // By Precision. All but kHighest take no projection and no groups, and are null where the CPU has no
+  // instruction that makes them faster.
   const KernelsOf<float>* f32[kMedium + 1];
   KernelsOf<double> f64;
   // Conversion of n numbers; num_threads as above.

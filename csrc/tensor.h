@@ -119,8 +119,8 @@ class Torch {
   }
 
   // False, with no Python error set, unless `object` is a torch.Tensor or Parameter (not a
-  // subclass), strided, on the CPU, of one of the Dtypes, with memory of its own. is_new: it cannot be
-  // one that is only noted as negative.
+  // subclass), strided, on the CPU, of one of the Dtypes, with storage. is_new: its negative bit cannot
+  // be set.
   bool read(PyObject* object, TensorView* out, bool is_new = false) const {
     if (Py_TYPE(object) != tensor_type_ && Py_TYPE(object) != parameter_type_) return false;
     bool ok = false;

@@ -41,7 +41,7 @@ enum class Source { kPrevious, kInitial, kZero };
 // sequences; `cut` if a boundary lies between.
 FUSEDRNN_INLINE Source source_of(bool first, int64_t count_before, int64_t row, bool cut,
                                  bool reset_to_initial) {
-  if (!first && row >= count_before) return Source::kInitial;  // a shorter sequence's last time
+  if (!first && row >= count_before) return Source::kInitial;  // back, a shorter sequence begins
   if (cut) return reset_to_initial ? Source::kInitial : Source::kZero;
   return first ? Source::kInitial : Source::kPrevious;
 }
@@ -59,7 +59,8 @@ class Walk {
     return s_.offsets ? s_.offsets[time(i) + 1] - s_.offsets[time(i)] : s_.B;
   }
 
-  // [count]: the rows between which and the step before lies a boundary; null if none does.
+  // For each row that runs at this step and the one before (at i = 0, for all): whether a boundary lies
+  // between; null: none does.
   FUSEDRNN_INLINE const bool* boundaries(int64_t i) const {
     if (!s_.reset || (i == 0 && direction_ == 1)) return nullptr;
     const int64_t later = direction_ == 0 ? time(i) : time(i - 1);

@@ -196,8 +196,7 @@ def test_gates_near_one_keep_their_gradients(cell, recompute, number):
     )
     options = options._replace(recompute=recompute)
     with torch.no_grad():
-        bias = leaves[-2].view(-1, H)
-        bias[1] += 6.5  # GRU's z, LSTM's forget gate
+        leaves[-2].view(-1, H)[1] += 6.5  # GRU's z, LSTM's forget gate
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     exact_results, exact = gradients(by_reference, wide, num_states, options, cell)
     for path in ("step", "block"):
@@ -206,6 +205,21 @@ def test_gates_near_one_keep_their_gradients(cell, recompute, number):
         for f, e in zip([*results, *found], [*exact_results, *exact], strict=True):
             error = (f.double() - e).norm() / e.norm()
             assert error < 8 * torch.finfo(dtype).eps + 1e-4
+
+
+@pytest.mark.parametrize("number", ["bfloat16", "float16"])
+@pytest.mark.parametrize("path", ["step", "block"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_gates_of_one_keep_their_gradients(cell, path, number):
+    """16 bits hold such a gate as the -0 of -(1 - gate)."""
+    leaves, num_states, options = problem(
+        cell, T=40, B=2, I=3, H=6, D=1, packed=False, reset=None, dtype=dtype_of(number)
+    )
+    with torch.no_grad():
+        leaves[-2].view(-1, 6)[1] += 25  # GRU's z, LSTM's forget gate
+    with emulated(path):
+        results, found = gradients(by_layer, leaves, num_states, options, cell)
+    assert_as_exact(number, cell, leaves, num_states, options, results, found)
 
 
 def test_gradients_from_unusual_tensors():

@@ -497,6 +497,21 @@ def test_a_thousand_repetitions(kind, number, path, choose):
 
 
 @BOTH_PATHS
+@pytest.mark.parametrize("number", ["bfloat16", "float16"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_gates_of_one_keep_their_gradients(cell, number, path, choose):
+    """16 bits hold such a gate as the -0 of -(1 - gate), whose sign a compiler could drop."""
+    leaves, here, num_states, options = on_device(cell, number, dict(T=40, B=2, I=3, H=6, D=1))
+    with torch.no_grad():
+        for made in (leaves, here):
+            made[-2].view(-1, 6)[1] += 25  # GRU's z, LSTM's forget gate
+    choose(path, number)
+    results, found = gradients(by_layer, here, num_states, options, cell)
+    results, found = ([t.cpu() for t in tensors] for tensors in (results, found))
+    assert_as_exact(number, cell, leaves, num_states, options, results, found)
+
+
+@BOTH_PATHS
 def test_no_memory_is_kept(path, choose):
     choose(path)
     module, input = trained_module(), random_input(1)

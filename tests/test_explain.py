@@ -166,9 +166,10 @@ def two_threads():
             1,
             "the hidden units are split in 2",
         ),  # weights larger than the L2
-        ("LSTM", (100, 8, 128), 1, "the hidden units are split in 2"),  # no full tile a thread
+        ("LSTM", (100, 5, 128), 1, "the hidden units are split in 2"),  # no full tile a thread
         ("RNN", (100, 8, 128), 1, "the batch is split in 2, which never wait"),
         ("GRU", (2, 32, 128), 1, "the hidden units are split in 2"),  # packing is most of the work
+        ("LSTM", (3, 64, 16), 1, "the batch is split in 2"),  # units of one vector
         ("LSTM", (1, 1, 256), 1, "as they lie in memory"),
         ("LSTM", (100, 1, 256), 1, "laid out anew"),
     ],

@@ -20,12 +20,12 @@ struct Gru {
   // Whether gate g is a sigmoid's result.
   static FUSEDRNN_CELL constexpr bool is_sigmoid(int g) { return g < 2; }
 
-  // Two parts, the second of which waits for the first. It reads the gates from kOpen on.
+  // begin, then finish, which waits for it, and reads the gates from kFinishFrom on.
   template <class V>
   struct Forward {
     V gates[kGates], extra, h;
   };
-  static constexpr int kOpen = 1;
+  static constexpr int kFinishFrom = 1;
 
   template <class V>
   static FUSEDRNN_CELL Forward<V> begin(const V* gates_x, const V* gates_h, V) {

@@ -24,7 +24,7 @@ struct Rnn {
   struct Forward {
     V gates[kGates], extra, h;
   };
-  static constexpr int kOpen = 0;
+  static constexpr int kFinishFrom = 0;
 
   template <class V>
   static FUSEDRNN_CELL Forward<V> begin(const V* gates_x, const V* gates_h, V) {

@@ -1,8 +1,8 @@
-// One sequence alone: its input is projected a few steps ahead, beside the recurrence. A step of one row
-// waits for its weights to come from L2 and leaves half of the multipliers idle; the projection, whose
-// operands serve several rows, needs little of L2 and all multipliers. In one loop they overlap: the
-// time without over with it, on a Zen 4 core at B=1 in float32, is 1.19 (LSTM, H=64), 1.16 (128), 1.14
-// (160), 1.13 (GRU, 128), 1.14 (192), 1.12 (RNN, 128), 1.12 (192).
+// One sequence alone: its input is projected a few steps ahead, beside the recurrence. A step of one
+// row waits for its weights to come from L2 and leaves half of the multipliers idle; the projection,
+// whose operands serve several rows, needs little of L2 and all multipliers. In one loop they
+// overlap: speedup on a Zen 4 core at B=1 in float32 1.19 (LSTM, H=64), 1.16 (128), 1.14 (160), 1.13
+// (GRU, 128), 1.14 (192), 1.12 (RNN, 128), 1.12 (192).
 #pragma once
 
 #include "../walk.h"
@@ -17,8 +17,8 @@ constexpr int kAheadPanels = Cell::kGates == 1 ? 4 : 1;
 // Rows of a tile, with the recurrent product's accumulators beside theirs.
 template <class Cell>
 constexpr int kAheadTile = kAccumulators / (kAheadPanels<Cell> * Cell::kGates) - 1;
-// Tiles that take turns, a piece of terms each: the second finds its weights in L1. The time of one
-// tile over that of two is 1.03 (H=128), 1.03 (160).
+// Tiles that take turns, a piece of terms each: the second finds its weights in L1. Speedup over
+// one tile: 1.03 (H=128), 1.03 (160).
 constexpr int kAheadTiles     = 2;
 constexpr int64_t kAheadPiece = 16;
 static_assert(kPartialTerms % kAheadPiece == 0, "a piece lies in one part");
@@ -149,7 +149,8 @@ template <class Cell, class T>
 void forward_beside(const ForwardStep<T>& s, int64_t block, Ahead<Cell, T>& ahead) {
   using A         = Ahead<Cell, T>;
   constexpr int P = A::P, G = A::G, Q = A::Q, V = A::V;
-  // Terms to each one of the projection, so that that comes faster than the steps that need it.
+  // Recurrent terms for each of the projection: fewer than its rows, so that it stays ahead of the
+  // steps.
   constexpr int kUnit      = A::R - 1;
   const int64_t panel_size = forward_panel_size<G, T>(s.K);
   const T* const panel     = s.panels.template of<G>(block, s.K);

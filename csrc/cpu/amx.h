@@ -1,7 +1,7 @@
-// Products of pairs on AMX: eight tiles of up to 16 rows of 64 bytes, and an instruction that adds the
-// product of two to a third (Intel, Instruction Set Extensions Programming Reference, chapter 3). A tile
-// of float32 sums is 16 rows of a register tile of step.h and one vector of its columns; the panels
-// (pack.h) and rows of terms are laid out as the instruction wants them already.
+// Products of pairs on AMX: eight tiles of up to 16 rows of 64 bytes, and an instruction that adds
+// the product of two to a third (Intel, Instruction Set Extensions Programming Reference, chapter 3).
+// A tile of float32 sums is 16 rows of a register tile of step.h and one vector of its columns; the
+// panels (pack.h) and rows of terms are laid out as the instruction wants them already.
 #pragma once
 
 #include "vec.h"
@@ -127,9 +127,9 @@ struct TileSplitPairs : TilePairs {
                    part<kFactor, kPart>(load_up_to(row + kLanes<float>, n - kLanes<float>)));
   }
   template <Factor kFactor, int kPart>
-  static FUSEDRNN_INLINE Vec<float> above_each_other(const float* a, const float* b, int n) {
-    return alternate(part<kFactor, kPart>(fusedrnn::load(a, n)),
-                     part<kFactor, kPart>(b ? fusedrnn::load(b, n) : Vec<float>{}));
+  static FUSEDRNN_INLINE Vec<float> interleave_rows(const float* a, const float* b, int n) {
+    return interleave(part<kFactor, kPart>(fusedrnn::load(a, n)),
+                      part<kFactor, kPart>(b ? fusedrnn::load(b, n) : Vec<float>{}));
   }
 
  private:

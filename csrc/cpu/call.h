@@ -9,11 +9,11 @@
 namespace fusedrnn {
 namespace {
 
-// A projection is a product by rows of one gate.
+// The cell that weight_hr's tiles and packing are made for: only its one gate matters.
 using Projection = Rnn<false>;
 
-// Scratch of one call: for each direction barrier counters, `elements` numbers that its threads share, and
-// `panels` for each row shard, all on cache line boundaries.
+// Scratch of one call: for each direction barrier counters, `elements` numbers that its threads
+// share, and `panels` for each row shard, all on cache line boundaries.
 template <class T>
 class Scratch {
  public:
@@ -64,8 +64,7 @@ inline Blocks own_blocks(const Shard& s, int64_t blocks) {
   return {blocks * s.unit_shard / s.unit_shards, blocks * (s.unit_shard + 1) / s.unit_shards};
 }
 
-// The blocks [begin, end) of direction d's weight_hh, and of weight_ih, to panels of those from `first`
-// on.
+// Packs blocks [begin, end) of direction d's weight_hh, or weight_ih; panels begins with block `first`.
 template <class Cell, class Terms, class Args, class T>
 void pack_recurrent(const Args& a, int64_t d, T* panels, int64_t begin, int64_t end,
                     int64_t first = 0) {
@@ -110,7 +109,7 @@ void copy_rows(const Part& part, T* to, int64_t to_stride, const From& from) {
   }
 }
 
-// The state [B, size] of a direction, in rows of `stride`, as a step left it; and before its first.
+// A direction's h or c: `previous`, [B, size] as the step before left it, and `initial`.
 template <class T>
 struct States {
   const T* previous;

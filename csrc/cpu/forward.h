@@ -31,7 +31,7 @@ struct ForwardLayout {
   bool one_matrix = true;  // rows of consecutive steps are evenly spaced
   bool copies     = false;  // a chunk's input
   bool given;               // the packed weights are the caller's
-  bool stored;              // even unpacked weights are what products take, and not numbers
+  bool stored;              // weights are bfloat16's bits, which unpacked products read too
 
   bool packed() const { return recurrent > 0; }
   int64_t panels_size() const { return recurrent + input + projection; }
@@ -71,15 +71,16 @@ struct ForwardLayout {
     chunk_rows             = one_matrix || joins ? max64(s.B, most) : s.B;
     constexpr int64_t tile = kAheadTile<Cell>;
     if (kCanGoAhead<Terms> && s.B == 1 && !s.offsets && s.T > 2 * tile) {
-      // The first rows are projected before any step: few of a few (1.06 times as fast at T = 20).
+      // The first chunk is projected before any step: one tile if T is small (1.06 times as fast at
+      // T = 20).
       ahead_rows = s.T > 2 * kAheadTiles * tile ? kAheadTiles * tile : tile;
     }
     if (!a.gates) gates = max64(chunk_rows, 2 * ahead_rows) * Cell::kGates * a.H;
     if (copies) input_terms = round_up(chunk_rows * lanes<Terms>(a.I));
   }
-  // Rows of a chunk that this thread projects ahead; 0: none. Weights in L1 do not wait, those beyond
-  // L2 come too slowly to be read more often, and threads that split units wait for each other: the
-  // time of two without over with it is 0.91 to 1.07 (H = 64 to 128).
+  // Rows of a chunk that this thread projects ahead; 0: none. Steps do not wait for the weights of
+  // small layers, those beyond L2 come too slowly to be read more often, and threads that split units
+  // wait for each other: the speedup of two is 0.91 to 1.07 (H = 64 to 128).
   int64_t ahead_of(const Shard& shard) const {
     const bool waits = weight_bytes > l2_bytes() / 8 && weight_bytes <= l2_bytes();
     return waits && shard.unit_shards == 1 ? ahead_rows : 0;
@@ -98,9 +99,9 @@ struct ForwardLayout {
   }
 };
 
-// Which panels of a call are used once: they are packed piece by piece, just before that, and go no
-// further than L2 if one fits there. The time of an inference call with all packed before over that, on
-// a Zen 4 core at (B, T, H), LSTM / GRU / RNN: (1, 20, 512) 1.11 / 1.06 / 1.01, (1, 20, 1024) 1.12 /
+// Which panels a call uses once: they are packed piece by piece, just before use, and stay in L2 if a
+// piece fits. Speedup of an inference call over packing all first, on a Zen 4 core at (B, T, H), LSTM /
+// GRU / RNN: (1, 20, 512) 1.11 / 1.06 / 1.01, (1, 20, 1024) 1.12 /
 // 1.12 / 1.09, cells (32, 1, 512) 1.2 / 1.1 / 1.02, (32, 1, 1024) 1.27 / 1.25 / 1.15, (256, 1, 1024)
 // 1.04 each; bfloat16 (1, 20, 1024) 1.19 / 1.23 / 1.06, (32, 1, 1024) 1.43 / 1.31 / 1.08; AVX2 (40, 1,
 // 512) 1.22 / 1.13 / 1.04; H = 128 and 256 0.98 to 1.03.
@@ -203,17 +204,16 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
   };
   const auto output_of = [&](int64_t i) { return a.output + walk.offset(i) * DP + d * P; };
 
-  // h and c of the step before, where rows of step i come from elsewhere too: made anew, h to where
-  // the returned pointer says, c in c_n.
+  // h and c before step i, gathered where its rows' sources differ: h where the returned pointer says,
+  // c in c_n.
   const auto gather = [&](int64_t i, const T* h_from, const T* c_from) __attribute__((noinline)) {
     T* const h_started = started + i % 2 * s.B * P;
     States<T>{h_from, DP, h0, P}.copy_before(walk, i, shard, h_started);
     if constexpr (Cell::kHasCell) States<T>{c_from, H, c0, H}.copy_before(walk, i, shard, c_n);
     return h_started;
   };
-  // Says through step where i's h_prev and prev are; true if they are as some step left them. Before
-  // the barrier that precedes the step: its h_prev is also read by the threads that have the other
-  // units.
+  // Sets step's h_prev and prev for step i; false if h_prev was written anew: other unit shards read
+  // it, behind the barrier that precedes the step.
   const auto start = [&](int64_t i) {
     const int64_t count   = walk.count(i);
     const T* const h_from = i == 0 ? h0 : output_of(i - 1);
@@ -257,7 +257,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
                                   begin, end, shard.block_begin, shard.block_end);
   };
 
-  // gates_x of step i, and of the next ones a signed stride apart: those of two chunks in turns, or all.
+  // gates_x of step i, where projected ahead: in scratch, two chunks in turns, or in the saved gates.
   const int64_t time_sign = d == 0 ? 1 : -1;
   const auto ahead_gates  = [&](int64_t i) {
     return layout.gates ? chunk_gates + i % (2 * ahead_rows) * G * H
@@ -305,8 +305,8 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
     if (layout.packed() && ahead_rows == 0 && i == chunk_end) {
       const int64_t begin = i;
       const bool all_rows = shard.row_begin == 0 && shard.row_end == s.B;
-      // Row shards may be in different chunks, and share the memory for gates_x: row b of every chunk
-      // must be in b's place.
+      // Row shards may be in different chunks of one gates_x memory, so a row needs a fixed place in
+      // it: with offsets, where steps differ in rows, a chunk is then one step.
       chunk_end                     += all_rows || !s.offsets ? layout.chunk(walk, i, s.T) : 1;
       const int64_t in_memory_first  = d == 0 ? begin : chunk_end - 1;
       chunk_first                    = walk.offset(in_memory_first);
@@ -350,7 +350,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
 
     if (ahead_rows > 0) {
       if constexpr (kCanGoAhead<Terms>) {
-        // Back and forth, as run_tiles goes: the time without over with it is 1.0 to 1.21 (RNN, H =
+        // Back and forth, as run_tiles goes: speedup 1.0 to 1.21 (RNN, H =
         // 96 to 320), 1.03 to 1.04 (GRU, 96 to 160), 1.0 to 1.05 (LSTM, 56 to 128).
         const bool back     = i % 2 == 1;
         const int64_t turns = (ahead_end - shard.block_begin) / ahead_panels;
@@ -388,7 +388,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
     }
 
     const int64_t going_on = i + 1 < s.T ? min64(count, walk.count(i + 1)) : 0;
-    if (going_on < count) {  // for the other rows' sequences
+    if (going_on < count) {  // the sequences of rows from going_on on end here
       const auto ended = [&](Part part) {
         part.row_begin = max64(part.row_begin, going_on);
         return part;
@@ -413,7 +413,7 @@ Shape forward_shape(const ForwardArgs<T>& a, const ForwardLayout<Cell, T, Terms>
                            a.P * int64_t(sizeof(T)), kShardRows<Terms, Cell::kGates>);
 }
 
-// With Pairs not for a projection.
+// With a projection only of Numbers.
 template <class Cell, class T, class Terms>
 bool forward(const ForwardArgs<T>& a) {
   const ForwardLayout<Cell, T, Terms> layout(a);

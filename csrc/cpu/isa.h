@@ -2,10 +2,10 @@
 // one function that hands them out; with FUSEDRNN_TERMS those of its products alone. Define
 // FUSEDRNN_ISA_NAME (avx2, ...) before including it, and FUSEDRNN_TERMS (Pairs, ...) if not all.
 //
-// Rules for what this includes: only our headers, <c*> headers and intrinsics; everything in an
-// unnamed namespace; no STL containers, no torch, no exceptions. An inline function of anybody
-// else's, compiled here with AVX-512, could be the copy that the linker keeps for the whole
-// program.
+// Rules for what this includes: only our headers, <c*>, type traits and intrinsics; every function in
+// an unnamed namespace or always inlined; no STL containers, no torch, no exceptions. An inline
+// function of anybody else's, compiled here with AVX-512, could be the copy that the linker keeps for
+// the whole program.
 #pragma once
 
 #include "vec.h"  // first: the numbers that the cells are written over

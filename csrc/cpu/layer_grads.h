@@ -12,15 +12,14 @@
 namespace fusedrnn {
 namespace {
 
-// Terms of one partial sum here: so many rows of 256 bytes (b's under a tile) stay in L1 while all
-// tiles of a column pass over them; rounded down to whole blocks of to_turned_columns_of_terms.
+// Terms of one partial sum here: so many rows of a strip of b (256 bytes with AVX-512) stay in L1 while
+// all tiles of a column pass over them; rounded down to whole blocks of to_transposed_terms.
 constexpr int64_t kPartialRows = 128;
 template <class Terms, class T>
 constexpr int64_t kPartialLanes = kPartialRows - kPartialRows % (kLanes<T> * Terms::kGroupLanes);
 
-// Panels that lie side by side whatever the layout of a product's second factor is, a full tile's; no
-// tile of fewer begins in the midst of them and ends behind them, since panels are taken from the first
-// on.
+// Panels of a strip, side by side in either layout of a product's second factor: a full tile's. Widths
+// are powers of two that only fall along a row, so no tile of fewer panels straddles two strips.
 constexpr int kStripPanels = max_panels<Numbers<float>, 1>(kMaxRows<Numbers<float>, 1>);
 template <class T>
 constexpr int64_t kStrip = kStripPanels * kLanes<T>;
@@ -61,12 +60,13 @@ void to_strips(const From* from, int64_t from_stride, int64_t rows, int64_t left
   }
 }
 
-// The result of a product. Rows of 16 bits are narrowed as soon as they are summed. Training in bfloat16
-// with an array of all numbers, narrowed in the end, over that, on a Zen 4 core at (B, T, H), LSTM / GRU /
-// RNN: (12, 1, 768) 1.58 / 1.46 / 1.02, (8, 10, 512) 1.06 / 1.15 / 0.99, from (32, 100, 256) on 1.0.
+// The result of a product. Rows of 16 bits are narrowed as soon as they are summed. Speedup of
+// training in bfloat16 over an array of all numbers, narrowed in the end, on a Zen 4 core at (B, T,
+// H), LSTM / GRU / RNN: (12, 1, 768) 1.58 / 1.46 / 1.02, (8, 10, 512) 1.06 / 1.15 / 0.99, from (32,
+// 100, 256) on 1.0.
 template <class T>
 struct Product {
-  T* numbers;  // [.., columns], or with `narrow` [kBlockRows, columns]: of the rows that are being summed
+  T* numbers;  // [.., columns], or with `narrow` [kBlockRows, columns]: of the rows being summed
   int64_t columns;
   uint16_t* narrow = nullptr;  // [.., columns], of `kind`: rows are narrowed from the cache
   Narrow kind      = kBfloat16;
@@ -112,15 +112,11 @@ FUSEDRNN_INLINE void product_columns(const ProductStep<T>& s, const T* a, const 
         });
   } else {
     for (int64_t k = 0; k < s.K; ++k, a += s.a_stride_k, b += s.b.stride) {
-      Vec<T> b_k[P];
-      unroll<P>([&](auto p) FUSEDRNN_LAMBDA {
-        b_k[p] = load(b + p / kStripPanels * s.b.strip + p % kStripPanels * V, lanes(p));
-      });
-      unroll<M>([&](auto m) FUSEDRNN_LAMBDA {
-        const auto a_k = Terms::spread(a[m * s.a_stride_m]);
-        unroll<P>([&](auto p)
-                      FUSEDRNN_LAMBDA { acc[m][p] = Terms::multiply_add(a_k, b_k[p], acc[m][p]); });
-      });
+      add_term<Terms, T>(
+          acc, [&](auto m) FUSEDRNN_LAMBDA { return a[m * s.a_stride_m]; },
+          [&](auto p) FUSEDRNN_LAMBDA {
+            return load(b + p / kStripPanels * s.b.strip + p % kStripPanels * V, lanes(p));
+          });
     }
   }
   for_rows<Terms, M>(rows, [&](auto m) FUSEDRNN_LAMBDA {
@@ -170,8 +166,8 @@ constexpr int64_t copied_weight(int64_t columns) {
   return strips_size<T>(kPartialRows, columns < kColumnsAtOnce<T> ? columns : kColumnsAtOnce<T>);
 }
 
-// part(m, rows, k, terms) for `terms` of K lanes of terms from k on and `rows` of rows [begin, end) from
-// m on, until that is all; finish(m, rows) after the last terms of these rows.
+// Calls part(m, rows, k, terms) for each block of `rows` rows of [begin, end) from m on and each
+// piece of `terms` of K lanes from k on, and finish(m, rows) after the last piece of a block.
 template <class Terms, class T, class AddPart, class Finish>
 void for_parts(int64_t K, int64_t begin, int64_t end, const AddPart& part, const Finish& finish) {
   for (int64_t m = begin; m < end; m += kBlockRows) {
@@ -193,7 +189,8 @@ void run_part(const ProductStep<T>& s, int64_t rows) {
   run_part<Terms>(s, rows, 0, s.out.columns);
 }
 
-// s, of numbers, with all its terms, for m in [begin, end) and all columns; without terms, zero is added.
+// s, of numbers, with all its terms, for m in [begin, end) and all columns; without terms, zero is
+// added.
 template <class T>
 void matrix_product(const ProductStep<T>& s, int64_t begin, int64_t end) {
   const auto part = [&](int64_t m, int64_t rows, int64_t k, int64_t terms) {
@@ -223,8 +220,8 @@ struct GradGates {
 
 // A part, whose columns begin with a strip's, of out [rows, columns] = gates weight: gate g's row block
 // of the weight [gates * H, columns] is (g + first) % gates. The terms are made piece by piece, in
-// copies of kCopiedPart and of copied_weight(columns) numbers. A cell's training in bfloat16 with the
-// terms of both weights made before their products, over that, on Zen 4, LSTM / GRU / RNN, at (B, H):
+// copies of kCopiedPart and of copied_weight(columns) numbers. Speedup of a cell's training in bfloat16
+// over making both weights' terms before their products, on Zen 4, LSTM / GRU / RNN, at (B, H):
 // (32, 256) 1.02 / 1.03 / 1.01, (12, 768) 1.16 / 1.14 / 1.06, (128, 512) 1.05 / 1.06 / 1.01; on two
 // threads 1.07 / 1.06 / 1.05, 1.31 / 1.35 / 1.19, 1.08 / 1.09 / 1.03. Layers of 50 and 100 steps 0.99
 // to 1.01. Not for numbers: to read them where they lie takes 0.95 to 1.0 of the time.
@@ -260,8 +257,8 @@ void gates_product(const Part& of_out, const GradGates<T>& a, const From* weight
 }
 
 // Whether columns_products is the faster way for numbers: b, N columns, is copied once for all gates,
-// which are M columns of a and copied once for each b. Training in float32 without the copies over with
-// them, on a Zen 5 core: 1.02 (LSTM and GRU, H=256), 1.03 to 1.06 (LSTM, 512), 1.02 (RNN, 1024), but 0.99
+// which are M columns of a and copied once for each b. Speedup of training in float32 by the copies, on
+// a Zen 5 core: 1.02 (LSTM and GRU, H=256), 1.03 to 1.06 (LSTM, 512), 1.02 (RNN, 1024), but 0.99
 // (RNN, 256), 1.0 (LSTM, 192), 0.95 (RNN, 128); with AVX2 1.2 (LSTM and GRU, 256), 1.05 (RNN, 512) and
 // 0.95 (LSTM, 192). Terms of pairs have to be made anyway.
 inline bool pays_to_copy(int64_t M, int64_t N) { return M >= 1024 && N >= 256; }
@@ -274,19 +271,20 @@ struct ColumnsProduct {
 
 // out[m][n] = sum_r a[r][m] b(r, n) over `count` > 0 rows of numbers, for m in [begin, end), of two
 // products. Each part of a is made a matrix of terms in `copy` first: where it lies, its rows are far
-// apart, mostly a power of two, and fall into the same few lines of the caches. One copy serves both:
-// with two, training an LSTM takes 1.02 of the time at (32, 100, 256), 1.0 at (64, 50, 1024), on a Zen 5.
+// apart, mostly a power of two, and fall into the same few sets of the caches. One copy serves both:
+// with two, training an LSTM takes 1.02 of the time at (32, 100, 256), 1.0 at (64, 50, 1024), on a
+// Zen 5.
 template <class T, class Terms>
 void columns_products(const T* a, int64_t a_stride, int64_t count,
                       const ColumnsProduct<T> (&products)[2], T* copy, int64_t begin, int64_t end) {
-  constexpr bool kTurned = Terms::kTileRows > 0;
-  const int64_t K        = lanes<Terms>(count);
-  const auto part        = [&](int64_t m, int64_t rows, int64_t k, int64_t terms) {
+  constexpr bool kTransposed = Terms::kTileRows > 0;
+  const int64_t K            = lanes<Terms>(count);
+  const auto part            = [&](int64_t m, int64_t rows, int64_t k, int64_t terms) {
     const auto numbers  = [](int64_t k) { return k / Terms::kGroupLanes * Terms::kGroup; };
     const T* const from = a + m + numbers(k) * a_stride;
     const int64_t some  = min64(count - numbers(k), numbers(terms));
-    if constexpr (kTurned) {
-      to_turned_columns_of_terms<Terms>(from, a_stride, copy, kPartialRows, some, rows);
+    if constexpr (kTransposed) {
+      to_transposed_terms<Terms>(from, a_stride, copy, kPartialRows, some, rows);
     } else {
       to_columns_of_terms<Terms, kFirst>(from, a_stride, copy, kBlockRows, some, rows);
     }
@@ -295,8 +293,8 @@ void columns_products(const T* a, int64_t a_stride, int64_t count,
       const Columns<const T> b{p.b.data + k * p.b.stride, p.b.stride, p.b.strip};
       run_part<Terms>(ProductStep<T>{terms,
                                      copy,
-                                     kTurned ? kPartialRows : 1,
-                                     kTurned ? 1 : kBlockRows,
+                                     kTransposed ? kPartialRows : 1,
+                                     kTransposed ? 1 : kBlockRows,
                                      b,
                                      {p.out.rows_from(m), p.out.columns},
                                      k > 0},

@@ -1,5 +1,5 @@
-// float16 and bfloat16 to float and back: the kernels compute in float32, also what is stored in
-// half of that. Plain loops, which the compiler vectorizes.
+// float16 and bfloat16 to float and back: the kernels compute in float32. Plain loops, which the
+// compiler vectorizes.
 #pragma once
 
 #include "../sequence.h"

@@ -1,10 +1,10 @@
-// The weights, laid out in the order in which the register tiles of step.h read them: panels of V hidden
-// units (V lanes of one vector), each dense, so that a step streams them front to back.
+// The weights, laid out in the order in which the register tiles of step.h read them: panels of V
+// hidden units (V lanes of one vector), each dense, so that a step streams them front to back.
 //
 //   forward   [H/V] x { bias row [G][V], then [K] rows of [G][V] }: all gates of V units
 //   backward  [P/V] x {                       [K] rows of    [V] }
 //
-// for weights [G*H, K], K = I or P, and [K, P], K = G*H; of weight_hr, [P, H] and [P, H], with G = 1.
+// for weight_ih or weight_hh [G*H, K] and, back, weight_hh [K, P]; weight_hr [P, H] has G = 1 in both.
 // Where a group of numbers takes fewer or more lanes (vec.h), there are lanes(K) rows of terms.
 //
 // Units beyond H are zero. Not a cache: a packed copy lives as long as the call (weights change in
@@ -48,7 +48,7 @@ constexpr int64_t forward_panel_size(int64_t K) {
   return (K + 1) * G * kLanes<T>;
 }
 
-// read(array), of bfloat16's bits if that is how it is stored: then there are no numbers.
+// read(bf16) if that is given and is what Terms read, else read(numbers).
 template <class Terms, class T, class Read>
 FUSEDRNN_INLINE void as_stored(const T* numbers, const uint16_t* bf16, const Read& read) {
   if constexpr (!std::is_same<typename Terms::Stored, T>::value) {
@@ -57,9 +57,9 @@ FUSEDRNN_INLINE void as_stored(const T* numbers, const uint16_t* bf16, const Rea
   read(numbers);
 }
 
-// The lanes of N vectors in turns.
+// Interleaves the lanes of N vectors.
 template <class T, int N, int... Is>
-FUSEDRNN_INLINE void in_turns(Vec<T> (&v)[N], std::integer_sequence<int, Is...>) {
+FUSEDRNN_INLINE void interleave(Vec<T> (&v)[N], std::integer_sequence<int, Is...>) {
   static_assert(N == 1 || N == 3);
   if constexpr (N == 3) {
     constexpr int V   = kLanes<T>;
@@ -84,7 +84,7 @@ void to_terms(const From* from, int64_t from_stride, T* to, int64_t to_stride, i
       unroll<kParts>([&](auto part) FUSEDRNN_LAMBDA {
         terms[part] = Terms::template load<kFirst, part>(from + at, columns - at);
       });
-      in_turns<T>(terms, std::make_integer_sequence<int, V>{});
+      interleave<T>(terms, std::make_integer_sequence<int, V>{});
       T* const out       = to + lanes<Terms>(at);
       const int64_t left = lanes<Terms>(columns - at);
       unroll<kParts>([&](auto i) FUSEDRNN_LAMBDA {
@@ -107,18 +107,19 @@ void to_columns_of_terms(const From* from, int64_t from_stride, T* to, int64_t t
     unroll<Terms::kGroupLanes>([&](auto part) FUSEDRNN_LAMBDA {
       for (int64_t j = 0; j < columns; j += V) {
         const int n = int(columns - j < V ? columns - j : V);
-        store(to + j,
-              Terms::template above_each_other<kFactor, part>(a + j, b ? b + j : nullptr, n), n);
+        store(to + j, Terms::template interleave_rows<kFactor, part>(a + j, b ? b + j : nullptr, n),
+              n);
       }
       to += to_stride;
     });
   }
 }
 
-// A first factor's turned: row m of `to` [columns, lanes], whole vectors, has the terms of column m.
+// The same of a first factor, transposed: row m of `to` [columns, lanes], whole vectors, has the
+// terms of column m.
 template <class Terms, class From, class T>
-void to_turned_columns_of_terms(const From* from, int64_t from_stride, T* to, int64_t to_stride,
-                                int64_t rows, int64_t columns) {
+void to_transposed_terms(const From* from, int64_t from_stride, T* to, int64_t to_stride,
+                         int64_t rows, int64_t columns) {
   constexpr int V = kLanes<T>, kParts = Terms::kGroupLanes;
   constexpr int64_t kRows = V * Terms::kGroup;
   for (int64_t row = 0; row < rows; row += kRows) {
@@ -138,13 +139,13 @@ void to_turned_columns_of_terms(const From* from, int64_t from_stride, T* to, in
 }
 
 // The panels of blocks [begin, end), from weight [G*H, K] and bias [G*H] (or null), into an array of
-// those from block `first` on. V rows are read side by side, and those that follow are fetched to L2
-// meanwhile, in their order. The time of an inference call with each row's next lines fetched to L1
-// instead, column by column, over that, on a Zen 4 core at (B, T, H), float32 LSTM / GRU / RNN: (1, 20,
+// those from block `first` on. V rows are read side by side, and those that are packed next fetched to L2
+// meanwhile, in memory order. Speedup of an inference call over fetching each row's next lines to L1
+// instead, column by column, on a Zen 4 core at (B, T, H), float32 LSTM / GRU / RNN: (1, 20,
 // 128) 1.0, (1, 20, 256) 1.05 / 1.04 / 1.02, (1, 100, 512) 1.06 / 1.03 / 1.02, (1, 20, 1024) 1.15 /
 // 1.15 / 1.18; bfloat16 (8, 20, 512) 1.05 / 1.03 / 1.0, (1, 20, 1024) 1.20 / 1.18 / 1.08; with AVX2 (1,
-// 20, 512) 0.96 / 0.94 / 1.01, (1, 20, 1024) 1.03 to 1.06. On a Zen 5 core nothing fetched over that
-// other way was 1.08 / 1.13 / 0.96 at (1, 20, 512).
+// 20, 512) 0.96 / 0.94 / 1.01, (1, 20, 1024) 1.03 to 1.06. On a Zen 5 core that way over no
+// fetches: 1.08 / 1.13 / 0.96 at (1, 20, 512).
 template <int G, class T, class Terms = Numbers<T>, class From = T>
 void pack_forward(T* panels, const From* weight, const T* bias, int64_t H, int64_t K, int64_t begin,
                   int64_t end, int64_t first = 0) {
@@ -180,9 +181,9 @@ void pack_forward(T* panels, const From* weight, const T* bias, int64_t H, int64
 }
 
 // The same for the backward product, from weight [G*H, columns]. Its row blocks begin with
-// Cell::kRecurrentRow, in the order of grad_gates (sequence.h); a group is of one block. Several panels
-// at a time, so that what is read of a row is more than one line, and rows that follow are fetched. The
-// time of training with one panel at a time over that, on a Zen 4 core at (1, 20, H), LSTM / GRU / RNN:
+// Cell::kRecurrentRow, in the order of grad_gates (backward.h); a group is of one block. Several panels
+// at a time, so that what is read of a row is more than one line, and rows that follow are fetched.
+// Speedup of training over one panel at a time, on a Zen 4 core at (1, 20, H), LSTM / GRU / RNN:
 // H = 512 1.06 / 1.01 / 1.0, 768 1.03 / 1.05 / 1.02, 1024 1.12 / 1.06 / 1.06.
 template <class Cell, class T, class Terms = Numbers<T>, class From = T>
 void pack_backward(T* panels, const From* weight, int64_t H, int64_t columns, int64_t begin,
@@ -205,7 +206,7 @@ void pack_backward(T* panels, const From* weight, int64_t H, int64_t columns, in
           }
           unroll<Terms::kGroupLanes>([&](auto part) FUSEDRNN_LAMBDA {
             store(out + block * panel_size + part * V,
-                  Terms::template above_each_other<kSecond, part>(from, below, left));
+                  Terms::template interleave_rows<kSecond, part>(from, below, left));
           });
         }
         out += Terms::kGroupLanes * V;

@@ -23,7 +23,7 @@ struct Shard {
   int unit_shards;        // threads at the step barrier
   int unit_shard;         // which of them this is
   int row_shard;          // which of its direction's row shards this is
-  int direction_threads;  // threads that share a direction's packed weights
+  int direction_threads;  // threads of a direction that work
   int direction_rank;     // this one's number among them
 };
 
@@ -41,19 +41,19 @@ inline int64_t l2_bytes() {
 // within a percent.
 constexpr int64_t kChunkRows = 48;
 // With weights beyond L2 all rows are one chunk if they are no more than this: then weight_ih's panels
-// are read once, and packed where that is done (forward.h, Once). The time of an inference call without
-// over with it, LSTM / GRU / RNN, at (B, T, H): (1, 100, 512) 1.04 / 1.02 / 1.0, (1, 100, 1024) 1.12 /
+// are read once, and packed where that is done (forward.h, Once). Speedup of an inference call, LSTM /
+// GRU / RNN, at (B, T, H): (1, 100, 512) 1.04 / 1.02 / 1.0, (1, 100, 1024) 1.12 /
 // 1.10 / 1.03, in bfloat16 1.02 / 1.0 / 1.0 and 1.15 / 1.09 / 1.01; 160 and 200 rows, at H = 512, 0.97
 // to 1.04.
 constexpr int64_t kOnceRows = 128;
 
-// Whether to copy the input of a chunk's steps where their rows are not one matrix (`batch_first`), so
-// that weight_ih is read once a chunk and not once a step. The time of an inference call with chunks of
-// one step over that with copies, on a Zen 5 core (1 MB of L2) at T = 100, or 20 where B = 16, float32
-// LSTM / GRU / RNN: B = 2, H = 64, 1.15 / 1.14 / 1.07, H = 128 1.07 / 1.08 / 1.19; B = 4, H = 32, 0.94 /
-// 1.02 / 1.01, H = 64 0.98 / 1.03 / 0.98; B = 8, H = 128, 0.98 / 0.99 / 0.97; beyond L2: B = 2, H = 512,
-// 1.64 / 1.75 / 1.77, B = 16, H = 512, 1.0, H = 1024 1.22 / 1.27 / 0.99. On two threads, each with half
-// of the units, B = 2, H = 512, 1.47 / 1.51 / 1.63 and, at B = 16, H = 1024, 1.22 / 1.27 / 1.0.
+// Whether to copy the input of a chunk's steps where their rows are not one matrix (`batch_first`),
+// so that weight_ih is read once a chunk and not once a step. Speedup of an inference call over
+// chunks of one step, on a Zen 5 core (1 MB of L2) at T = 100, or 20 where B = 16, float32 LSTM / GRU
+// / RNN: B = 2, H = 64, 1.15 / 1.14 / 1.07, H = 128 1.07 / 1.08 / 1.19; B = 4, H = 32, 0.94 / 1.02 /
+// 1.01, H = 64 0.98 / 1.03 / 0.98; B = 8, H = 128, 0.98 / 0.99 / 0.97; beyond L2: B = 2, H = 512,
+// 1.64 / 1.75 / 1.77, B = 16, H = 512, 1.0, H = 1024 1.22 / 1.27 / 0.99. On two threads, each with
+// half of the units, B = 2, H = 512, 1.47 / 1.51 / 1.63 and, at B = 16, H = 1024, 1.22 / 1.27 / 1.0.
 inline bool pays_to_join(int64_t B, int64_t weight_bytes, int64_t l2_bytes) {
   return B < 4 || weight_bytes > l2_bytes;
 }
@@ -71,13 +71,13 @@ inline int64_t max_unpacked_passes(int64_t weight_bytes, int64_t l2_bytes) {
   return weight_bytes <= l2_bytes / 4 ? 2 : 6;
 }
 
-// Rows that a thread gets at least where threads split rows, each reading all weights: a full tile; in
-// products of one gate four, since there a barrier costs more than reading weights for less work. Speedup
-// of four rows over full tiles on two threads, at (B, H), T = 100, LSTM / GRU / RNN: training (8, 64)
-// 1.12 / 1.13 / 1.18, (8, 128) 1.10 / 1.11 / 1.22, (11, 128) 1.07 / 1.10 / 1.21, (8, 256) 1.04 / 1.01 /
-// 1.0, in bfloat16 (8, 128) 1.06 / 1.08 / 1.13; an RNN's inference, in this order, 1.10, 1.07, 1.22, 1.01
-// and 1.18. Three rows: RNN (6, 128) 0.9, (6, 256) 0.8; four of several gates: LSTM (9, 128) 0.89 to 1.0,
-// GRU 0.89 to 0.99. AMX's tiles have 16 rows in either case.
+// Rows that a thread gets at least where threads split rows, each reading all weights: a full tile;
+// in products of one gate four, since there a barrier costs more than reading weights for less work.
+// Speedup of four rows over full tiles on two threads, at (B, H), T = 100, LSTM / GRU / RNN: training
+// (8, 64) 1.12 / 1.13 / 1.18, (8, 128) 1.10 / 1.11 / 1.22, (11, 128) 1.07 / 1.10 / 1.21, (8, 256)
+// 1.04 / 1.01 / 1.0, in bfloat16 (8, 128) 1.06 / 1.08 / 1.13; an RNN's inference, in this order,
+// 1.10, 1.07, 1.22, 1.01 and 1.18. Three rows: RNN (6, 128) 0.9, (6, 256) 0.8; four of several gates:
+// LSTM (9, 128) 0.89 to 1.0, GRU 0.89 to 0.99. AMX's tiles have 16 rows in either case.
 template <class Terms, int Q>
 constexpr int kShardRows = Q == 1 && Terms::kTileRows == 0 ? 4 : kMaxRows<Terms, Q>;
 
@@ -90,25 +90,26 @@ struct Shape {
   int64_t weight_bytes;  // of one direction, as the steps read them
   int64_t packed_bytes;  // of these, what the call packs
   int64_t l2_bytes;      // asked once: all threads of a call must plan alike
-  int64_t row_bytes;     // of a row at a step, that threads which split units write for each other
+  int64_t row_bytes;     // of a row at a step, that unit shards write for each other
   int shard_rows;        // at least, of a thread where threads split rows
 };
 
 // On average: sequences may end at different steps.
 inline int64_t rows_of_step(const Shape& s) { return s.rows / s.sequences.T; }
 
-// Whether it pays for two threads with so many rows to split them. Then each packs all weights; if they
-// split units, each packs a half, but at every step it waits at a barrier and reads half of what is written
-// from the other's cache. The barrier counts as 2 KB of that, and to read a byte as to pack four. Speedup
-// of an inference call by splitting units on a Zen 4 core, LSTM / GRU / RNN: (16, 2, 128) 1.10 / 1.11 /
-// 1.02, (64, 2, 64) 0.93 / 0.98 / 0.91, (16, 60, 128) 0.97 / 1.07 / 0.92, (64, 60, 64) 1.02 / 0.83 / 0.93.
+// Whether it pays for two threads with so many rows to split them. Then each packs all weights; if
+// they split units, each packs a half, but at every step it waits at a barrier and reads half of what
+// is written from the other's cache. The barrier counts as 2 KB of that, and to read a byte as to
+// pack four. Speedup of an inference call by splitting units on a Zen 4 core, LSTM / GRU / RNN: (16,
+// 2, 128) 1.10 / 1.11 / 1.02, (64, 2, 64) 0.93 / 0.98 / 0.91, (16, 60, 128) 0.97 / 1.07 / 0.92, (64,
+// 60, 64) 1.02 / 0.83 / 0.93.
 inline bool pays_to_split_rows(const Shape& s, int64_t rows) {
   return s.sequences.T * (rows * s.row_bytes + 2048) > s.packed_bytes / 4;
 }
 
-// Row shards of one direction's threads at most: each reads all weights, which fit its L2. At steps that
-// not all sequences reach they have fewer rows: an RNN's inference with 12 rows at first and 6.6 on average
-// takes two threads that split them 0.7 to 0.9 of the time that units take.
+// Row shards of one direction's threads at most: each reads all weights, which fit its L2. At steps
+// that not all sequences reach they have fewer rows: an RNN's inference with 12 rows at first and 6.6
+// on average takes two threads that split them 0.7 to 0.9 of the time that units take.
 inline int most_row_shards(const Shape& s, int threads) {
   const int64_t by_rows = s.weight_bytes <= s.l2_bytes ? s.sequences.B / s.shard_rows : 1;
   return int(max64(1, min64(threads, by_rows)));
@@ -116,16 +117,19 @@ inline int most_row_shards(const Shape& s, int threads) {
 
 // How many row shards; the threads of each split units.
 FUSEDRNN_INLINE int row_shards_of(const Shape& s, int threads) {
-  const int most  = most_row_shards(s, threads);
-  int unit_shards = (threads + most - 1) / most;
-  if (unit_shards == 1 && threads > 1 && !pays_to_split_rows(s, rows_of_step(s) * 2 / threads)) {
+  const int most    = most_row_shards(s, threads);
+  const auto blocks = int((s.H + s.lanes - 1) / s.lanes);
+  int unit_shards   = int(min64((threads + most - 1) / most, blocks));
+  if (threads / unit_shards * unit_shards <= most)
+    unit_shards = 1;  // no more threads by splitting units
+  if (unit_shards == 1 && threads > 1 && blocks > 1 &&
+      !pays_to_split_rows(s, rows_of_step(s) * 2 / threads)) {
     unit_shards = 2;
   }
-  return threads / unit_shards;
+  return int(min64(most, threads / unit_shards));
 }
 
-// The first row of the k-th of n row shards with equal work: so many sequences that their steps are
-// k n-ths of all.
+// The first row of the k-th of n row shards: the rows before it have k / n of all steps.
 inline int64_t first_row(const Shape& s, int64_t k, int64_t n) {
   const int64_t B = s.sequences.B;
   if (!s.sequences.offsets || k == 0 || k == n) return B * k / n;

@@ -19,8 +19,8 @@ FUSEDRNN_INLINE int lanes_of(int64_t H, int64_t unit) {
 
 // Rows of the tallest tile whose product has Q vectors per panel row. Chosen for few loads per FMA:
 // 24 accumulators as 6 x 4 (LSTM: one panel of 4 gates; backward and RNN: 4 panels), GRU 8 x 3; 12 as
-// 3 x 4 (LSTM), 4 x 3 (GRU), 6 x 2 (backward and RNN). The time of training with 3 x 4 for these too
-// over that, with AVX2 on a Zen 4 core, LSTM / GRU / RNN at (B, T, H): (8, 100, 128) 1.01 / 1.05 / 1.03,
+// 3 x 4 (LSTM), 4 x 3 (GRU), 6 x 2 (backward and RNN). Speedup of training over 3 x 4 for these too,
+// with AVX2 on a Zen 4 core, LSTM / GRU / RNN at (B, T, H): (8, 100, 128) 1.01 / 1.05 / 1.03,
 // (48, 30, 192) 1.03 / 1.04 / 1.07, (64, 20, 512) 1.01 / 1.0 / 1.09, (64, 49, 58) with I = 498 1.12 /
 // 1.07 / 1.12.
 template <class Terms, int Q>
@@ -50,7 +50,7 @@ FUSEDRNN_INLINE void for_rows([[maybe_unused]] int rows, F&& f) {
 }
 
 // Terms of one partial sum over k. Sums of sums lose less than one long sum: with 512 terms in one,
-// an RNN's error was 1.5 times torch's, so it is 1.2 times. Costs LSTM 0.7 percent at H=512; 128
+// an RNN's error was 1.5 times torch's, this way 1.2 times. Costs LSTM 0.7 percent at H=512; 128
 // terms would cost 2.
 constexpr int64_t kPartialTerms = 256;
 // Where the part of K terms that begins with the k-th ends.
@@ -58,17 +58,39 @@ FUSEDRNN_INLINE int64_t part_end(int64_t k, int64_t K) {
   return K - k < kPartialTerms ? K : k + kPartialTerms;
 }
 
-// Whether a tile's loads leave room to fetch weights for later ones: a low one's do not (0.98 to 1.0
-// at 8 rows of an LSTM, H=512), nor AVX2's of several gates (0.96 to 0.99; an RNN's, H=1024, 1.03 to
-// 1.06).
+// Whether a tile has work enough to fetch weights for later ones beside it, more than two thirds of the
+// accumulators: a low one's has not (0.98 to 1.0 at 8 rows of an LSTM, H=512), nor AVX2's of several
+// gates (0.96 to 0.99; an RNN's, H=1024, 1.03 to 1.06). Not measured, and never, with 16-byte vectors.
 constexpr bool fetches(int64_t M, int64_t P, int64_t Q) {
   return (kVectorBytes == 64 || (kVectorBytes == 32 && Q == 1)) &&
          3 * M * P * Q > 2 * kAccumulators;
 }
 
-// acc[m][p*Q + q] += sum_k a[m*lda + k] panel_p[k][q] for k in [begin, end), ascending; k counts lanes
-// of terms. Beside each k, the line k * Q vectors after `next` is fetched to L2, if that is a pointer and
-// the tile fetches.
+// acc[m][n] += a(m) b(n), with the factor of which there are fewer in registers.
+template <class Terms, class T, int M, int N, class First, class Second>
+FUSEDRNN_INLINE void add_term(Vec<T> (&acc)[M][N], const First& a, const Second& b) {
+  if constexpr (M <= N) {
+    decltype(Terms::spread(T{})) a_k[M];
+    unroll<M>([&](auto m) FUSEDRNN_LAMBDA { a_k[m] = Terms::spread(a(m)); });
+    unroll<N>([&](auto n) FUSEDRNN_LAMBDA {
+      const Vec<T> b_k = b(n);
+      unroll<M>([&](auto m)
+                    FUSEDRNN_LAMBDA { acc[m][n] = Terms::multiply_add(a_k[m], b_k, acc[m][n]); });
+    });
+  } else {
+    Vec<T> b_k[N];
+    unroll<N>([&](auto n) FUSEDRNN_LAMBDA { b_k[n] = b(n); });
+    unroll<M>([&](auto m) FUSEDRNN_LAMBDA {
+      const auto a_k = Terms::spread(a(m));
+      unroll<N>([&](auto n)
+                    FUSEDRNN_LAMBDA { acc[m][n] = Terms::multiply_add(a_k, b_k[n], acc[m][n]); });
+    });
+  }
+}
+
+// acc[m][p*Q + q] += sum_k a[m*lda + k] panel_p[k][q] for k in [begin, end), ascending; k counts
+// lanes of terms. Beside each k, the line k * Q vectors after `next` is fetched to L2, if that is a
+// pointer and the tile fetches.
 template <class Terms, int M, int P, int Q, class T, class Next>
 FUSEDRNN_INLINE void partial_product(Vec<T> (&acc)[M][P * Q], const T* a, int64_t lda,
                                      int64_t begin, int64_t end, const T* panels,
@@ -79,25 +101,9 @@ FUSEDRNN_INLINE void partial_product(Vec<T> (&acc)[M][P * Q], const T* a, int64_
     if constexpr (std::is_pointer<Next>::value && fetches(M, P, Q)) {
       __builtin_prefetch(next + k * Q * kVectorBytes, 0, 2);
     }
-    if constexpr (M <= P * Q) {
-      decltype(Terms::spread(T{})) a_k[M];
-      unroll<M>([&](auto m) FUSEDRNN_LAMBDA { a_k[m] = Terms::spread(a[m * lda + k]); });
-      unroll<P * Q>([&](auto pq) FUSEDRNN_LAMBDA {
-        const Vec<T> w = load(row + pq / Q * panel_size + pq % Q * V);
-        unroll<M>([&](auto m)
-                      FUSEDRNN_LAMBDA { acc[m][pq] = Terms::multiply_add(a_k[m], w, acc[m][pq]); });
-      });
-    } else {
-      Vec<T> w[P * Q];
-      unroll<P * Q>([&](auto pq)
-                        FUSEDRNN_LAMBDA { w[pq] = load(row + pq / Q * panel_size + pq % Q * V); });
-      unroll<M>([&](auto m) FUSEDRNN_LAMBDA {
-        const auto a_k = Terms::spread(a[m * lda + k]);
-        unroll<P * Q>([&](auto pq) FUSEDRNN_LAMBDA {
-          acc[m][pq] = Terms::multiply_add(a_k, w[pq], acc[m][pq]);
-        });
-      });
-    }
+    add_term<Terms, T>(
+        acc, [&](auto m) FUSEDRNN_LAMBDA { return a[m * lda + k]; },
+        [&](auto pq) FUSEDRNN_LAMBDA { return load(row + pq / Q * panel_size + pq % Q * V); });
   }
 }
 
@@ -120,7 +126,7 @@ FUSEDRNN_INLINE void product(Vec<T> (&acc)[M][P * Q], [[maybe_unused]] int rows,
   } else {
     int64_t end = part_end(0, K);
     if constexpr (std::is_pointer<Next>::value) {
-      if (!next) next = reinterpret_cast<const char*>(panels);  // what is there already
+      if (!next) next = reinterpret_cast<const char*>(panels);  // read anyway: no branch per term
     }
     partial_product<Terms, M, P, Q>(acc, a, lda, 0, end, panels, panel_size, next);
     while (end < K) {
@@ -162,8 +168,8 @@ FUSEDRNN_INLINE void affine(Vec<T> (&acc)[M][P * G], int rows, const T* a, int64
   product<Terms, M, P, G>(acc, rows, a, lda, K, panels + G * V, panel_size, next);
 }
 
-// A product by rows: the input projection, where a row is one batch element at one time step, and
-// that of h, whose gate is one and whose units are its own.
+// A product by rows: the input projection (a row is one batch element at one time step), and
+// weight_hr's, with G = 1 and P for H.
 template <class T>
 struct ProjectStep {
   int64_t K, H;
@@ -197,7 +203,7 @@ struct ForwardStep {
   int64_t H;
   bool save;
   T* gates;         // [B, G*H]: for the activated gates, if save; forward_tile finds gates_x there
-  T* extra;         // [B, H]: LSTM c, GRU a_hn; or null, LSTM's only where h is
+  T* extra;         // [B, H]: LSTM c, GRU a_hn; or null, LSTM's only if h is null
   const T* h_prev;  // rows of K lanes of terms
   int64_t K, h_prev_stride;
   const T* prev;  // [B, H]: LSTM c_prev, GRU h_prev
@@ -221,7 +227,7 @@ FUSEDRNN_INLINE auto begin_units(const ForwardStep<T>& s, int64_t row, int64_t b
     if (s.extra) store(s.extra + row * s.H + unit, units.extra, lanes);
   }
   if (s.save) {
-    unroll<Cell::kOpen>([&](auto g) FUSEDRNN_LAMBDA {
+    unroll<Cell::kFinishFrom>([&](auto g) FUSEDRNN_LAMBDA {
       store(s.gates + (row * G + g) * s.H + unit, units.gates[g], lanes);
     });
   }
@@ -239,8 +245,8 @@ FUSEDRNN_INLINE void finish_units(const ForwardStep<T>& s, int64_t row, int64_t 
   Cell::finish(&units, prev);
   if (s.h) store(s.h + row * s.h_stride + unit, units.h, lanes);
   if (s.save) {
-    unroll<G - Cell::kOpen>([&](auto i) FUSEDRNN_LAMBDA {
-      constexpr int g = Cell::kOpen + i;
+    unroll<G - Cell::kFinishFrom>([&](auto i) FUSEDRNN_LAMBDA {
+      constexpr int g = Cell::kFinishFrom + i;
       store(s.gates + (row * G + g) * s.H + unit, units.gates[g], lanes);
     });
   }
@@ -262,13 +268,12 @@ void forward_tile(const ForwardStep<T>& s, int64_t row, int64_t block, int rows,
   for_rows<Terms, M>(rows, [&](auto m) FUSEDRNN_LAMBDA {
     unroll<P * G>([&](auto pg) FUSEDRNN_LAMBDA { sums[m * (P * G) + pg] = acc[m][pg]; });
   });
-  const int cells     = (Terms::kTileRows > 0 ? rows : M) * P;
-  constexpr int kOpen = Cell::kOpen;
-  // First the first parts of all cells, then the second ones: one after the other, a cell's parts leave
-  // no room in the CPU's window for other cells, to keep the multipliers at work while these wait. The
-  // time of an inference call without over with it, on a Zen 5 core at (8, 128) and (32, 256): LSTM 1.02
-  // and 1.01, GRU 1.03 and 1.01, with bfloat16's products LSTM 1.04 and 1.02, GRU 1.06 and 1.03; of an
-  // LSTM's two cells (1, 32) 0.99.
+  const int cells           = (Terms::kTileRows > 0 ? rows : M) * P;
+  constexpr int kFinishFrom = Cell::kFinishFrom;
+  // All cells' first parts, then all second parts: one cell's two parts in a row fill the
+  // out-of-order window, and no other cell's work hides their latency. Speedup of an inference call
+  // on a Zen 5 core at (B, H) = (8, 128) and (32, 256): LSTM 1.02 and 1.01, GRU 1.03 and 1.01, with
+  // bfloat16's products LSTM 1.04 and 1.02, GRU 1.06 and 1.03; of an LSTM's two cells (1, 32) 0.99.
   constexpr bool kApart = G > 1 && M * P > 2;
 #pragma GCC unroll 1
   for (int mp = 0; mp < cells; ++mp) {
@@ -281,7 +286,7 @@ void forward_tile(const ForwardStep<T>& s, int64_t row, int64_t block, int rows,
     });
     if constexpr (kApart) {
       const auto units = begin_units<Cell, T>(s, row + m, block + p, gates_x, &sums[mp * G]);
-      for (int g = kOpen; g < G; ++g) sums[mp * G + g] = units.gates[g];
+      for (int g = kFinishFrom; g < G; ++g) sums[mp * G + g] = units.gates[g];
     } else {
       forward_units<Cell, T>(s, row + m, block + p, gates_x, &sums[mp * G]);
     }
@@ -291,7 +296,7 @@ void forward_tile(const ForwardStep<T>& s, int64_t row, int64_t block, int rows,
     const int m = mp / P, p = mp % P;
     const int64_t unit = (block + p) * kLanes<T>;
     typename Cell::template Forward<Vec<T>> units{};
-    for (int g = kOpen; g < G; ++g) units.gates[g] = sums[mp * G + g];
+    for (int g = kFinishFrom; g < G; ++g) units.gates[g] = sums[mp * G + g];
     if (Cell::kHasCell && s.extra) {
       units.extra = load(s.extra + (row + m) * s.H + unit, lanes_of<T>(s.H, unit));
     }
@@ -299,8 +304,8 @@ void forward_tile(const ForwardStep<T>& s, int64_t row, int64_t block, int rows,
   }
 }
 
-// What the gradient of h [B, P] of one direction at one time step is the sum of. Of the cell's h
-// [B, H] if a projection comes after it: that is the product alone.
+// The terms whose sum is the gradient of h [B, P] of one direction at one time step. With a projection
+// also of the cell's h [B, H], where only the product is set.
 template <class T>
 struct GradH {
   // The product: of the step after's grad_gates and weight_hh, or of the projection's gradient and
@@ -308,7 +313,7 @@ struct GradH {
   const T* terms;  // K lanes of each row, or null for zero
   int64_t K, stride;
   const T* panels;  // pack_backward's
-  const bool* cut;  // [B] or null: the rows between which and the step after lies a boundary
+  const bool* cut;  // [B] or null: whether a boundary lies between a row and the step after
   const T* output;  // [B, P] or null
   int64_t output_stride;
   const T* h_n;  // [B, P] or null
@@ -418,7 +423,7 @@ FUSEDRNN_INLINE void backward_units(const BackwardStep<T>& s, int64_t row, int64
   }
 }
 
-// What backward_tile reads and writes: short pieces of rows far apart, which no hardware foresees.
+// What backward_tile reads and writes: short pieces of rows far apart, which hardware prefetchers miss.
 template <class Cell, class T>
 void fetch_tile(const GradHStep<T>& step, int64_t row, int64_t block, int M, int P) {
   constexpr int G  = Cell::kGates;
@@ -464,8 +469,6 @@ void recompute_h(int64_t H, int64_t block_begin, int64_t block_end, const T* gat
 // later panels, for those that fetch.
 template <class Step>
 using Tile = void (*)(const Step&, int64_t row, int64_t block, int rows, const char* next);
-
-constexpr int kMaxPanelsLog2 = 3;
 
 template <class Cell, class T, class Terms_ = Numbers<T>>
 struct ProjectTiles {
@@ -515,12 +518,12 @@ Tile<typename Tiles::Step> tile_of(int rows, int log2_panels) {
   }
 }
 
-// What the i-th of the tiles that share P panels fetches to L2 of those from `block` on: line i of each
-// row of terms. Null if there is no such line, or if fewer tiles fetch than there are lines: some
-// without the others are slower than none (0.91 at 16 rows). So weights beyond L2 come while the
-// multipliers have work: the time of an inference call without over with it, on a Zen 5 core at
-// H = 1024, is 1.19 (LSTM), 1.28 (GRU) and 1.0 (RNN) for 32 rows, 1.07, 1.07 and 1.06 for 64; 1.0 to
-// 1.03 at H = 512.
+// Where the i-th tile of rows fetches to L2, for each term that it multiplies, a line of the P panels
+// from `block` on: line i % kLines of panel i / kLines. Null if there is none, or if the tiles are
+// too few for all lines: to fetch only some is slower than none (0.91 at 16 rows). So weights beyond
+// L2 come while the multipliers have work. Speedup of an inference call on a Zen 5 core at H = 1024:
+// 1.19 (LSTM), 1.28 (GRU) and 1.0 (RNN) for 32 rows, 1.07, 1.07 and 1.06 for 64; 1.0 to 1.03 at H =
+// 512.
 template <int Q, class T>
 const char* next_line(const ForwardPanels<T>& panels, int64_t K, int64_t block, int64_t P,
                       int64_t tiles, int64_t i) {
@@ -531,8 +534,8 @@ const char* next_line(const ForwardPanels<T>& panels, int64_t K, int64_t block, 
 }
 
 // All units [block_begin, block_end) of rows [row_begin, row_end), in tiles of nearly equal height.
-// `descending` walks the panels from the last to the first: when every second step does, what of the
-// weights does not fit the cache is still half there. Worth 1.6x a step on a Xeon at B=1, H=512;
+// `descending` walks the panels from the last to the first: in every second step, so that a step begins
+// with the panels that the last one left in the cache. Worth 1.6x a step on a Xeon at B=1, H=512;
 // nothing on a Zen 4 core (0.96 to 1.01 of the time at H=256 and 512).
 template <class Tiles>
 void run_tiles(const typename Tiles::Step& step, int64_t row_begin, int64_t row_end,
@@ -565,7 +568,7 @@ void run_tiles(const typename Tiles::Step& step, int64_t row_begin, int64_t row_
       for (int64_t i = 0; i < tiles; ++i) {
         const char* next = nullptr;
         if constexpr (Tiles::kFetches) {
-          if (blocks - done >= 2 * panels) {  // else the next tiles are no such
+          if (blocks - done >= 2 * panels) {  // else fewer panels follow, or none
             next = next_line<Tiles::Q>(step.panels, step.K, block + (descending ? -panels : panels),
                                        panels, fetching, i);
           }

@@ -66,7 +66,7 @@ class Barrier {
     if (threads_ == 1) return;
     target_ += threads_;
     __atomic_fetch_add(&counter_->arrived, 1u, __ATOMIC_ACQ_REL);
-    // Spin for tens of microseconds, longer than any balanced step takes; then give the core away,
+    // Spin for tens of microseconds, longer than threads with equal work wait; then give the core away,
     // so that a machine with more runnable threads than cores slows down instead of standing still.
     for (int spins = 0; !reached(); ++spins) {
       if (spins < 1000) {

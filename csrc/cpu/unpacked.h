@@ -32,8 +32,8 @@ template <class T, class Terms, int M>
 void affine_unpacked(Vec<T> (&out)[M], const typename Terms::Stored* a, int64_t lda, int64_t K,
                      const typename Terms::Stored* weight, const T* bias, int units) {
   constexpr int V = kLanes<T>;
-  // One row's product waits for its weights: the caches deliver runs of lines faster, float32's of an
-  // LSTM cell from L2 in 0.83 to 1.0 of the time of single lines of 8 weight rows, by where they lie
+  // With one row, loads are the limit, and caches deliver runs of lines faster: float32's of an LSTM
+  // cell from L2 in 0.83 to 1.0 of the time of single lines of 8 weight rows, depending on address
   // (Zen 5, H=128). bfloat16's rows are short for that: 0.97 to 1.16.
   constexpr bool kRuns       = M == 1 && Terms::kGroup == 1;
   constexpr int kRows        = kRuns ? V : M == 1 ? 8 : 4;  // of weights: to hide latency
@@ -97,7 +97,7 @@ void unpacked_tile(const UnpackedStep<T, Terms>& s, int64_t row, int64_t block) 
   const int64_t P    = s.P;
   const int64_t unit = block * kLanes<T>;
   const int units    = lanes_of<T>(H, unit);
-  // Its rows are of lanes.
+  // h_prev_stride counts lanes.
   const int64_t h_stride = s.step.h_prev_stride * Terms::kGroup;
   const auto* const h =
       reinterpret_cast<const typename Terms::Stored*>(s.step.h_prev) + row * h_stride;

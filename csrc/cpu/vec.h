@@ -33,8 +33,8 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-// Accumulators of a register tile: what is left of the register file for one broadcast per row (6)
-// and one weight vector (1) on 32 registers, likewise (3 and 1) on 16.
+// Accumulators of a register tile of M rows and N vectors. A term takes min(M, N) + 1 more registers
+// (step.h, add_term), at most 5 of 32 and 4 of 16.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kAccumulators = 24;
 #else
@@ -191,8 +191,8 @@ FUSEDRNN_INLINE V fma(V a, V b, V c) {
 }
 #endif
 
-// 1 / x to 14 bits at least, for math.h's quotient to refine, and exactly where x is a power of two: the
-// correction of a tiny tanh, whose denominator is rounded to 2, is a denormal and flushed to zero.
+// 1 / x to at least 14 bits, which math.h's quotient refines; exact for powers of two: a tiny tanh's
+// denominator rounds to 2, and its correction is a denormal, flushed to zero.
 #if defined(__AVX512F__)
 FUSEDRNN_INLINE Vec<float> approximate_reciprocal(Vec<float> x) {
   // The masked form, all lanes: the plain one's header in gcc 12 warns of its own undefined value.
@@ -235,7 +235,7 @@ FUSEDRNN_INLINE Vec<double> at_least(Vec<double> x, double low) {
 
 #if !defined(__AVX512F__) && !defined(__AVX2__) && !defined(__aarch64__)
 // Without a fused multiply-add, math.h's quotient would correct with remainders that are themselves
-// rounded: the type above does it instead, and double (bounded by 4 ULP, not 2) does without.
+// rounded: float divides in double instead, and double (bounded by 4 ULP, not 2) is not corrected.
 FUSEDRNN_INLINE Vec<float> quotient(Vec<float> x, Vec<float> a, Vec<float> b) {
   typedef double Wide __attribute__((vector_size(2 * kVectorBytes)));
   const Wide exact_a = __builtin_convertvector(a, Wide);
@@ -256,14 +256,13 @@ FUSEDRNN_INLINE Vec<double> from_bits(Bits64 v) { return (Vec<double>)v; }
 // Of a product.
 enum Factor { kFirst, kSecond };
 
-// What a lane of a product's operands holds: a number, or two numbers rounded to bfloat16, next to
-// each other in their sum. The same tiles multiply either; only how operands are laid out differs.
-// A group of kGroup numbers takes kGroupLanes lanes, its parts, which may differ between a product's
-// factors; a row of n numbers has lanes(n). load(row, n) is a part of the first V groups, zeros behind
-// the n-th number; above_each_other(a, b, n) is one of n columns in the row a and the one below it.
-// spread(a) is a for all lanes, as multiply_add takes its first factor.
-// An array of Stored is read without a conversion. kTileRows: of a register tile, where registers for
-// it are not vectors (amx.h). A Scope lives in each thread while it works.
+// What a lane of a product's operands holds: a number, or two bfloat16 numbers that are adjacent along
+// K. The tiles multiply either; only operands' layout differs. kGroup numbers along K take kGroupLanes
+// lanes, their parts, which may differ between a product's factors; n numbers take lanes(n).
+// load(row, n): one part of the first V groups of a row of n numbers, zeros behind these.
+// interleave_rows(a, b, n): the same where K runs down, of n columns of row a and of b, the row below.
+// spread(a): a in all lanes, as multiply_add takes its first factor. Stored: what needs no conversion.
+// kTileRows: rows of an AMX tile, else 0 (amx.h). Scope: lives in each thread while it works.
 template <class T>
 struct Numbers {
   using Stored                     = T;
@@ -278,13 +277,13 @@ struct Numbers {
     return fusedrnn::load(row, int(n < kLanes<T> ? n : kLanes<T>));
   }
   template <Factor = kFirst, int = 0>
-  static FUSEDRNN_INLINE Vec<T> above_each_other(const T* a, const T*, int n) {
+  static FUSEDRNN_INLINE Vec<T> interleave_rows(const T* a, const T*, int n) {
     return fusedrnn::load(a, n);
   }
 };
 
-// Of bfloat16: add_pairs is c plus, in each lane, both products of a's pair and b's; spread_pair is a pair
-// for all lanes; rounded has low's numbers as bfloat16, then high's.
+// Of bfloat16: add_pairs is c plus, in each lane, both products of a's pair and b's; spread_pair is a
+// pair for all lanes; rounded has low's numbers as bfloat16, then high's.
 #if defined(__AVX512BF16__)
 #define FUSEDRNN_HAS_PAIRS
 FUSEDRNN_INLINE Vec<float> add_pairs(Vec<float> a, Vec<float> b, Vec<float> c) {
@@ -299,7 +298,7 @@ FUSEDRNN_INLINE Vec<float> rounded(Vec<float> low, Vec<float> high) {
 FUSEDRNN_INLINE Vec<float> add_pairs(Vec<float> a, Vec<float> b, Vec<float> c) {
   return (Vec<float>)vbfdotq_f32((float32x4_t)c, (bfloat16x8_t)a, (bfloat16x8_t)b);
 }
-// In one lane, from where the instruction takes it: to copy it to all would keep a unit from multiplying.
+// In one lane, as bfdot takes it: a copy to all lanes would occupy a unit that multiplies.
 FUSEDRNN_INLINE bfloat16x4_t spread_pair(float a) {
   uint32_t bits = 0;
   std::memcpy(&bits, &a, sizeof bits);
@@ -334,27 +333,27 @@ struct Pairs {
     return (Vec<float>)load_up_to(row, n);
   }
   template <Factor = kFirst, int = 0>
-  static FUSEDRNN_INLINE Vec<float> above_each_other(const float* a, const float* b, int n) {
-    return alternate(fusedrnn::load(a, n), b ? fusedrnn::load(b, n) : Vec<float>{});
+  static FUSEDRNN_INLINE Vec<float> interleave_rows(const float* a, const float* b, int n) {
+    return interleave(fusedrnn::load(a, n), b ? fusedrnn::load(b, n) : Vec<float>{});
   }
   template <Factor = kFirst, int = 0>
-  static FUSEDRNN_INLINE Vec<float> above_each_other(const uint16_t* a, const uint16_t* b, int n) {
-    return alternate<kLanes<uint16_t>>(fusedrnn::load(a, n),
-                                       b ? fusedrnn::load(b, n) : Vec<uint16_t>{}, Numbered{});
+  static FUSEDRNN_INLINE Vec<float> interleave_rows(const uint16_t* a, const uint16_t* b, int n) {
+    return interleave<kLanes<uint16_t>>(fusedrnn::load(a, n),
+                                        b ? fusedrnn::load(b, n) : Vec<uint16_t>{}, Numbered{});
   }
 
  protected:
   using Numbered = std::make_integer_sequence<int, kLanes<uint16_t>>;
 
-  // Those of a in turns with those of b.
-  static FUSEDRNN_INLINE Vec<float> alternate(Vec<float> a, Vec<float> b) {
+  // a's lanes, rounded, interleaved with b's.
+  static FUSEDRNN_INLINE Vec<float> interleave(Vec<float> a, Vec<float> b) {
     const auto both = (Vec<uint16_t>)rounded(a, b);
-    return alternate<kLanes<float>>(both, both, Numbered{});
+    return interleave<kLanes<float>>(both, both, Numbered{});
   }
-  // The first ones of `a` in turns with those from kSecond on of a and b next to each other.
+  // The lanes of [a b] from 0 on, interleaved with those from kSecond on.
   template <int kSecond, int... Is>
-  static FUSEDRNN_INLINE Vec<float> alternate(Vec<uint16_t> a, Vec<uint16_t> b,
-                                              std::integer_sequence<int, Is...>) {
+  static FUSEDRNN_INLINE Vec<float> interleave(Vec<uint16_t> a, Vec<uint16_t> b,
+                                               std::integer_sequence<int, Is...>) {
     return (Vec<float>)__builtin_shufflevector(a, b, (Is % 2 * kSecond + Is / 2)...);
   }
   template <class From>

@@ -15,9 +15,12 @@ constexpr int kStepWarps   = 4;
 constexpr int kStepThreads = kStepWarps * kWarp;
 constexpr int kStepCtas    = 2;  // of a multiprocessor, at least: at 4, float32 spills
 
-// Numbers from one row of sums to the next in shared memory: the lanes of a store, of 8 units in rows
-// 0, 2, 4 and 6, then lie in 32 different banks.
-constexpr int kSumStride = kUnitTile + 4;
+// Where a sum [rows, kUnitTile] lies in shared memory: a store's lanes (8 units of every second row)
+// and a load's (16 units of two rows) then lie in 32 different banks.
+constexpr int kTwoRows = 2 * kUnitTile + 8;
+__device__ __forceinline__ int sum_at(int row, int unit) {
+  return row / 2 * kTwoRows + row % 2 * kUnitTile + unit;
+}
 
 // Both directions' steps: direction 1 walks from the other end.
 struct StepPair {
@@ -26,7 +29,7 @@ struct StepPair {
 
 template <class N, int kSegments, int kTiles>
 constexpr int kStepShared =
-    kStepWarps * kSegments * kTiles * kRowTile * kSumStride * int(sizeof(typename N::acc_t));
+    kStepWarps * kSegments * kTiles * kRowTile / 2 * kTwoRows * int(sizeof(typename N::acc_t));
 
 // A warp's part of the product of one tile of units with rows of states: every kStepWarps-th block of
 // K. A block's operands are loaded as soon as their registers are free, up to kBuffers - 1 blocks
@@ -75,8 +78,8 @@ class Product {
 #pragma unroll
         for (int i = 0; i < kSums; ++i) {
           const int row = t * kRowTile + sum_row(lane, i);
-          store(shared + ((warp() * kSegments + s) * kTiles * kRowTile + row) * kSumStride +
-                    sum_unit(lane, i),
+          store(shared +
+                    sum_at((warp() * kSegments + s) * kTiles * kRowTile + row, sum_unit(lane, i)),
                 sums[s][t][i]);
         }
       }
@@ -196,8 +199,8 @@ __device__ __forceinline__ typename N::acc_t sum_of(int segment, int i) {
   acc_t sum           = 0;
 #pragma unroll
   for (int warp = 0; warp < kStepWarps; ++warp) {
-    sum += load(shared + ((warp * kSegments + segment) * kTiles * kRowTile + row) * kSumStride +
-                threadIdx.x % kUnitTile);
+    sum += load(shared + sum_at((warp * kSegments + segment) * kTiles * kRowTile + row,
+                                int(threadIdx.x) % kUnitTile));
   }
   return sum;
 }
