@@ -100,11 +100,11 @@ struct ForwardLayout {
 };
 
 // Which panels a call uses once: they are packed piece by piece, just before use, and stay in L2 if a
-// piece fits. Speedup of an inference call over packing all first, on a Zen 4 core at (B, T, H), LSTM /
-// GRU / RNN: (1, 20, 512) 1.11 / 1.06 / 1.01, (1, 20, 1024) 1.12 /
-// 1.12 / 1.09, cells (32, 1, 512) 1.2 / 1.1 / 1.02, (32, 1, 1024) 1.27 / 1.25 / 1.15, (256, 1, 1024)
-// 1.04 each; bfloat16 (1, 20, 1024) 1.19 / 1.23 / 1.06, (32, 1, 1024) 1.43 / 1.31 / 1.08; AVX2 (40, 1,
-// 512) 1.22 / 1.13 / 1.04; H = 128 and 256 0.98 to 1.03.
+// piece fits. Speedup of an inference call over packing all first, on a Zen 4 core at (B, T, H), LSTM
+// / GRU / RNN: (1, 20, 512) 1.11 / 1.06 / 1.01, (1, 20, 1024) 1.12 / 1.12 / 1.09, cells (32, 1, 512)
+// 1.2 / 1.1 / 1.02, (32, 1, 1024) 1.27 / 1.25 / 1.15, (256, 1, 1024) 1.04 each; bfloat16 (1, 20,
+// 1024) 1.19 / 1.23 / 1.06, (32, 1, 1024) 1.43 / 1.31 / 1.08; AVX2 (40, 1, 512) 1.22 / 1.13 / 1.04; H
+// = 128 and 256 0.98 to 1.03.
 struct Once {
   bool recurrent = false, input = false;
 };

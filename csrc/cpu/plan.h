@@ -42,9 +42,8 @@ inline int64_t l2_bytes() {
 constexpr int64_t kChunkRows = 48;
 // With weights beyond L2 all rows are one chunk if they are no more than this: then weight_ih's panels
 // are read once, and packed where that is done (forward.h, Once). Speedup of an inference call, LSTM /
-// GRU / RNN, at (B, T, H): (1, 100, 512) 1.04 / 1.02 / 1.0, (1, 100, 1024) 1.12 /
-// 1.10 / 1.03, in bfloat16 1.02 / 1.0 / 1.0 and 1.15 / 1.09 / 1.01; 160 and 200 rows, at H = 512, 0.97
-// to 1.04.
+// GRU / RNN, at (B, T, H): (1, 100, 512) 1.04 / 1.02 / 1.0, (1, 100, 1024) 1.12 / 1.10 / 1.03, in
+// bfloat16 1.02 / 1.0 / 1.0 and 1.15 / 1.09 / 1.01; 160 and 200 rows, at H = 512, 0.97 to 1.04.
 constexpr int64_t kOnceRows = 128;
 
 // Whether to copy the input of a chunk's steps where their rows are not one matrix (`batch_first`),
@@ -120,8 +119,8 @@ FUSEDRNN_INLINE int row_shards_of(const Shape& s, int threads) {
   const int most    = most_row_shards(s, threads);
   const auto blocks = int((s.H + s.lanes - 1) / s.lanes);
   int unit_shards   = int(min64((threads + most - 1) / most, blocks));
-  if (threads / unit_shards * unit_shards <= most)
-    unit_shards = 1;  // no more threads by splitting units
+  // Splitting units too would put no more threads to work.
+  if (threads / unit_shards * unit_shards <= most) unit_shards = 1;
   if (unit_shards == 1 && threads > 1 && blocks > 1 &&
       !pays_to_split_rows(s, rows_of_step(s) * 2 / threads)) {
     unit_shards = 2;

@@ -20,9 +20,9 @@ FUSEDRNN_INLINE int lanes_of(int64_t H, int64_t unit) {
 // Rows of the tallest tile whose product has Q vectors per panel row. Chosen for few loads per FMA:
 // 24 accumulators as 6 x 4 (LSTM: one panel of 4 gates; backward and RNN: 4 panels), GRU 8 x 3; 12 as
 // 3 x 4 (LSTM), 4 x 3 (GRU), 6 x 2 (backward and RNN). Speedup of training over 3 x 4 for these too,
-// with AVX2 on a Zen 4 core, LSTM / GRU / RNN at (B, T, H): (8, 100, 128) 1.01 / 1.05 / 1.03,
-// (48, 30, 192) 1.03 / 1.04 / 1.07, (64, 20, 512) 1.01 / 1.0 / 1.09, (64, 49, 58) with I = 498 1.12 /
-// 1.07 / 1.12.
+// with AVX2 on a Zen 4 core, LSTM / GRU / RNN at (B, T, H): (8, 100, 128) 1.01 / 1.05 / 1.03, (48,
+// 30, 192) 1.03 / 1.04 / 1.07, (64, 20, 512) 1.01 / 1.0 / 1.09, (64, 49, 58) with I = 498 1.12 / 1.07
+// / 1.12.
 template <class Terms, int Q>
 constexpr int kMaxRows = Terms::kTileRows > 0 ? Terms::kTileRows
                          : Q == 1             ? 6
