@@ -126,8 +126,13 @@ def test_every_product_is_rounded_and_nothing_else(cell, size, precision, monkey
 
 
 @pytest.mark.parametrize("cell", LAYER_CELLS)
-def test_what_bfloat16_layers_give_is_float32s_rounded(cell):
-    inputs = layer_inputs(cell, 37, 4, 300, 387, 1, torch.bfloat16)
+@pytest.mark.parametrize(
+    "size",
+    [(37, 4, 300, 387, 1), (195, 60, 4, 180, 1)],  # the second in several chunks of steps
+    ids=str,
+)
+def test_what_bfloat16_layers_give_is_float32s_rounded(cell, size):
+    inputs = layer_inputs(cell, *size, torch.bfloat16)
     wide = in_dtype(inputs, torch.float32)
     grads = [torch.randn_like(r) for r in functional.layer(cell, *inputs)]
     with matmul_precision("medium"), ran("kernel_forward", "kernel_backward"):
@@ -262,7 +267,9 @@ def test_short_calls_of_bfloat16_tensors(cell, size, monkeypatch):
 
 @pytest.mark.parametrize("cell", LAYER_CELLS)
 @pytest.mark.parametrize(
-    "size", [(20, 33, 24, 40, 1), (20, 2, 130, 128, 2), (20, 2, 130, 128, 1)], ids=str
+    "size",
+    [(20, 33, 24, 40, 1), (20, 2, 130, 128, 2), (20, 2, 130, 128, 1), (195, 60, 4, 180, 1)],
+    ids=str,
 )
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_the_same_bits_on_any_number_of_threads(cell, size, dtype):
@@ -293,8 +300,9 @@ def test_one_call_alone(cell):
 
 @pytest.mark.parametrize("cell", LAYER_CELLS)
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
-def test_gates_computed_again(cell, dtype):
-    inputs = layer_inputs(cell, 12, 5, 9, 33, 2, dtype)
+@pytest.mark.parametrize("size", [(12, 5, 9, 33, 2), (195, 60, 4, 180, 1)], ids=str)
+def test_gates_computed_again(cell, dtype, size):
+    inputs = layer_inputs(cell, *size, dtype)
     grads = [torch.randn(r.shape).to(dtype) for r in functional.layer(cell, *inputs)]
     results, kept = run(functional.layer, cell, inputs, grads)
     with ran("kernel_forward", "kernel_backward"):

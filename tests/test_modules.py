@@ -107,7 +107,8 @@ def test_unbatched_input_matches_torch(kind, batch_first, hx):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_zero_batch_gives_empty_output_and_zero_gradients(kind):
+@pytest.mark.parametrize(("I", "H"), [(I, H), (5, 128), (256, 300)])
+def test_zero_batch_gives_empty_output_and_zero_gradients(kind, I, H):  # noqa: E741
     theirs, ours = pair(kind, I, H, 2, dtype=torch.float64)
     actual = run(ours, random_input(T, 0, I), states(kind, 2, 0, H))
     assert actual["result 0"].shape == (T, 0, H)

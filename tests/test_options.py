@@ -78,6 +78,28 @@ def test_kernels_match_the_reference(cell, form, reset, D):
                 assert relative_error(a, b) < 1e-12
 
 
+# Rows are split over threads, and units.
+@pytest.mark.parametrize(("T", "B", "D"), [(75, 40, 1), (75, 40, 2), (900, 3, 1)])
+@pytest.mark.parametrize(("cell", "form", "reset"), CASES)
+def test_weights_gradients_in_several_chunks_of_steps(cell, form, reset, T, B, D):
+    for P in (0, 50) if cell == "lstm" else (0,):
+        leaves, num_states, options = problem(
+            cell, T, B, 4, 180, D, P=P, packed=form == "packed", reset=reset, dtype=torch.float64
+        )
+        expected = run(functional.reference_layer, cell, leaves, num_states, options)
+        found, threads = [], torch.get_num_threads()
+        for n, again in ((1, False), (2, False), (2, True)):
+            torch.set_num_threads(n)
+            choice = options._replace(recompute=again)
+            with ran("kernel_forward", "kernel_backward"):
+                found.append(run(functional.kernel_layer, cell, leaves, num_states, choice))
+        torch.set_num_threads(threads)
+        for a, b in zip(found[0], expected, strict=True):
+            assert relative_error(a, b) < 1e-12
+        for other in found[1:]:
+            assert all(map(torch.equal, found[0], other))
+
+
 @pytest.mark.parametrize("P", [0, 24])
 @pytest.mark.parametrize("form", ["padded", "packed"])
 @pytest.mark.parametrize("D", [1, 2])

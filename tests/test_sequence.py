@@ -33,6 +33,7 @@ SIZES = [
     (4, 3, 17, 33, 1),
     (37, 4, 300, 387, 1),  # factors of the weights' gradients copied, in several parts; RNN's:
     (3, 2, 261, 1027, 1),
+    (75, 30, 4, 180, 2),  # weights' gradients in several chunks of steps
 ]
 
 
@@ -52,7 +53,7 @@ def both(cell, inputs):
 
 
 @pytest.mark.parametrize("cell", LAYER_CELLS)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", [*SIZES, (70, 30, 256, 256, 1)], ids=str)
 def test_float64_equals_the_reference(cell, size):
     ours, expected = both(cell, layer_inputs(cell, *size, torch.float64))
     for a, b in zip(ours, expected, strict=True):
@@ -159,6 +160,8 @@ def test_inference_and_training_give_the_same_bits(cell, dtype, size):
         (8, 9, 4, 161, 1),
         (17, 8, 256, 260, 1),  # factors of LSTM's and GRU's weight gradients copied
         (2, 5, 70, 300, 2),  # weights not packed
+        (75, 30, 4, 180, 1),  # weights' gradients in several chunks of steps
+        (70, 30, 256, 256, 1),  # and their factors copied
     ],
     ids=str,
 )

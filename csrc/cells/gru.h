@@ -38,15 +38,14 @@ struct Gru {
   template <class V>
   static FUSEDRNN_CELL void finish(Forward<V>* units, V h_prev) {
     // n = tanh(a_n)   h = (1 - z) n + z h_prev
-    const V n       = tanh(units->gates[2]);
-    units->gates[2] = n;
-    units->h        = hidden(units->gates[1], n, h_prev);
+    units->gates[2] = tanh(units->gates[2]);
+    units->h        = hidden(units->gates, units->extra, h_prev);
   }
 
-  // h = (1 - z) n + z h_prev = n + z (h_prev - n). The backward pass recomputes h by it, bit for
-  // bit.
+  // h = (1 - z) n + z h_prev = n + z (h_prev - n), from what is saved: backward computes it again.
   template <class V>
-  static FUSEDRNN_CELL V hidden(V z, V n, V h_prev) {
+  static FUSEDRNN_CELL V hidden(const V* gates, V, V h_prev) {
+    const V z = gates[1], n = gates[2];
     return fma(z, h_prev - n, n);
   }
 

@@ -39,8 +39,13 @@ struct Lstm {
   }
   template <class V>
   static FUSEDRNN_CELL void finish(Forward<V>* units, V) {
-    // h = o tanh(c)
-    units->h = units->gates[3] * tanh(units->extra);
+    units->h = hidden(units->gates, units->extra, V{});
+  }
+
+  // h = o tanh(c), from what is saved: backward computes it again.
+  template <class V>
+  static FUSEDRNN_CELL V hidden(const V* gates, V c, V) {
+    return gates[3] * tanh(c);
   }
 
   template <class V>

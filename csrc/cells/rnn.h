@@ -43,6 +43,11 @@ struct Rnn {
   }
 
   template <class V>
+  static FUSEDRNN_CELL V hidden(const V* gates, V, V) {
+    return gates[0];
+  }
+
+  template <class V>
   struct Backward {
     V grad_gates[kGradGates], carry, h;
   };

@@ -1,4 +1,4 @@
-// The gradients of a layer's input, weights and biases, after the backward recurrence has left
+// The gradients of a layer's input, weights and biases, after the backward steps of a chunk have left
 // grad_gates: products in the register tiles of step.h, over operands as they lie in memory or, where
 // that pays or products take other than numbers, copies of them. Every element is summed by one thread
 // in one order, so that the bits do not depend on how many there are.
@@ -66,15 +66,16 @@ void to_strips(const From* from, int64_t from_stride, int64_t rows, int64_t left
 // 100, 256) on 1.0.
 template <class T>
 struct Product {
-  T* numbers;  // [.., columns], or with `narrow` [kBlockRows, columns]: of the rows being summed
+  T* numbers;  // [.., columns], or with `few_rows` [kBlockRows, columns]: of the rows being summed
   int64_t columns;
+  bool few_rows    = false;
   uint16_t* narrow = nullptr;  // [.., columns], of `kind`: rows are narrowed from the cache
   Narrow kind      = kBfloat16;
 
-  T* rows_from(int64_t m) const { return narrow ? numbers : numbers + m * columns; }
+  T* rows_from(int64_t m) const { return few_rows ? numbers : numbers + m * columns; }
   void finish([[maybe_unused]] int64_t m, [[maybe_unused]] int64_t rows) const {
     if constexpr (std::is_same<T, float>::value) {
-      if (narrow) fusedrnn::narrow(kind, numbers, narrow + m * columns, rows * columns);
+      if (narrow) fusedrnn::narrow(kind, rows_from(m), narrow + m * columns, rows * columns);
     }
   }
 };
@@ -269,14 +270,15 @@ struct ColumnsProduct {
   Product<T> out;  // null: not wanted
 };
 
-// out[m][n] = sum_r a[r][m] b(r, n) over `count` > 0 rows of numbers, for m in [begin, end), of two
+// out[m][n] (+)= sum_r a[r][m] b(r, n) over `count` > 0 rows of numbers, for m in [begin, end), of two
 // products. Each part of a is made a matrix of terms in `copy` first: where it lies, its rows are far
 // apart, mostly a power of two, and fall into the same few sets of the caches. One copy serves both:
 // with two, training an LSTM takes 1.02 of the time at (32, 100, 256), 1.0 at (64, 50, 1024), on a
 // Zen 5.
 template <class T, class Terms>
 void columns_products(const T* a, int64_t a_stride, int64_t count,
-                      const ColumnsProduct<T> (&products)[2], T* copy, int64_t begin, int64_t end) {
+                      const ColumnsProduct<T> (&products)[2], bool accumulate, T* copy,
+                      int64_t begin, int64_t end) {
   constexpr bool kTransposed = Terms::kTileRows > 0;
   const int64_t K            = lanes<Terms>(count);
   const auto part            = [&](int64_t m, int64_t rows, int64_t k, int64_t terms) {
@@ -297,7 +299,7 @@ void columns_products(const T* a, int64_t a_stride, int64_t count,
                                      kTransposed ? 1 : kBlockRows,
                                      b,
                                      {p.out.rows_from(m), p.out.columns},
-                                     k > 0},
+                                     accumulate || k > 0},
                       rows);
     }
   };
@@ -306,10 +308,11 @@ void columns_products(const T* a, int64_t a_stride, int64_t count,
   });
 }
 
-// out[0..] = sum_r a[r][0..] for N vectors of columns, the last of `lanes` lanes. Sums of 16 rows, then
-// of kPartialRows, then of all: as for products, sums of sums lose less.
+// out[0..] (+)= sum_r a[r][0..] for N vectors of columns, the last of `lanes` lanes. Sums of 16 rows,
+// then of kPartialRows, then of all: as for products, sums of sums lose less.
 template <class T, int N>
-void column_sums_strip(T* out, const T* a, int64_t a_stride, int64_t rows, int lanes) {
+void column_sums_strip(T* out, const T* a, int64_t a_stride, int64_t rows, bool accumulate,
+                       int lanes) {
   constexpr int V = kLanes<T>;
   const auto n    = [&](int j) FUSEDRNN_LAMBDA { return j < N - 1 ? V : lanes; };
   Vec<T> sum[N]{};
@@ -325,20 +328,23 @@ void column_sums_strip(T* out, const T* a, int64_t a_stride, int64_t rows, int l
     }
     unroll<N>([&](auto j) FUSEDRNN_LAMBDA { sum[j] = sum[j] + part[j]; });
   }
-  unroll<N>([&](auto j) FUSEDRNN_LAMBDA { store(out + j * V, sum[j], n(j)); });
+  unroll<N>([&](auto j) FUSEDRNN_LAMBDA {
+    if (accumulate) sum[j] = sum[j] + load(out + j * V, n(j));
+    store(out + j * V, sum[j], n(j));
+  });
 }
 
-// out[u] = sum_r a[r][u] for u in [u_begin, u_end), in strips of columns: rows are far apart.
+// out[u] (+)= sum_r a[r][u] for u in [u_begin, u_end), in strips of columns: rows are far apart.
 template <class T>
-void column_sums(T* out, const T* a, int64_t a_stride, int64_t rows, int64_t u_begin,
-                 int64_t u_end) {
+void column_sums(T* out, const T* a, int64_t a_stride, int64_t rows, bool accumulate,
+                 int64_t u_begin, int64_t u_end) {
   constexpr int64_t V = kLanes<T>;
   int64_t u           = u_begin;
   for (; u + 4 * V <= u_end; u += 4 * V) {
-    column_sums_strip<T, 4>(out + u, a + u, a_stride, rows, int(V));
+    column_sums_strip<T, 4>(out + u, a + u, a_stride, rows, accumulate, int(V));
   }
   for (; u < u_end; u += V) {
-    column_sums_strip<T, 1>(out + u, a + u, a_stride, rows, lanes_of<T>(u_end, u));
+    column_sums_strip<T, 1>(out + u, a + u, a_stride, rows, accumulate, lanes_of<T>(u_end, u));
   }
 }
 

@@ -451,16 +451,19 @@ void backward_tile(const GradHStep<T>& step, int64_t row, int64_t block, int M, 
   }
 }
 
-// GRU: one row's h from its saved gates and h_prev, by the arithmetic of the forward pass.
+// One row's h from its saved gates, by the arithmetic of the forward pass; h_prev is read by GRU only.
 template <class Cell, class T>
-void recompute_h(int64_t H, int64_t block_begin, int64_t block_end, const T* gates, const T* h_prev,
-                 T* h) {
+void compute_h(int64_t H, int64_t block_begin, int64_t block_end, const T* gates, const T* extra,
+               const T* h_prev, T* h) {
   for (int64_t block = block_begin; block < block_end; ++block) {
     const int64_t unit = block * kLanes<T>;
     const int lanes    = lanes_of<T>(H, unit);
-    const Vec<T> z     = load(gates + H + unit, lanes);
-    const Vec<T> n     = load(gates + 2 * H + unit, lanes);
-    store(h + unit, Cell::hidden(z, n, load(h_prev + unit, lanes)), lanes);
+    Vec<T> gate[Cell::kGates], extra_v{}, prev{};
+    unroll<Cell::kGates>([&](auto g)
+                             FUSEDRNN_LAMBDA { gate[g] = load(gates + g * H + unit, lanes); });
+    if constexpr (Cell::kHasCell) extra_v = load(extra + unit, lanes);
+    if constexpr (Cell::kPrevIsH) prev = load(h_prev + unit, lanes);
+    store(h + unit, Cell::hidden(gate, extra_v, prev), lanes);
   }
 }
 

@@ -47,17 +47,10 @@ struct Left {
   // `before`: h before the step, which only GRU asks for.
   __device__ __forceinline__ scalar_t h(const PreviousLayer<N>& a, scalar_t before) const {
     if (a.hidden) return hidden;
-    acc_t gate[C::kGates], h;
+    acc_t gate[C::kGates];
 #pragma unroll
     for (int g = 0; g < C::kGates; ++g) gate[g] = saved_gate<C, acc_t>(g, gates[g]);
-    if constexpr (C::kPrevIsH) {  // GRU
-      h = C::hidden(gate[1], gate[2], acc_t(to_float(before)));
-    } else if constexpr (C::kHasCell) {  // LSTM: o tanh(c)
-      h = gate[3] * tanh(extra);
-    } else {
-      h = gate[0];
-    }
-    return Rounded<scalar_t>::of(h);
+    return Rounded<scalar_t>::of(C::hidden(gate, extra, acc_t(to_float(before))));
   }
 };
 
