@@ -128,7 +128,7 @@ def test_every_product_is_rounded_and_nothing_else(cell, size, precision, monkey
 @pytest.mark.parametrize("cell", LAYER_CELLS)
 @pytest.mark.parametrize(
     "size",
-    [(37, 4, 300, 387, 1), (195, 60, 4, 180, 1)],  # the second in several chunks of steps
+    [(37, 4, 300, 387, 1), (49, 60, 4, 180, 1)],  # the second in two chunks of steps, but RNN
     ids=str,
 )
 def test_what_bfloat16_layers_give_is_float32s_rounded(cell, size):
@@ -268,7 +268,7 @@ def test_short_calls_of_bfloat16_tensors(cell, size, monkeypatch):
 @pytest.mark.parametrize("cell", LAYER_CELLS)
 @pytest.mark.parametrize(
     "size",
-    [(20, 33, 24, 40, 1), (20, 2, 130, 128, 2), (20, 2, 130, 128, 1), (195, 60, 4, 180, 1)],
+    [(20, 33, 24, 40, 1), (20, 2, 130, 128, 2), (20, 2, 130, 128, 1), (49, 60, 4, 180, 1)],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
@@ -300,7 +300,7 @@ def test_one_call_alone(cell):
 
 @pytest.mark.parametrize("cell", LAYER_CELLS)
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
-@pytest.mark.parametrize("size", [(12, 5, 9, 33, 2), (195, 60, 4, 180, 1)], ids=str)
+@pytest.mark.parametrize("size", [(12, 5, 9, 33, 2), (49, 60, 4, 180, 1)], ids=str)
 def test_gates_computed_again(cell, dtype, size):
     inputs = layer_inputs(cell, *size, dtype)
     grads = [torch.randn(r.shape).to(dtype) for r in functional.layer(cell, *inputs)]

@@ -35,8 +35,8 @@ struct BackwardLayout {
   static constexpr bool kConverts = Terms::kGroup > 1;
 
   bool several_chunks;
-  int64_t chunk;       // rows at which a chunk ends,
-  int64_t chunk_rows;  // and that one has at most
+  int64_t chunk;       // rows that every chunk but the last one has at least,
+  int64_t chunk_rows;  // and all have at most
 
   // Elements. Copies of second factors, where it pays or products take pairs (first, with the threads'
   // own parts, to lie on cache lines):
@@ -55,8 +55,8 @@ struct BackwardLayout {
   int64_t initial_carry = 0;  // [B, H], and of h0 or c0
   int64_t initial_gates = 0;  // [B, E*H]: grad_gates, summed over a row's steps that begin with h0
   // [places, chunk_rows, E*H], of one or two chunks: gradients of the pre-activations. LSTM (i, f, g,
-  // o) and RNN: of gates_x and gates_h alike. GRU: (n_h, r, z, n_x): the first 3H columns are the gradient of gates_h, its n part
-  // first; the last 3H that of gates_x, in torch's order.
+  // o) and RNN: of gates_x and gates_h alike. GRU: (n_h, r, z, n_x): the first 3H columns are the
+  // gradient of gates_h, its n part first; the last 3H that of gates_x, in torch's order.
   int64_t grad_gates;
   int64_t grad_h      = 0;  // [places, chunk_rows, P], of the projection's result
   int64_t unprojected = 0;  // [places, chunk_rows, H]: what weight_hr was multiplied with
@@ -93,7 +93,7 @@ struct BackwardLayout {
     several_chunks       = chunks > 1;
     chunk                = (rows + chunks - 1) / chunks;
     chunk_rows           = min64(rows, chunk + max64(s.B, 1) - 1);
-    // The steps of one read the gradients that the last one left behind.
+    // A chunk's first step to run reads the gradients of the chunk before it.
     const int64_t places = several_chunks ? 2 : 1;
     if (s.T > 1) recurrent = blocks_of<T>(a.P) * kLanes<T> * gate_lanes;
     if (a.weight_hr[0]) {
