@@ -11,6 +11,7 @@ import torch
 from helpers import ran
 from layers import LAYER_CELLS, layer_inputs, relative_error
 
+from benchmarks.common import threads as num_threads
 from fusedrnn import LSTM, functional, ops
 
 CASES = list(itertools.product(LAYER_CELLS, ("padded", "packed"), (None, "zero", "initial")))
@@ -87,13 +88,11 @@ def test_weights_gradients_in_several_chunks_of_steps(cell, form, reset, T, B, D
             cell, T, B, 4, 180, D, P=P, packed=form == "packed", reset=reset, dtype=torch.float64
         )
         expected = run(functional.reference_layer, cell, leaves, num_states, options)
-        found, threads = [], torch.get_num_threads()
+        found = []
         for n, again in ((1, False), (2, False), (2, True)):
-            torch.set_num_threads(n)
             choice = options._replace(recompute=again)
-            with ran("kernel_forward", "kernel_backward"):
+            with num_threads(n), ran("kernel_forward", "kernel_backward"):
                 found.append(run(functional.kernel_layer, cell, leaves, num_states, choice))
-        torch.set_num_threads(threads)
         for a, b in zip(found[0], expected, strict=True):
             assert relative_error(a, b) < 1e-12
         for other in found[1:]:
@@ -114,13 +113,11 @@ def test_the_same_bits_for_every_thread_count(cell, D, form, P):
             cell, 30, B, 64, 96, D, P=P, packed=form == "packed", reset="zero", dtype=torch.float32
         )
         found, used = [], []
-        threads = torch.get_num_threads()
+        initial, weights = leaves[1 : 1 + num_states], leaves[1 + num_states :]
         for n in (1, 2):
-            torch.set_num_threads(n)
-            initial, weights = leaves[1 : 1 + num_states], leaves[1 + num_states :]
-            used.append(ops.plan(cell, leaves[0], initial, weights, options))
-            found.append(run(functional.kernel_layer, cell, leaves, num_states, options))
-        torch.set_num_threads(threads)
+            with num_threads(n):
+                used.append(ops.plan(cell, leaves[0], initial, weights, options))
+                found.append(run(functional.kernel_layer, cell, leaves, num_states, options))
         if used[1].threads > 1:
             shared.append((used[1].row_shards, used[1].unit_shards))
         assert all(map(torch.equal, *found))
@@ -212,12 +209,11 @@ def test_gates_computed_again_on_two_threads():
         leaves, num_states, options = problem(
             cell, 30, B, 64, 96, 1, packed=False, reset=None, dtype=torch.float32
         )
-        threads, found = torch.get_num_threads(), []
+        found = []
         for n, again in ((1, False), (1, True), (2, True)):
-            torch.set_num_threads(n)
             choice = options._replace(recompute=again)
-            found.append(run(functional.kernel_layer, cell, leaves, num_states, choice))
-        torch.set_num_threads(threads)
+            with num_threads(n):
+                found.append(run(functional.kernel_layer, cell, leaves, num_states, choice))
         for other in found[1:]:
             assert all(map(torch.equal, found[0], other))
 

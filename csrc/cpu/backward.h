@@ -62,16 +62,14 @@ struct BackwardLayout {
   int64_t unprojected = 0;  // [places, chunk_rows, H]: what weight_hr was multiplied with
   // Where products take other than numbers, the terms of a step's grad_gates: [2, B, lanes].
   int64_t step_terms = 0;
-  // If they are narrow and there are several chunks: grad_weight_ih [G*H, I] and _hh [G*H, P].
+  // Where grad_weight_ih and _hh are summed, if they are narrow: [G*H, I] and [G*H, P], or if there is
+  // one chunk some rows, of each thread.
   int64_t grad_ih = 0;
   int64_t grad_hh = 0;
-  // Of each thread: the terms of the rows, or the copy of the part of grad_gates, that it works on; of
-  // the part of a weight; and, if they are narrow and there is one chunk, rows of grad_weight_ih and of
-  // grad_weight_hh.
+  // Of each thread: the terms of the rows, or the copy of the part of grad_gates, that it works on, and
+  // of the part of a weight.
   int64_t rows_terms    = 0;
   int64_t weight_terms  = 0;
-  int64_t grad_ih_rows  = 0;
-  int64_t grad_hh_rows  = 0;
   int64_t group_rows    = 0;  // of each of group_threads: what a sample's gradients are products of
   int64_t group_threads = 0;
   int64_t threads;  // at most
@@ -139,15 +137,17 @@ struct BackwardLayout {
       return grads[0].narrow || grads[1].narrow;
     };
     const int64_t summed = several_chunks ? Cell::kGates * a.H : min64(kBlockRows, a.H);
-    if (is_narrow(a.grad_weight_ih)) (several_chunks ? grad_ih : grad_ih_rows) = summed * a.I;
-    if (is_narrow(a.grad_weight_hh)) (several_chunks ? grad_hh : grad_hh_rows) = summed * a.P;
+    if (is_narrow(a.grad_weight_ih)) grad_ih = summed * a.I;
+    if (is_narrow(a.grad_weight_hh)) grad_hh = summed * a.P;
   }
   int64_t of_thread() const {  // in whole cache lines
-    return (rows_terms + weight_terms + grad_ih_rows + grad_hh_rows + 15) / 16 * 16;
+    const int64_t sums = several_chunks ? 0 : grad_ih + grad_hh;
+    return (rows_terms + weight_terms + sums + 15) / 16 * 16;
   }
   int64_t elements() const {
-    return grad_ih + grad_hh + forward_input + forward_recurrent + gates + extra + h_prev + c_prev +
-           carry + initial_carry + initial_gates + grad_gates + grad_h + unprojected + step_terms +
+    const int64_t sums = several_chunks ? grad_ih + grad_hh : 0;
+    return sums + forward_input + forward_recurrent + gates + extra + h_prev + c_prev + carry +
+           initial_carry + initial_gates + grad_gates + grad_h + unprojected + step_terms +
            threads * of_thread() + group_threads * group_rows + input_strips + h_strips;
   }
 };
@@ -171,15 +171,15 @@ struct Chunk {
 // One thread's part of a direction's backward pass.
 template <class Cell, class T, class Terms>
 struct BackwardDirection {
-  BackwardDirection(const BackwardArgs<T>& args, int64_t direction, const Shard& own_shard,
-                    const Scratch<T>& scratch)
+  BackwardDirection(const BackwardArgs<T>& args, const BackwardLayout<Cell, T, Terms>& of_call,
+                    int64_t direction, const Shard& own_shard, const Scratch<T>& scratch)
       : a(args),
         s(args.sequences),
         d(direction),
         H(args.H),
         P(args.P),
         shard(own_shard),
-        layout(args),
+        layout(of_call),
         walk(args.sequences, direction),
         direction_barrier(scratch.direction_barrier(direction, own_shard)),
         step_barrier(scratch.step_barrier(direction, own_shard)) {
@@ -190,8 +190,6 @@ struct BackwardDirection {
     T* const threads  = h_strips + layout.h_strips;
     rows_terms        = threads + shard.direction_rank * layout.of_thread();
     weight_terms      = rows_terms + layout.rows_terms;
-    grad_ih_rows      = weight_terms + layout.weight_terms;
-    grad_hh_rows      = grad_ih_rows + layout.grad_ih_rows;
     forward_input     = threads + layout.threads * layout.of_thread();
     forward_recurrent = forward_input + layout.forward_input;
     own_gates         = forward_recurrent + layout.forward_recurrent;
@@ -205,11 +203,12 @@ struct BackwardDirection {
     unprojected       = grad_h + layout.grad_h;
     grad_gates        = unprojected + layout.unprojected;
     step_terms        = grad_gates + layout.grad_gates;
-    grad_ih           = step_terms + layout.step_terms;
-    grad_hh           = grad_ih + layout.grad_ih;
-    group_rows        = grad_hh + layout.grad_hh;
-    recurrent         = scratch.panels(d, shard);
-    projection        = recurrent + layout.recurrent;
+    group_rows        = step_terms + layout.step_terms;
+    grad_ih    = layout.several_chunks ? group_rows + layout.group_threads * layout.group_rows
+                                       : weight_terms + layout.weight_terms;
+    grad_hh    = grad_ih + layout.grad_ih;
+    recurrent  = scratch.panels(d, shard);
+    projection = recurrent + layout.recurrent;
 
     h0     = a.h0 + d * s.B * P;
     c0     = Cell::kHasCell ? a.c0 + d * s.B * H : nullptr;
@@ -414,7 +413,7 @@ struct BackwardDirection {
 
     for (int64_t i = chunk.end - 1; i >= chunk.begin; --i) {
       const int64_t offset    = walk.offset(i);
-      const int64_t at        = chunk.place + row_of(chunk, i);
+      const int64_t chunk_row = chunk.place + row_of(chunk, i);
       const int64_t count     = walk.count(i);
       const int64_t row_begin = min64(shard.row_begin, count);
       const int64_t row_end   = min64(shard.row_end, count);
@@ -424,7 +423,7 @@ struct BackwardDirection {
       const bool descending = i % 2 == 1;
       step.gates            = gates_of(chunk, i);
       step.grad_cells       = a.grad_cells ? a.grad_cells + offset * a.D * H + d * H : nullptr;
-      step.grad_gates       = grad_gates + at * E * H;
+      step.grad_gates       = grad_gates + chunk_row * E * H;
       if constexpr (Cell::kHasExtra) step.extra = extra_of(chunk, i);
       if constexpr (Cell::kPrevIsH) step.prev = h_prev_of(i);
       if constexpr (Cell::kHasCell) {
@@ -437,7 +436,7 @@ struct BackwardDirection {
           step.prev = c_prev;
         }
       }
-      T* const grad_of_h = projects() ? grad_h + at * P : nullptr;
+      T* const grad_of_h = projects() ? grad_h + chunk_row * P : nullptr;
       of_h.output        = a.grad_output ? a.grad_output + offset * a.D * P + d * P : nullptr;
       const auto run     = [&](int64_t begin, int64_t end) {
         if (projects()) {
@@ -467,7 +466,7 @@ struct BackwardDirection {
         step.grad_h.K      = P;
         step.grad_h.stride = P;
         step.grad_h.panels = projection;
-        step.h             = unprojected + at * H;
+        step.h             = unprojected + chunk_row * H;
         run_tiles<GradHTiles<T>>(step, row_begin, row_end, shard.block_begin, shard.block_end,
                                  descending);
       }
@@ -527,18 +526,7 @@ struct BackwardDirection {
             mine(chunk.rows), next(chunk.rows));
       }
     }
-    if (a.grad_h0) {
-      const int64_t B_begin = mine(s.B), B_end = next(s.B);
-      for (int64_t i = chunk.begin; i < chunk.end; ++i) {
-        const int64_t end = min64(B_end, walk.count(i));
-        if (i > 0 && walk.uniform(i, B_begin, end)) continue;
-        for (int64_t row = B_begin; row < end; ++row) {
-          if (walk.source(i, row) != Source::kInitial) continue;
-          const T* const from = chunk_gates + (row_of(chunk, i) + row) * E * H;
-          for (int64_t j = 0; j < E * H; ++j) initial_gates[row * E * H + j] += from[j];
-        }
-      }
-    }
+    if (a.grad_h0) add_initial_gates(chunk, chunk_gates);
     if (a.groups <= 1) {
       weight_grads({chunk_gates, a.input ? a.input + chunk.first * a.I : nullptr,
                     h_prev + chunk.first * P, grad_h + chunk.place * P,
@@ -546,6 +534,18 @@ struct BackwardDirection {
                    0, {mine(H), next(H)}, {mine(P), next(P)});
     } else {
       group_grads();
+    }
+  }
+
+  void add_initial_gates(const Chunk& chunk, const T* chunk_gates) const {
+    for (int64_t i = chunk.begin; i < chunk.end; ++i) {
+      const int64_t begin = mine(s.B), end = min64(next(s.B), walk.count(i));
+      if (i > 0 && walk.uniform(i, begin, end)) continue;
+      for (int64_t row = begin; row < end; ++row) {
+        if (walk.source(i, row) != Source::kInitial) continue;
+        const T* const from = chunk_gates + (row_of(chunk, i) + row) * E * H;
+        for (int64_t j = 0; j < E * H; ++j) initial_gates[row * E * H + j] += from[j];
+      }
     }
   }
 
@@ -578,12 +578,11 @@ struct BackwardDirection {
       const int64_t row   = (n * G + g) * H;
       // Computes a product, or returns it for `copied` if its second factor was copied.
       const auto product = [&](int64_t column, const T* b, const T* strips, int64_t columns,
-                               const GradWeight<T>& grad, T* whole,
-                               T* few_rows) -> ColumnsProduct<T> {
+                               const GradWeight<T>& grad, T* narrow_sums) -> ColumnsProduct<T> {
         if (!grad) return {};
-        Product<T> out{few_rows, columns};
+        Product<T> out{grad.narrow ? narrow_sums : grad.numbers, columns};
         out.few_rows = grad.narrow && !layout.several_chunks;
-        if (!out.few_rows) out.numbers = (grad.narrow ? whole : grad.numbers) + row * columns;
+        if (!out.few_rows) out.numbers += row * columns;
         out.narrow = grad.narrow && f.last ? grad.narrow + row * columns : nullptr;
         out.kind   = a.narrow;
         if (strips) return {in_strips(strips, lanes<Terms>(f.count)), out};
@@ -599,9 +598,9 @@ struct BackwardDirection {
       };
       const ColumnsProduct<T> ih =
           product(of_ih, f.input, layout.input_strips ? input_strips : nullptr, a.I,
-                  a.grad_weight_ih[d], grad_ih, grad_ih_rows);
+                  a.grad_weight_ih[d], grad_ih);
       const ColumnsProduct<T> hh = product(of_hh, f.h_prev, layout.h_strips ? h_strips : nullptr, P,
-                                           a.grad_weight_hh[d], grad_hh, grad_hh_rows);
+                                           a.grad_weight_hh[d], grad_hh);
       if (of_ih == of_hh) {
         copied(of_ih, {ih, hh});
       } else {
@@ -699,14 +698,14 @@ struct BackwardDirection {
   const Sequences& s;
   const int64_t d, H, P;
   const Shard& shard;
-  const BackwardLayout<Cell, T, Terms> layout;
+  const BackwardLayout<Cell, T, Terms>& layout;
   const Walk walk;
   Barrier direction_barrier, step_barrier;
 
   const T *h0, *c0, *gates, *extra, *hidden;  // the direction's
   const T* grad_gates_after = nullptr;        // of the step after the one to come
   // Scratch, as BackwardLayout has it.
-  T *input_strips, *h_strips, *rows_terms, *weight_terms, *grad_ih_rows, *grad_hh_rows;
+  T *input_strips, *h_strips, *rows_terms, *weight_terms;
   T *grad_ih, *grad_hh, *forward_input, *forward_recurrent, *own_gates, *own_extra;
   T *h_prev, *c_prev, *carry, *initial_carry, *initial_gates, *grad_h, *unprojected, *grad_gates;
   T *step_terms, *group_rows, *recurrent, *projection;
@@ -722,7 +721,7 @@ bool backward(const BackwardArgs<T>& a) {
                                            kShardRows<Terms, 1>);
   return run_call<T, Terms>(shape, layout.elements(), panels, a.num_threads,
                             [&](int64_t d, const Shard& shard, const Scratch<T>& scratch) {
-                              BackwardDirection<Cell, T, Terms>(a, d, shard, scratch).run();
+                              BackwardDirection<Cell, T, Terms>(a, layout, d, shard, scratch).run();
                             });
 }
 
