@@ -34,6 +34,11 @@ SIZES = [
     (37, 4, 300, 387, 1),  # factors of the weights' gradients copied, in several parts; RNN's:
     (3, 2, 261, 1027, 1),
     (75, 30, 4, 180, 2),  # weights' gradients in several chunks of steps
+    # Last panels of few units, folded, with terms left over; three panels before one:
+    (12, 3, 19, 20, 1),
+    (12, 7, 18, 37, 2),
+    (20, 2, 41, 50, 1),
+    (20, 1, 21, 56, 1),
 ]
 
 
@@ -235,12 +240,15 @@ def test_zero_batch(cell, steps, dtype):
 
 
 @pytest.mark.parametrize("cell", LAYER_CELLS)
-def test_nan_and_infinity_come_out_where_they_do_in_torch(cell):
-    x, initial, weights = layer_inputs(cell, 4, 3, 5, 18, 1, torch.float32)
-    with torch.no_grad():
-        x[1, 0, 0] = float("nan")
-        x[1, 1, 0] = float("inf")
-        x[1, 2, 0] = -float("inf")
+@pytest.mark.parametrize("steps", [2, 14])  # weights read as they lie in memory, and packed
+@pytest.mark.parametrize("feature", [0, 18])  # the last is left over where a panel is folded
+def test_nan_and_infinity_come_out_where_they_do_in_torch(cell, steps, feature):
+    x, initial, weights = layer_inputs(cell, steps, 3, 19, 18, 1, torch.float32)
+    with torch.no_grad(), ran("kernel_forward"):
+        assert steps == 2 or ops.plan(cell, x, initial, weights).packed
+        x[1, 0, feature] = float("nan")
+        x[1, 1, feature] = float("inf")
+        x[1, 2, feature] = -float("inf")
         ours = functional.layer(cell, x, initial, weights)
         expected = reference.scan(cell, x, initial, weights)
     for a, b in zip(ours, expected, strict=True):

@@ -466,6 +466,7 @@ struct BackwardDirection {
         step.grad_h.K      = P;
         step.grad_h.stride = P;
         step.grad_h.panels = projection;
+        step.grad_h.P      = H;
         step.h             = unprojected + chunk_row * H;
         run_tiles<GradHTiles<T>>(step, row_begin, row_end, shard.block_begin, shard.block_end,
                                  descending);

@@ -264,7 +264,9 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
                         : a.gates + (first + walk.offset(i)) * G * H;
   };
   constexpr int ahead_panels = kAheadPanels<Cell>;
-  const int64_t ahead_end = shard.block_end - (shard.block_end - shard.block_begin) % ahead_panels;
+  const bool folds           = last_fold<Terms>(H, max64(step.K, project.K)) > 1;
+  const int64_t whole        = min64(shard.block_end, blocks_of<T>(H) - folds) - shard.block_begin;
+  const int64_t ahead_end    = shard.block_begin + whole / ahead_panels * ahead_panels;
   Ahead<Cell, T> ahead(shard.block_begin, ahead_end);
   // Begins the projection of the steps from i on; the last ones, less than a tile, are done at once.
   const auto start_ahead = [&](int64_t i) {
@@ -350,8 +352,8 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
 
     if (ahead_rows > 0) {
       if constexpr (kCanGoAhead<Terms>) {
-        // Back and forth, as run_tiles goes: speedup 1.0 to 1.21 (RNN, H =
-        // 96 to 320), 1.03 to 1.04 (GRU, 96 to 160), 1.0 to 1.05 (LSTM, 56 to 128).
+        // Back and forth, as run_tiles goes: speedup 1.0 to 1.21 (RNN, H = 96 to 320), 1.03 to 1.04
+        // (GRU, 96 to 160), 1.0 to 1.05 (LSTM, 56 to 128).
         const bool back     = i % 2 == 1;
         const int64_t turns = (ahead_end - shard.block_begin) / ahead_panels;
         for (int64_t turn = 0; turn < turns; ++turn) {

@@ -19,7 +19,8 @@ template <class Terms, class T>
 constexpr int64_t kPartialLanes = kPartialRows - kPartialRows % (kLanes<T> * Terms::kGroupLanes);
 
 // Panels of a strip, side by side in either layout of a product's second factor: a full tile's. Widths
-// are powers of two that only fall along a row, so no tile of fewer panels straddles two strips.
+// are powers of two that only fall along a row, or 3 at its end, so no tile of fewer panels straddles
+// two strips.
 constexpr int kStripPanels = max_panels<Numbers<float>, 1>(kMaxRows<Numbers<float>, 1>);
 template <class T>
 constexpr int64_t kStrip = kStripPanels * kLanes<T>;
@@ -114,7 +115,7 @@ FUSEDRNN_INLINE void product_columns(const ProductStep<T>& s, const T* a, const 
   } else {
     for (int64_t k = 0; k < s.K; ++k, a += s.a_stride_k, b += s.b.stride) {
       add_term<Terms, T>(
-          acc, [&](auto m) FUSEDRNN_LAMBDA { return a[m * s.a_stride_m]; },
+          acc, [&](auto m) FUSEDRNN_LAMBDA { return a + m * s.a_stride_m; },
           [&](auto p) FUSEDRNN_LAMBDA {
             return load(b + p / kStripPanels * s.b.strip + p % kStripPanels * V, lanes(p));
           });
@@ -180,10 +181,36 @@ void for_parts(int64_t K, int64_t begin, int64_t end, const AddPart& part, const
   }
 }
 
-// s, for so many rows and the columns [begin, end), the first of a strip; or all columns.
+// The columns [begin, end) of s, less than a vector's, as rows of a product with the factors exchanged:
+// few columns take few multiplications so, and no bit changes. Speedup of training on a Zen 4 core at
+// (64, 30, H), LSTM / GRU / RNN: H = 20 1.07 / 1.06 / 1.06, 50 1.08 / 1.06 / 1.06, 100 1.02 / 1.02 / 1.02,
+// in bfloat16 1.0 / 1.0 / 1.01, 1.06 / 1.05 / 1.04, 1.04 / 1.04 / 1.02.
+template <class Terms, class T>
+void run_turned(const ProductStep<T>& s, int64_t rows, int64_t begin, int64_t end) {
+  T sums[kLanes<T> * kBlockRows];
+  const Columns<const T> b{s.a, s.a_stride_k, kStrip<T>};
+  run_whole_tiles<ProductTiles<T, Terms>>(
+      ProductStep<T>{s.K, s.b.at(begin), 1, s.b.stride, b, {sums, rows}, false}, 0, end - begin, 0,
+      blocks_of<T>(rows), false);
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t n = begin; n < end; ++n) {
+      T& out      = s.out.numbers[m * s.out.columns + n];
+      const T sum = sums[(n - begin) * rows + m];
+      out         = s.accumulate ? sum + out : sum;
+    }
+  }
+}
+
+// s, for up to kBlockRows rows and the columns [begin, end), the first of a strip; or all columns.
 template <class Terms, class T>
 void run_part(const ProductStep<T>& s, int64_t rows, int64_t begin, int64_t end) {
-  run_tiles<ProductTiles<T, Terms>>(s, 0, rows, begin / kLanes<T>, blocks_of<T>(end), false);
+  constexpr int64_t V = kLanes<T>;
+  if (Terms::kTileRows == 0 && s.a_stride_m == 1 && end % V > 0 && 2 * (end % V) <= V &&
+      rows >= V) {
+    run_turned<Terms>(s, rows, end - end % V, end);
+    end -= end % V;
+  }
+  run_whole_tiles<ProductTiles<T, Terms>>(s, 0, rows, begin / V, blocks_of<T>(end), false);
 }
 template <class Terms, class T>
 void run_part(const ProductStep<T>& s, int64_t rows) {

@@ -7,6 +7,7 @@
 // for weight_ih or weight_hh [G*H, K] and, back, weight_hh [K, P]; weight_hr [P, H] has G = 1 in both.
 // Where a group of numbers takes fewer or more lanes (vec.h), there are lanes(K) rows of terms.
 //
+// A last panel of few units has `fold` rows of terms in one, side by side (Folded in vec.h).
 // Units beyond H are zero. Not a cache: a packed copy lives as long as the call (weights change in
 // ways that no version counter shows), unless the caller keeps it (ForwardArgs::panels).
 #pragma once
@@ -17,7 +18,8 @@ namespace fusedrnn {
 namespace {
 
 // Rows of a V x V block, transposed in registers: log2(V) rounds, each exchanging the off-diagonal
-// halves of pairs of rows kHalf apart.
+// halves of pairs of rows kHalf apart. Or of a block of V / kFold rows, at every kFold-th place, whose
+// elements are kFold lanes.
 template <class T, int kHalf, int... Is>
 FUSEDRNN_INLINE void exchange_halves(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, Is...>) {
   constexpr int V      = kLanes<T>;
@@ -26,20 +28,27 @@ FUSEDRNN_INLINE void exchange_halves(Vec<T>& a, Vec<T>& b, std::integer_sequence
   a                    = upper_a;
   b                    = lower_b;
 }
-template <class T, int kHalf = kLanes<T> / 2>
+template <class T, int kFold = 1, int kHalf = kLanes<T> / 2>
 FUSEDRNN_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
-  unroll<kLanes<T>>([&](auto i) FUSEDRNN_LAMBDA {
+  unroll<kLanes<T> / kFold>([&](auto n) FUSEDRNN_LAMBDA {
+    constexpr int i = n * kFold;
     if constexpr ((i & kHalf) == 0) {
       exchange_halves<T, kHalf>(rows[i], rows[i + kHalf],
                                 std::make_integer_sequence<int, kLanes<T>>{});
     }
   });
-  if constexpr (kHalf > 1) transpose<T, kHalf / 2>(rows);
+  if constexpr (kHalf > kFold) transpose<T, kFold, kHalf / 2>(rows);
 }
 
 template <class T>
 constexpr int64_t blocks_of(int64_t H) {
   return (H + kLanes<T> - 1) / kLanes<T>;
+}
+
+// Lanes of a vector of units (or columns) that begins at `unit`, of H in all.
+template <class T>
+FUSEDRNN_INLINE int lanes_of(int64_t H, int64_t unit) {
+  return int(H - unit < kLanes<T> ? H - unit : kLanes<T>);
 }
 
 // In numbers, with K lanes of terms.
@@ -138,6 +147,44 @@ void to_transposed_terms(const From* from, int64_t from_stride, T* to, int64_t t
   }
 }
 
+// pack_forward of one panel, folded or not.
+template <int G, int kFold, class Terms, class T, class From>
+void pack_forward_panel(T* panel, const From* weight, const T* bias, int64_t H, int64_t K,
+                        int64_t block) {
+  static_assert(kFold == 1 || Terms::kGroupLanes == 1);
+  constexpr int V         = kLanes<T>;
+  constexpr int64_t kLine = 64 / int64_t(sizeof(From));
+  const int units         = lanes_of<T>(H, block * V);
+  for (int g = 0; g < G; ++g) {
+    const int64_t row           = g * H + block * V;
+    const From* const next_rows = weight + (g + 1 < G ? row + H : (block + 1) * V) * K;
+    store(panel + g * V, unfolded<kFold, T>(bias ? load(bias + row, units) : Vec<T>{}));
+    for (int64_t k = 0; k < K; k += V * Terms::kGroup) {
+      const int64_t columns = groups<Terms>(K - k);
+      for (int64_t i = 0; i < V * V * Terms::kGroup; i += kLine) {
+        __builtin_prefetch(next_rows + k * V + i, 0, 2);
+      }
+      unroll<Terms::kGroupLanes>([&](auto part) FUSEDRNN_LAMBDA {
+        Vec<T> tile[V];
+        unroll<V / kFold>([&](auto u) FUSEDRNN_LAMBDA {
+          const From* const from = weight + (row + u) * K + k;
+          tile[u * kFold] = u < units ? Terms::template load<kSecond, part>(from, K - k) : Vec<T>{};
+        });
+        transpose<T, kFold>(tile);
+        T* const out = panel + ((lanes<Terms>(k) / kFold + part + 1) * G + g) * V;
+        unroll<V / kFold>([&](auto j) FUSEDRNN_LAMBDA {
+          const int64_t left = columns - j * kFold;
+          if (left >= kFold) store(out + j * Terms::kGroupLanes * G * V, tile[j * kFold]);
+          unroll<kFold - 1>([&](auto i) FUSEDRNN_LAMBDA {  // less than kFold terms
+            if (i < left && left < kFold) {
+              store(out + (j + i) * G * V, every<kFold, i, T>(tile[j * kFold]));
+            }
+          });
+        });
+      });
+    }
+  }
+}
 // The panels of blocks [begin, end), from weight [G*H, K] and bias [G*H] (or null), into an array of
 // those from block `first` on. V rows are read side by side, and those that are packed next fetched to L2
 // meanwhile, in memory order. Speedup of an inference call over fetching each row's next lines to L1
@@ -149,33 +196,35 @@ void to_transposed_terms(const From* from, int64_t from_stride, T* to, int64_t t
 template <int G, class T, class Terms = Numbers<T>, class From = T>
 void pack_forward(T* panels, const From* weight, const T* bias, int64_t H, int64_t K, int64_t begin,
                   int64_t end, int64_t first = 0) {
-  constexpr int V         = kLanes<T>;
-  constexpr int64_t kLine = 64 / int64_t(sizeof(From));
+  const auto pack = [&](auto fold, int64_t block) {
+    T* const panel = panels + (block - first) * forward_panel_size<G, T>(lanes<Terms>(K));
+    pack_forward_panel<G, fold, Terms>(panel, weight, bias, H, K, block);
+  };
+  if (begin < end && end == blocks_of<T>(H)) {
+    end -= if_folded<Terms>(H, lanes<Terms>(K), [&](auto fold) { pack(fold, end - 1); });
+  }
   for (int64_t block = begin; block < end; ++block) {
-    T* panel        = panels + (block - first) * forward_panel_size<G, T>(lanes<Terms>(K));
-    const int units = int(H - block * V < V ? H - block * V : V);
-    for (int g = 0; g < G; ++g) {
-      const int64_t row           = g * H + block * V;
-      const From* const next_rows = weight + (g + 1 < G ? row + H : (block + 1) * V) * K;
-      store(panel + g * V, bias ? load(bias + row, units) : Vec<T>{});
-      for (int64_t k = 0; k < K; k += V * Terms::kGroup) {
-        const int64_t columns = groups<Terms>(K - k);
-        for (int64_t i = 0; i < V * V * Terms::kGroup; i += kLine) {
-          __builtin_prefetch(next_rows + k * V + i, 0, 2);
-        }
-        unroll<Terms::kGroupLanes>([&](auto part) FUSEDRNN_LAMBDA {
-          Vec<T> tile[V];
-          unroll<V>([&](auto u) FUSEDRNN_LAMBDA {
-            const From* const from = weight + (row + u) * K + k;
-            tile[u] = u < units ? Terms::template load<kSecond, part>(from, K - k) : Vec<T>{};
-          });
-          transpose<T>(tile);
-          T* const out = panel + ((lanes<Terms>(k) + part + 1) * G + g) * V;
-          unroll<V>([&](auto j) FUSEDRNN_LAMBDA {
-            if (j < columns) store(out + j * Terms::kGroupLanes * G * V, tile[j]);
-          });
-        });
-      }
+    pack(std::integral_constant<int, 1>{}, block);
+  }
+}
+
+// pack_backward of a folded panel, from the columns of its first unit on.
+template <class Cell, int kFold, class Terms, class T, class From>
+void pack_backward_folded(T* panel, const From* weight, int64_t H, int64_t columns, int units) {
+  constexpr int G = Cell::kGates, V = kLanes<T>;
+  const int64_t K     = G * lanes<Terms>(H);
+  const int64_t whole = K - K % kFold;
+  std::memset(panel, 0, sizeof(T) * size_t(K * V));
+  int64_t at = 0;
+  for (int g = 0; g < G; ++g) {
+    const From* from = weight + (g + Cell::kRecurrentRow) % G * H * columns;
+    for (int64_t k = 0; k < H; k += Terms::kGroup, from += Terms::kGroup * columns, ++at) {
+      const From* const below = k + 1 < H ? from + columns : nullptr;
+      T terms[V];
+      store(terms, Terms::template interleave_rows<kSecond, 0>(from, below, units));
+      T* const to      = panel + (at < whole ? at / kFold : whole / kFold + at - whole) * V;
+      const int stride = at < whole ? kFold : 1, first = at < whole ? int(at % kFold) : 0;
+      for (int u = 0; u < units; ++u) std::memcpy(to + u * stride + first, terms + u, sizeof(T));
     }
   }
 }
@@ -190,7 +239,14 @@ void pack_backward(T* panels, const From* weight, int64_t H, int64_t columns, in
                    int64_t end) {
   constexpr int G = Cell::kGates, V = kLanes<T>;
   constexpr int64_t kBlocks = 8, kAhead = 16;
-  const int64_t panel_size = G * lanes<Terms>(H) * V;
+  const int64_t K = G * lanes<Terms>(H), panel_size = K * V;
+  if (begin < end && end == blocks_of<T>(columns)) {
+    end -= if_folded<Terms>(columns, K, [&](auto fold) {
+      const int64_t column = (end - 1) * V;
+      pack_backward_folded<Cell, fold, Terms>(panels + (end - 1) * panel_size, weight + column, H,
+                                              columns, int(columns - column));
+    });
+  }
   for (int64_t first = begin; first < end; first += kBlocks) {
     const int64_t last = first + kBlocks < end ? first + kBlocks : end;
     T* out             = panels;
