@@ -26,6 +26,7 @@ SIZES = [
     (9, 64, 40, 130, 1),
     (11, 1, 600, 48, 2),
     (9, 3, 20, 260, 1),  # more units than a block of the weights' gradients
+    (9, 3, 37, 39, 1),  # a panel folded by two
 ]
 
 

@@ -186,7 +186,7 @@ def test_the_same_bits_for_every_thread_count(cell, dtype, size):
 def test_a_rows_bits_do_not_depend_on_its_batch(cell):
     # Tiles of every height: row 0 alone, and in batches of 2 to 17. More than 4 steps: with fewer,
     # the weights are not packed, and sums are taken in another order.
-    x, initial, weights = layer_inputs(cell, 9, 17, 3, 50, 1, torch.float32)
+    x, initial, weights = layer_inputs(cell, 9, 17, 19, 50, 1, torch.float32)
     with torch.no_grad():
         alone = functional.layer(cell, x[:, :1], [s[:, :1] for s in initial], weights)
         for batch in range(2, 18):

@@ -26,12 +26,13 @@ struct ForwardLayout {
   int64_t gates      = 0;  // gates_x of a chunk, unless it goes to the saved gates
   int64_t chunk_rows = 0;  // at most
   int64_t ahead_rows = 0;  // of a chunk that is projected ahead, beside the steps; 0: none may be
-  int64_t threads;         // at most
-  int64_t weight_bytes;    // of the weights, packed or not
-  bool one_matrix = true;  // rows of consecutive steps are evenly spaced
-  bool copies     = false;  // a chunk's input
-  bool given;               // the packed weights are the caller's
-  bool stored;              // weights are bfloat16's bits, which unpacked products read too
+  int64_t ahead_blocks = 0;  // so far: whole tiles, of panels that are not folded
+  int64_t threads;           // at most
+  int64_t weight_bytes;      // of the weights, packed or not
+  bool one_matrix = true;    // rows of consecutive steps are evenly spaced
+  bool copies     = false;   // a chunk's input
+  bool given;                // the packed weights are the caller's
+  bool stored;               // weights are bfloat16's bits, which unpacked products read too
 
   bool packed() const { return recurrent > 0; }
   int64_t panels_size() const { return recurrent + input + projection; }
@@ -67,10 +68,14 @@ struct ForwardLayout {
     const int64_t most = once ? rows : min64(rows, kChunkRows);
     const bool joins =
         !one_matrix && 2 * s.B <= most && pays_to_join(s.B, weight_bytes, l2_bytes());
-    copies                 = kConverts || joins;
-    chunk_rows             = one_matrix || joins ? max64(s.B, most) : s.B;
-    constexpr int64_t tile = kAheadTile<Cell>;
-    if (kCanGoAhead<Terms> && s.B == 1 && !s.offsets && s.T > 2 * tile) {
+    copies                     = kConverts || joins;
+    chunk_rows                 = one_matrix || joins ? max64(s.B, most) : s.B;
+    constexpr int64_t tile     = kAheadTile<Cell>;
+    constexpr int panels_ahead = kAheadPanels<Cell>;
+    ahead_blocks  = unless_folded<Terms>(a.H, max64(lanes<Terms>(a.I), lanes<Terms>(a.P)), 0,
+                                         blocks_of<T>(a.H), [](auto, int64_t) {});
+    ahead_blocks -= ahead_blocks % panels_ahead;
+    if (kCanGoAhead<Terms> && s.B == 1 && !s.offsets && s.T > 2 * tile && ahead_blocks > 0) {
       // The first chunk is projected before any step: one tile if T is small (1.06 times as fast at
       // T = 20).
       ahead_rows = s.T > 2 * kAheadTiles * tile ? kAheadTiles * tile : tile;
@@ -264,9 +269,7 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
                         : a.gates + (first + walk.offset(i)) * G * H;
   };
   constexpr int ahead_panels = kAheadPanels<Cell>;
-  const bool folds           = last_fold<Terms>(H, max64(step.K, project.K)) > 1;
-  const int64_t whole        = min64(shard.block_end, blocks_of<T>(H) - folds) - shard.block_begin;
-  const int64_t ahead_end    = shard.block_begin + whole / ahead_panels * ahead_panels;
+  const int64_t ahead_end    = layout.ahead_blocks;  // the thread has all units
   Ahead<Cell, T> ahead(shard.block_begin, ahead_end);
   // Begins the projection of the steps from i on; the last ones, less than a tile, are done at once.
   const auto start_ahead = [&](int64_t i) {

@@ -18,9 +18,9 @@ constexpr int64_t kPartialRows = 128;
 template <class Terms, class T>
 constexpr int64_t kPartialLanes = kPartialRows - kPartialRows % (kLanes<T> * Terms::kGroupLanes);
 
-// Panels of a strip, side by side in either layout of a product's second factor: a full tile's. Widths
-// are powers of two that only fall along a row, or 3 at its end, so no tile of fewer panels straddles
-// two strips.
+// Panels of a strip, side by side in either layout of a product's second factor: a full tile's. A row
+// of panels is tiles of a whole number of strips, and then, from a strip's begin on, narrower ones
+// (fewer_panels in step.h), of which none that is narrower than a strip straddles two.
 constexpr int kStripPanels = max_panels<Numbers<float>, 1>(kMaxRows<Numbers<float>, 1>);
 template <class T>
 constexpr int64_t kStrip = kStripPanels * kLanes<T>;
@@ -181,15 +181,15 @@ void for_parts(int64_t K, int64_t begin, int64_t end, const AddPart& part, const
   }
 }
 
-// The columns [begin, end) of s, less than a vector's, as rows of a product with the factors exchanged:
-// few columns take few multiplications so, and no bit changes. Speedup of training on a Zen 4 core at
-// (64, 30, H), LSTM / GRU / RNN: H = 20 1.07 / 1.06 / 1.06, 50 1.08 / 1.06 / 1.06, 100 1.02 / 1.02 / 1.02,
-// in bfloat16 1.0 / 1.0 / 1.01, 1.06 / 1.05 / 1.04, 1.04 / 1.04 / 1.02.
+// The columns [begin, end) of s, of one strip and half a vector at most, as rows of a product with the
+// factors exchanged: few columns take few multiplications so, and no bit changes. Speedup of training on a
+// Zen 4 core at (64, 30, H), LSTM / GRU / RNN: H = 20 1.07 / 1.06 / 1.06, 50 1.08 / 1.06 / 1.06, 100
+// 1.02 / 1.02 / 1.02, in bfloat16 1.0 / 1.0 / 1.01, 1.06 / 1.05 / 1.04, 1.04 / 1.04 / 1.02.
 template <class Terms, class T>
 void run_turned(const ProductStep<T>& s, int64_t rows, int64_t begin, int64_t end) {
-  T sums[kLanes<T> * kBlockRows];
+  T sums[kLanes<T> / 2 * kBlockRows];
   const Columns<const T> b{s.a, s.a_stride_k, kStrip<T>};
-  run_whole_tiles<ProductTiles<T, Terms>>(
+  run_panels<ProductTiles<T, Terms>>(
       ProductStep<T>{s.K, s.b.at(begin), 1, s.b.stride, b, {sums, rows}, false}, 0, end - begin, 0,
       blocks_of<T>(rows), false);
   for (int64_t m = 0; m < rows; ++m) {
@@ -205,12 +205,15 @@ void run_turned(const ProductStep<T>& s, int64_t rows, int64_t begin, int64_t en
 template <class Terms, class T>
 void run_part(const ProductStep<T>& s, int64_t rows, int64_t begin, int64_t end) {
   constexpr int64_t V = kLanes<T>;
-  if (Terms::kTileRows == 0 && s.a_stride_m == 1 && end % V > 0 && 2 * (end % V) <= V &&
-      rows >= V) {
-    run_turned<Terms>(s, rows, end - end % V, end);
-    end -= end % V;
+  if constexpr (Terms::kTileRows == 0) {
+    const int64_t few = end % V;
+    // Of fewer rows than lanes, exchanged factors would leave lanes empty, too.
+    if (s.a_stride_m == 1 && few > 0 && 2 * few <= V && rows >= V) {
+      run_turned<Terms>(s, rows, end - few, end);
+      end -= few;
+    }
   }
-  run_whole_tiles<ProductTiles<T, Terms>>(s, 0, rows, begin / V, blocks_of<T>(end), false);
+  run_panels<ProductTiles<T, Terms>>(s, 0, rows, begin / V, blocks_of<T>(end), false);
 }
 template <class Terms, class T>
 void run_part(const ProductStep<T>& s, int64_t rows) {

@@ -7,7 +7,8 @@
 // for weight_ih or weight_hh [G*H, K] and, back, weight_hh [K, P]; weight_hr [P, H] has G = 1 in both.
 // Where a group of numbers takes fewer or more lanes (vec.h), there are lanes(K) rows of terms.
 //
-// A last panel of few units has `fold` rows of terms in one, side by side (Folded in vec.h).
+// A last panel of few units has kFold rows of terms in one, side by side, and after these what is left of
+// K, a row each (Folded in vec.h).
 // Units beyond H are zero. Not a cache: a packed copy lives as long as the call (weights change in
 // ways that no version counter shows), unless the caller keeps it (ForwardArgs::panels).
 #pragma once
@@ -185,6 +186,7 @@ void pack_forward_panel(T* panel, const From* weight, const T* bias, int64_t H, 
     }
   }
 }
+
 // The panels of blocks [begin, end), from weight [G*H, K] and bias [G*H] (or null), into an array of
 // those from block `first` on. V rows are read side by side, and those that are packed next fetched to L2
 // meanwhile, in memory order. Speedup of an inference call over fetching each row's next lines to L1
@@ -200,12 +202,12 @@ void pack_forward(T* panels, const From* weight, const T* bias, int64_t H, int64
     T* const panel = panels + (block - first) * forward_panel_size<G, T>(lanes<Terms>(K));
     pack_forward_panel<G, fold, Terms>(panel, weight, bias, H, K, block);
   };
-  if (begin < end && end == blocks_of<T>(H)) {
-    end -= if_folded<Terms>(H, lanes<Terms>(K), [&](auto fold) { pack(fold, end - 1); });
-  }
-  for (int64_t block = begin; block < end; ++block) {
+  const int64_t whole_end =
+      unless_folded<Terms>(H, lanes<Terms>(K), begin, end, [](auto, int64_t) {});
+  for (int64_t block = begin; block < whole_end; ++block) {
     pack(std::integral_constant<int, 1>{}, block);
   }
+  unless_folded<Terms>(H, lanes<Terms>(K), begin, end, pack);
 }
 
 // pack_backward of a folded panel, from the columns of its first unit on.
@@ -214,12 +216,14 @@ void pack_backward_folded(T* panel, const From* weight, int64_t H, int64_t colum
   constexpr int G = Cell::kGates, V = kLanes<T>;
   const int64_t K     = G * lanes<Terms>(H);
   const int64_t whole = K - K % kFold;
-  std::memset(panel, 0, sizeof(T) * size_t(K * V));
+  static_assert(Terms::kGroupLanes == 1);
+  std::memset(panel, 0, sizeof(T) * size_t((whole / kFold + K - whole) * V));
   int64_t at = 0;
   for (int g = 0; g < G; ++g) {
     const From* from = weight + (g + Cell::kRecurrentRow) % G * H * columns;
     for (int64_t k = 0; k < H; k += Terms::kGroup, from += Terms::kGroup * columns, ++at) {
       const From* const below = k + 1 < H ? from + columns : nullptr;
+      __builtin_prefetch(from + 16 * columns, 0, 2);
       T terms[V];
       store(terms, Terms::template interleave_rows<kSecond, 0>(from, below, units));
       T* const to      = panel + (at < whole ? at / kFold : whole / kFold + at - whole) * V;
@@ -240,13 +244,10 @@ void pack_backward(T* panels, const From* weight, int64_t H, int64_t columns, in
   constexpr int G = Cell::kGates, V = kLanes<T>;
   constexpr int64_t kBlocks = 8, kAhead = 16;
   const int64_t K = G * lanes<Terms>(H), panel_size = K * V;
-  if (begin < end && end == blocks_of<T>(columns)) {
-    end -= if_folded<Terms>(columns, K, [&](auto fold) {
-      const int64_t column = (end - 1) * V;
-      pack_backward_folded<Cell, fold, Terms>(panels + (end - 1) * panel_size, weight + column, H,
-                                              columns, int(columns - column));
-    });
-  }
+  end = unless_folded<Terms>(columns, K, begin, end, [&](auto fold, int64_t block) {
+    pack_backward_folded<Cell, fold, Terms>(panels + block * panel_size, weight + block * V, H,
+                                            columns, lanes_of<T>(columns, block * V));
+  });
   for (int64_t first = begin; first < end; first += kBlocks) {
     const int64_t last = first + kBlocks < end ? first + kBlocks : end;
     T* out             = panels;
@@ -256,7 +257,7 @@ void pack_backward(T* panels, const From* weight, int64_t H, int64_t columns, in
         for (int64_t block = first; block < last; ++block) {
           const From* const from  = in + block * V;
           const From* const below = k + 1 < H ? from + columns : nullptr;
-          const int left          = int(columns - block * V < V ? columns - block * V : V);
+          const int left          = lanes_of<T>(columns, block * V);
           for (int i = 0; i < Terms::kGroup; ++i) {
             __builtin_prefetch(from + (kAhead + i) * columns, 0, 2);
           }

@@ -91,8 +91,9 @@ FUSEDRNN_INLINE void partial_product(Vec<T> (&acc)[M][P * Q], const T* a, int64_
                                      int64_t begin, int64_t end, const T* panels,
                                      int64_t panel_size, [[maybe_unused]] Next next) {
   constexpr int V = kLanes<T>;
-  for (int64_t k = begin; k < end; k += Terms::kFold) {
-    const T* row = panels + k / Terms::kFold * Q * V;
+  static_assert(kPartialTerms % Terms::kFold == 0, "begin is that of a row");
+  const T* row = panels + begin / Terms::kFold * Q * V;
+  for (int64_t k = begin; k < end; k += Terms::kFold, row += Q * V) {
     if constexpr (std::is_pointer<Next>::value && Terms::kFold == 1 && fetches(M, P, Q)) {
       __builtin_prefetch(next + k * Q * kVectorBytes, 0, 2);
     }
@@ -103,7 +104,8 @@ FUSEDRNN_INLINE void partial_product(Vec<T> (&acc)[M][P * Q], const T* a, int64_
 }
 
 // acc[m][p*Q + q] += sum_k a[m*lda + k] panel_p[k][q], in one order whatever M and P are: a row's
-// bits do not depend on the tile that it falls into.
+// bits do not depend on the tile that it falls into. Folded: kFold terms for each row of the panel, then
+// a unit's lanes are added up, then what is left of K, one by one.
 template <class Terms, int M, int P, int Q, class T, class Next>
 FUSEDRNN_INLINE void product(Vec<T> (&acc)[M][P * Q], [[maybe_unused]] int rows, const T* a,
                              int64_t lda, int64_t K, const T* panels, int64_t panel_size,
@@ -136,6 +138,7 @@ FUSEDRNN_INLINE void product(Vec<T> (&acc)[M][P * Q], [[maybe_unused]] int rows,
       });
     }
     if constexpr (Terms::kFold > 1) {
+      static_assert(P == 1);
       unroll<M * Q>([&](auto i) FUSEDRNN_LAMBDA {
         acc[i / Q][i % Q] = folded<Terms::kFold, T>(acc[i / Q][i % Q]);
       });
@@ -261,8 +264,8 @@ FUSEDRNN_INLINE void forward_units(const ForwardStep<T>& s, int64_t row, int64_t
   finish_units<Cell, T>(s, row, block, begin_units<Cell, T>(s, row, block, gates_x, gates_h));
 }
 
-// The cell for M rows and P panels, whose products are `sums`: called once a tile, so that its code
-// stands once and not in every tile.
+// The cell for M rows and P panels, whose products are `sums`. A loop that every tile calls: unrolled in
+// each, its code made the library 1.07 times as large.
 template <class Cell, class T>
 void forward_cells(const ForwardStep<T>& s, int64_t row, int64_t block, int M, int P,
                    Vec<T>* sums) {
@@ -331,7 +334,7 @@ struct GradH {
   const T* output;  // [B, P] or null
   int64_t output_stride;
   const T* h_n;  // [B, P] or null
-  int64_t P;     // of the cell's h: H
+  int64_t P;     // columns: P, or of the cell's h H
 };
 
 // A gradient of h, and what is done with it: finish has the products of M x P vectors. It is called
@@ -488,7 +491,7 @@ template <class Step>
 using Tile = void (*)(const Step&, int64_t row, int64_t block, int rows, const char* next);
 
 // Of a product: columns, and K lanes of terms.
-struct Size {
+struct ProductSize {
   int64_t units, K;
 };
 
@@ -500,7 +503,7 @@ struct ProjectTiles {
   static constexpr bool kFetches = true;
   template <class Other>
   using With = ProjectTiles<Cell, T, Other>;
-  static Size size(const Step& step) { return {step.H, step.K}; }
+  static ProductSize size(const Step& step) { return {step.H, step.K}; }
   template <int M, int P>
   static constexpr Tile<Step> tile = project_tile<Q, T, Terms, M, P>;
 };
@@ -512,7 +515,7 @@ struct ForwardTiles {
   static constexpr bool kFetches = true;
   template <class Other>
   using With = ForwardTiles<Cell, T, Other>;
-  static Size size(const Step& step) { return {step.H, step.K}; }
+  static ProductSize size(const Step& step) { return {step.H, step.K}; }
   template <int M, int P>
   static constexpr Tile<Step> tile = forward_tile<Cell, T, Terms, M, P>;
 };
@@ -524,24 +527,26 @@ struct GradHTiles {
   static constexpr bool kFetches = false;
   template <class Other>
   using With = GradHTiles<T, Other>;
-  static Size size(const Step& step) { return {step.grad_h.P, step.grad_h.K}; }
+  static ProductSize size(const Step& step) { return {step.grad_h.P, step.grad_h.K}; }
   template <int M, int P>
   static constexpr Tile<Step> tile = grad_h_tile<T, Terms, M, P>;
 };
 
-// Panels of the next narrower tile: 3 between 4 and 2, unless 2 of them hide the latency. Speedup by 3 on
-// a Zen 4 core at (1, 100, 48) GRU 1.07, RNN 1.22, in bfloat16 LSTM 1.07, GRU 1.10, RNN 1.13; training
-// GRU and RNN 1.10; but float32's LSTM 0.98.
+// Panels of the next narrower tile of M rows: of one row and one gate, which waits for its sums, any
+// width. Not 3 where two panels hide the latency: float32's LSTM at (1, 100, 48) 0.98. Speedup over powers of two at B = 1, T
+// = 100, RNN, on a Zen 4 core: H = 48 1.22, 80 1.14, 112 1.0; AVX2 40 1.27, 112 1.09; H = 48, GRU 1.07, in
+// bfloat16 LSTM 1.07, GRU 1.10, RNN 1.13; training GRU and RNN 1.10, AVX2 LSTM 1.04, RNN 1.10.
 template <class Terms, int Q>
-constexpr int64_t fewer_panels(int64_t P) {
-  return P == 4 && (Q < 4 || Terms::kGroup > 1) ? 3 : P == 3 ? 2 : P / 2;
+constexpr int64_t fewer_panels(int M, int64_t P) {
+  if (Q == 4 && Terms::kGroup == 1) return P / 2;
+  return P > 4 && M * Q > 1 ? 4 : P - 1;
 }
 
 template <class Tiles, int M, int P>
 FUSEDRNN_INLINE Tile<typename Tiles::Step> tile_of(int64_t panels) {
   if (panels == P) return Tiles::template tile<M, P>;
   if constexpr (P > 1) {
-    return tile_of<Tiles, M, fewer_panels<typename Tiles::Terms, Tiles::Q>(P)>(panels);
+    return tile_of<Tiles, M, fewer_panels<typename Tiles::Terms, Tiles::Q>(M, P)>(panels);
   } else {
     return nullptr;
   }
@@ -577,8 +582,8 @@ const char* next_line(const ForwardPanels<T>& panels, int64_t K, int64_t block, 
 // with the panels that the last one left in the cache. Worth 1.6x a step on a Xeon at B=1, H=512;
 // nothing on a Zen 4 core (0.96 to 1.01 of the time at H=256 and 512).
 template <class Tiles>
-void run_whole_tiles(const typename Tiles::Step& step, int64_t row_begin, int64_t row_end,
-                     int64_t block_begin, int64_t block_end, bool descending) {
+void run_panels(const typename Tiles::Step& step, int64_t row_begin, int64_t row_end,
+                int64_t block_begin, int64_t block_end, bool descending) {
   using Terms = typename Tiles::Terms;
 
   constexpr int kRows = kMaxRows<Terms, Tiles::Q>;
@@ -593,7 +598,7 @@ void run_whole_tiles(const typename Tiles::Step& step, int64_t row_begin, int64_
   const int64_t blocks = block_end - block_begin;
   int64_t done         = 0;
   while (done < blocks) {
-    while (panels > blocks - done) panels = fewer_panels<Terms, Tiles::Q>(panels);
+    while (panels > blocks - done) panels = fewer_panels<Terms, Tiles::Q>(tallest, panels);
     // The taller ones come first.
     [[maybe_unused]] const int64_t fetching = fetches(low, panels, Tiles::Q)       ? tiles
                                               : fetches(low + 1, panels, Tiles::Q) ? taller
@@ -623,27 +628,23 @@ void run_whole_tiles(const typename Tiles::Step& step, int64_t row_begin, int64_
   }
 }
 
-// The same where the last panel may be folded. Speedup, with run_turned's, over one like the others, most
-// of whose lanes are zeros, on a Zen 4 core at (B, T) = (64, 30), float32 LSTM / GRU / RNN, inference: H
-// = 20 1.21 / 1.21 / 1.13, 50 1.15 / 1.15 / 1.14, 100 1.10 / 1.09 / 1.08, 200 1.03 / 1.04 / 1.02;
-// training: 1.16 / 1.16 / 1.21, 1.10 / 1.12 / 1.14, 1.05 / 1.05 / 1.06, 1.03 / 1.02 / 1.03. bfloat16 at
-// H = 50 1.10 / 1.10 / 1.07, training 1.09 / 1.10 / 1.10; one row, T = 100, H = 50 1.24 / 1.30 / 1.03;
-// with AVX2 at H = 50 1.06 / 1.06 / 1.08.
+// The same where the last panel may be folded. Speedup by that, and run_turned, over a last panel packed
+// as the others are, on a Zen 4 core at (B, T) = (64, 30), float32 LSTM / GRU / RNN, inference: H = 20
+// 1.21 / 1.21 / 1.13, 50 1.15 / 1.15 / 1.14, 100 1.10 / 1.09 / 1.08, 200 1.03 / 1.04 / 1.02; training:
+// 1.16 / 1.16 / 1.21, 1.10 / 1.12 / 1.14, 1.05 / 1.05 / 1.06, 1.03 / 1.02 / 1.03. bfloat16 at H = 50
+// 1.10 / 1.10 / 1.07, training 1.09 / 1.10 / 1.10; one row, T = 100, H = 50 1.24 / 1.30 / 1.03; with
+// AVX2 at H = 50 1.06 / 1.06 / 1.08.
 template <class Tiles>
 void run_tiles(const typename Tiles::Step& step, int64_t row_begin, int64_t row_end,
                int64_t block_begin, int64_t block_end, bool descending) {
-  using Terms = typename Tiles::Terms;
-  if constexpr (kFolds<Terms>) {
-    using T         = typename Terms::Lane;
-    const Size size = Tiles::size(step);
-    if (block_begin < block_end && block_end == blocks_of<T>(size.units)) {
-      block_end -= if_folded<Terms>(size.units, size.K, [&](auto fold) {
-        run_whole_tiles<typename Tiles::template With<Folded<Terms, fold>>>(
-            step, row_begin, row_end, block_end - 1, block_end, false);
-      });
-    }
-  }
-  run_whole_tiles<Tiles>(step, row_begin, row_end, block_begin, block_end, descending);
+  using Terms            = typename Tiles::Terms;
+  const ProductSize size = Tiles::size(step);
+  block_end              = unless_folded<Terms>(size.units, size.K, block_begin, block_end,
+                                                [&](auto fold, int64_t block) {
+                                     run_panels<typename Tiles::template With<Folded<Terms, fold>>>(
+                                         step, row_begin, row_end, block, block + 1, false);
+                                                });
+  run_panels<Tiles>(step, row_begin, row_end, block_begin, block_end, descending);
 }
 
 }  // namespace

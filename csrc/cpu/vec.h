@@ -247,7 +247,7 @@ FUSEDRNN_INLINE Vec<double> quotient(Vec<double> x, Vec<double> a, Vec<double> b
 }
 #endif
 
-// kBytes of lanes, 8 or 16, from p on, over and over. A load alone: no unit that multiplies shuffles.
+// kBytes of lanes, 8 or 16, from p on, over and over: one load. A shuffle takes a unit that multiplies.
 template <int kBytes, class T>
 FUSEDRNN_INLINE Vec<T> repeat(const T* p) {
   static_assert(kBytes == 8 || (kBytes == 16 && kVectorBytes > 16));
@@ -263,14 +263,14 @@ FUSEDRNN_INLINE Vec<T> repeat(const T* p) {
 #endif
 }
 
-// Lane i: v's lane kFold * i + kFirst. What the last lanes have is of no use.
-template <int kFold, int kFirst, class T, int... Is>
+// Lane i: v's lane kFold * i + kAt. What the last lanes have is of no use.
+template <int kFold, int kAt, class T, int... Is>
 FUSEDRNN_INLINE Vec<T> every(Vec<T> v, std::integer_sequence<int, Is...>) {
-  return __builtin_shufflevector(v, v, ((kFold * Is + kFirst) % kLanes<T>)...);
+  return __builtin_shufflevector(v, v, ((kFold * Is + kAt) % kLanes<T>)...);
 }
-template <int kFold, int kFirst, class T>
+template <int kFold, int kAt, class T>
 FUSEDRNN_INLINE Vec<T> every(Vec<T> v) {
-  return every<kFold, kFirst, T>(v, std::make_integer_sequence<int, kLanes<T>>{});
+  return every<kFold, kAt, T>(v, std::make_integer_sequence<int, kLanes<T>>{});
 }
 // Lane kFold * i: v's lane i; zeros between them.
 template <int kFold, class T, int... Is>
@@ -308,9 +308,9 @@ enum Factor { kFirst, kSecond };
 // lanes, their parts, which may differ between a product's factors; n numbers take lanes(n).
 // load(row, n): one part of the first V groups of a row of n numbers, zeros behind these.
 // interleave_rows(a, b, n): the same where K runs down, of n columns of row a and of b, the row below.
-// spread(a): *a in all lanes, as multiply_add takes its first factor. Stored: what needs no conversion.
-// kTileRows: rows of an AMX tile, else 0 (amx.h). Scope: lives in each thread while it works. kFold: see
-// Folded.
+// spread(a): *a in all lanes, as multiply_add takes its first factor (Folded: kFold lanes from a on, over
+// and over). Stored: what needs no conversion. kTileRows: rows of an AMX tile, else 0 (amx.h). Scope:
+// lives in each thread while it works.
 template <class T>
 struct Numbers {
   using Lane                       = T;
@@ -429,17 +429,18 @@ FUSEDRNN_INLINE int64_t lanes(int64_t n) {
 // kFold is multiplied as Single.
 template <class Terms, int kFold_>
 struct Folded : Terms {
-  using Single               = Terms;
-  using Lane                 = typename Terms::Lane;
-  static constexpr int kFold = kFold_;
-  static FUSEDRNN_INLINE Vec<Lane> spread(const Lane* a) {
-    return repeat<kFold* int(sizeof(Lane))>(a);
-  }
+  using Single                = Terms;
+  using Lane                  = typename Terms::Lane;
+  static constexpr int kFold  = kFold_;
+  static constexpr int kBytes = kFold * int(sizeof(Lane));
+  static FUSEDRNN_INLINE Vec<Lane> spread(const Lane* a) { return repeat<kBytes>(a); }
 };
 
-// Whether a last panel may be folded: not of 16-byte vectors, which have few lanes to save.
+// Whether a last panel may be folded: not of 16-byte vectors nor of double, which have few lanes to save.
 template <class Terms>
-constexpr bool kFolds = kVectorBytes > 16 && Terms::kTileRows == 0 && Terms::kFold == 1;
+constexpr bool kFolds =
+    kVectorBytes > 16 &&
+    sizeof(typename Terms::Lane) == 4 && Terms::kTileRows == 0 && Terms::kFold == 1;
 
 // kFold of the last panel of so many units, for products of K lanes of terms. Short ones do not pay: with
 // 10 lanes (bfloat16, H = 20) a call of 64 rows is 1.06 times as fast, of one row 0.9 times.
@@ -447,22 +448,23 @@ template <class Terms>
 FUSEDRNN_INLINE int last_fold(int64_t units, int64_t K) {
   constexpr int V = kLanes<typename Terms::Lane>;
   if (!kFolds<Terms> || units % V == 0 || K < 16) return 1;
-  int fold = 16 / int(sizeof(typename Terms::Lane));
+  int fold = 4;
   while (units % V * fold > V) fold /= 2;
   return fold;
 }
-// Calls f with last_fold, if that is more than 1, as a compile-time constant; returns whether it is.
+// Of blocks [begin, end), those not folded, up to the returned one. f(last_fold, block), last_fold a
+// compile-time constant, for the one that is.
 template <class Terms, class F>
-FUSEDRNN_INLINE bool if_folded(int64_t units, int64_t K, F&& f) {
+FUSEDRNN_INLINE int64_t unless_folded(int64_t units, int64_t K, int64_t begin, int64_t end,
+                                      const F& f) {
   if constexpr (kFolds<Terms>) {
+    if (begin == end || end * kLanes<typename Terms::Lane> <= units) return end;
     const int fold = last_fold<Terms>(units, K);
-    if (fold == 2) f(std::integral_constant<int, 2>{});
-    if constexpr (sizeof(typename Terms::Lane) == 4) {
-      if (fold == 4) f(std::integral_constant<int, 4>{});
-    }
-    return fold > 1;
+    if (fold == 2) f(std::integral_constant<int, 2>{}, end - 1);
+    if (fold == 4) f(std::integral_constant<int, 4>{}, end - 1);
+    return end - (fold > 1);
   }
-  return false;
+  return end;
 }
 
 // Denormal operands and results count as zero while this lives, in this thread: a state that decays
