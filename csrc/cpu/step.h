@@ -533,9 +533,10 @@ struct GradHTiles {
 };
 
 // Panels of the next narrower tile of M rows: of one row and one gate, which waits for its sums, any
-// width. Not 3 where two panels hide the latency: float32's LSTM at (1, 100, 48) 0.98. Speedup over powers of two at B = 1, T
-// = 100, RNN, on a Zen 4 core: H = 48 1.22, 80 1.14, 112 1.0; AVX2 40 1.27, 112 1.09; H = 48, GRU 1.07, in
-// bfloat16 LSTM 1.07, GRU 1.10, RNN 1.13; training GRU and RNN 1.10, AVX2 LSTM 1.04, RNN 1.10.
+// width. Not 3 where two panels hide the latency: float32's LSTM at (1, 100, 48) 0.98. Speedup over powers
+// of two at B = 1, T = 100 on a Zen 4 core: RNN, H = 48 1.22, 80 1.14, 112 1.0, AVX2 40 1.27, 112 1.09; H
+// = 48 GRU 1.07, bfloat16 LSTM 1.07, GRU 1.10, RNN 1.13; training GRU and RNN 1.10, AVX2 LSTM 1.04, RNN
+// 1.10.
 template <class Terms, int Q>
 constexpr int64_t fewer_panels(int M, int64_t P) {
   if (Q == 4 && Terms::kGroup == 1) return P / 2;
