@@ -26,7 +26,7 @@ struct ForwardLayout {
   int64_t gates      = 0;  // gates_x of a chunk, unless it goes to the saved gates
   int64_t chunk_rows = 0;  // at most
   int64_t ahead_rows = 0;  // of a chunk that is projected ahead, beside the steps; 0: none may be
-  int64_t ahead_blocks = 0;  // so far: whole tiles, of panels that are not folded
+  int64_t ahead_blocks = 0;  // and of these units: whole tiles of panels that are not folded
   int64_t threads;           // at most
   int64_t weight_bytes;      // of the weights, packed or not
   bool one_matrix = true;    // rows of consecutive steps are evenly spaced
@@ -68,13 +68,12 @@ struct ForwardLayout {
     const int64_t most = once ? rows : min64(rows, kChunkRows);
     const bool joins =
         !one_matrix && 2 * s.B <= most && pays_to_join(s.B, weight_bytes, l2_bytes());
-    copies                     = kConverts || joins;
-    chunk_rows                 = one_matrix || joins ? max64(s.B, most) : s.B;
-    constexpr int64_t tile     = kAheadTile<Cell>;
-    constexpr int panels_ahead = kAheadPanels<Cell>;
+    copies                 = kConverts || joins;
+    chunk_rows             = one_matrix || joins ? max64(s.B, most) : s.B;
+    constexpr int64_t tile = kAheadTile<Cell>;
     ahead_blocks  = unless_folded<Terms>(a.H, max64(lanes<Terms>(a.I), lanes<Terms>(a.P)), 0,
                                          blocks_of<T>(a.H), [](auto, int64_t) {});
-    ahead_blocks -= ahead_blocks % panels_ahead;
+    ahead_blocks -= ahead_blocks % kAheadPanels<Cell>;
     if (kCanGoAhead<Terms> && s.B == 1 && !s.offsets && s.T > 2 * tile && ahead_blocks > 0) {
       // The first chunk is projected before any step: one tile if T is small (1.06 times as fast at
       // T = 20).

@@ -210,6 +210,9 @@ void pack_forward(T* panels, const From* weight, const T* bias, int64_t H, int64
   unless_folded<Terms>(H, lanes<Terms>(K), begin, end, pack);
 }
 
+// Rows of a weight that pack_backward fetches ahead.
+constexpr int64_t kRowsAhead = 16;
+
 // pack_backward of a folded panel, from the columns of its first unit on.
 template <class Cell, int kFold, class Terms, class T, class From>
 void pack_backward_folded(T* panel, const From* weight, int64_t H, int64_t columns, int units) {
@@ -223,7 +226,7 @@ void pack_backward_folded(T* panel, const From* weight, int64_t H, int64_t colum
     const From* from = weight + (g + Cell::kRecurrentRow) % G * H * columns;
     for (int64_t k = 0; k < H; k += Terms::kGroup, from += Terms::kGroup * columns, ++at) {
       const From* const below = k + 1 < H ? from + columns : nullptr;
-      __builtin_prefetch(from + 16 * columns, 0, 2);
+      __builtin_prefetch(from + kRowsAhead * columns, 0, 2);
       T terms[V];
       store(terms, Terms::template interleave_rows<kSecond, 0>(from, below, units));
       T* const to      = panel + (at < whole ? at / kFold : whole / kFold + at - whole) * V;
@@ -242,7 +245,7 @@ template <class Cell, class T, class Terms = Numbers<T>, class From = T>
 void pack_backward(T* panels, const From* weight, int64_t H, int64_t columns, int64_t begin,
                    int64_t end) {
   constexpr int G = Cell::kGates, V = kLanes<T>;
-  constexpr int64_t kBlocks = 8, kAhead = 16;
+  constexpr int64_t kBlocks = 8;
   const int64_t K = G * lanes<Terms>(H), panel_size = K * V;
   end = unless_folded<Terms>(columns, K, begin, end, [&](auto fold, int64_t block) {
     pack_backward_folded<Cell, fold, Terms>(panels + block * panel_size, weight + block * V, H,
@@ -259,7 +262,7 @@ void pack_backward(T* panels, const From* weight, int64_t H, int64_t columns, in
           const From* const below = k + 1 < H ? from + columns : nullptr;
           const int left          = lanes_of<T>(columns, block * V);
           for (int i = 0; i < Terms::kGroup; ++i) {
-            __builtin_prefetch(from + (kAhead + i) * columns, 0, 2);
+            __builtin_prefetch(from + (kRowsAhead + i) * columns, 0, 2);
           }
           unroll<Terms::kGroupLanes>([&](auto part) FUSEDRNN_LAMBDA {
             store(out + block * panel_size + part * V,
