@@ -38,46 +38,40 @@ struct BackwardLayout {
   int64_t chunk;       // rows that every chunk but the last one has at least,
   int64_t chunk_rows;  // and all have at most
 
-  // Elements. Copies of second factors, where it pays or products take pairs (first, with the threads'
-  // own parts, to lie on cache lines):
-  int64_t input_strips = 0;  // [lanes, I], in_strips: the input of a chunk's rows,
-  int64_t h_strips     = 0;  // [lanes, P], in_strips: h_prev
-  // For gates that are computed again: packed weight_ih and weight_hh,
-  int64_t forward_input     = 0;
-  int64_t forward_recurrent = 0;
-  int64_t gates             = 0;  // [chunk_rows, G*H], unless they share grad_gates' memory,
-  int64_t extra             = 0;  // [chunk_rows, H], GRU's
+  Pieces panels;
+  Piece recurrent, projection;  // of weight_hh and of weight_hr
+  Pieces numbers;
+  // Copies of second factors, where it pays or products take pairs:
+  Piece input_strips;  // [lanes, I], in_strips: the input of a chunk's rows,
+  Piece h_strips;      // [lanes, P], in_strips: h_prev
+  // For gates that are computed again:
+  Piece forward_input, forward_recurrent;  // packed weight_ih and weight_hh,
+  Piece gates;  // [chunk_rows, G*H], unless they share grad_gates' memory,
+  Piece extra;  // [chunk_rows, H], GRU's
   // For all calls:
-  int64_t h_prev = 0;  // [N, P], if it is wanted
-  int64_t c_prev = 0;  // [B, H], of steps that some rows begin with; [chunk_rows, H] where gates
-                       // are computed again
-  int64_t carry         = 0;  // [B, H]: the cell's part of the gradient of the state before,
-  int64_t initial_carry = 0;  // [B, H], and of h0 or c0
-  int64_t initial_gates = 0;  // [B, E*H]: grad_gates, summed over a row's steps that begin with h0
+  Piece h_prev;  // [N, P], if it is wanted
+  // [B, H], of steps that some rows begin with; [chunk_rows, H] where gates are computed again.
+  Piece c_prev;
+  Piece carry;          // [B, H]: the cell's part of the gradient of the state before,
+  Piece initial_carry;  // [B, H], and of h0 or c0
+  Piece initial_gates;  // [B, E*H]: grad_gates, summed over a row's steps that begin with h0
   // [places, chunk_rows, E*H], of one or two chunks: gradients of the pre-activations. LSTM (i, f, g,
   // o) and RNN: of gates_x and gates_h alike. GRU: (n_h, r, z, n_x): the first 3H columns are the
   // gradient of gates_h, its n part first; the last 3H that of gates_x, in torch's order.
-  int64_t grad_gates;
-  int64_t grad_h      = 0;  // [places, chunk_rows, P], of the projection's result
-  int64_t unprojected = 0;  // [places, chunk_rows, H]: what weight_hr was multiplied with
+  Piece grad_gates;
+  Piece grad_h;       // [places, chunk_rows, P], of the projection's result
+  Piece unprojected;  // [places, chunk_rows, H]: what weight_hr was multiplied with
   // Where products take other than numbers, the terms of a step's grad_gates: [2, B, lanes].
-  int64_t step_terms = 0;
+  Piece step_terms;
   // Where grad_weight_ih and _hh are summed, if they are narrow: [G*H, I] and [G*H, P], or if there is
   // one chunk some rows, of each thread.
-  int64_t grad_ih = 0;
-  int64_t grad_hh = 0;
+  Piece grad_ih, grad_hh;
   // Of each thread: the terms of the rows, or the copy of the part of grad_gates, that it works on, and
   // of the part of a weight.
-  int64_t rows_terms    = 0;
-  int64_t weight_terms  = 0;
-  int64_t group_rows    = 0;  // of each of group_threads: what a sample's gradients are products of
-  int64_t group_threads = 0;
-  int64_t threads;  // at most
-  // Panels of weight_hh, and of weight_hr.
-  int64_t recurrent  = 0;
-  int64_t projection = 0;
+  Piece rows_terms, weight_terms;
+  Piece group_rows;  // of each thread that has groups: what a sample's gradients are products of
 
-  explicit BackwardLayout(const BackwardArgs<T>& a) : threads(a.num_threads) {
+  explicit BackwardLayout(const BackwardArgs<T>& a) {
     const Sequences& s       = a.sequences;
     const int64_t rows       = rows_before(s, s.T);
     const int64_t gate_size  = Cell::kGradGates * a.H;
@@ -92,63 +86,66 @@ struct BackwardLayout {
     chunk                = (rows + chunks - 1) / chunks;
     chunk_rows           = min64(rows, chunk + max64(s.B, 1) - 1);
     // A chunk's first step to run reads the gradients of the chunk before it.
-    const int64_t places = several_chunks ? 2 : 1;
-    if (s.T > 1) recurrent = blocks_of<T>(a.P) * kLanes<T> * gate_lanes;
+    const int64_t places  = several_chunks ? 2 : 1;
+    const int64_t threads = a.num_threads;
+    if (s.T > 1) recurrent = panels.take(blocks_of<T>(a.P) * kLanes<T> * gate_lanes);
     if (a.weight_hr[0]) {
-      projection  = blocks_of<T>(a.H) * kLanes<T> * a.P;
-      grad_h      = places * chunk_rows * a.P;
-      unprojected = places * chunk_rows * a.H;
+      projection  = panels.take(blocks_of<T>(a.H) * kLanes<T> * a.P);
+      grad_h      = numbers.take(places * chunk_rows * a.P);
+      unprojected = numbers.take(places * chunk_rows * a.H);
     }
     const bool again = a.gates == nullptr;
     if (again) {
-      const auto panels = [&](int64_t K) {
-        return blocks_of<T>(a.H) * forward_panel_size<Cell::kGates, T>(lanes<Terms>(K));
+      const auto panels_of = [&](int64_t K) {
+        return numbers.take(blocks_of<T>(a.H) *
+                            forward_panel_size<Cell::kGates, T>(lanes<Terms>(K)));
       };
-      forward_input     = panels(a.I);
-      forward_recurrent = panels(a.P);
-      if (!kShareGates<Cell>) gates = chunk_rows * Cell::kGates * a.H;
-      if (Cell::kHasExtra && !Cell::kHasCell) extra = chunk_rows * a.H;
+      forward_input     = panels_of(a.I);
+      forward_recurrent = panels_of(a.P);
+      if (!kShareGates<Cell>) gates = numbers.take(chunk_rows * Cell::kGates * a.H);
+      if (Cell::kHasExtra && !Cell::kHasCell) extra = numbers.take(chunk_rows * a.H);
     }
-    if (again || Cell::kPrevIsH || a.grad_weight_hh[0] || a.grad_weight_hh[1]) h_prev = rows * a.P;
-    if (Cell::kHasCell) c_prev = (again ? chunk_rows : all_alike(s) ? 0 : s.B) * a.H;
-    if (Cell::kHasCarry) carry = initial_carry = s.B * a.H;
-    if (a.grad_h0) initial_gates = s.B * gate_size;
-    grad_gates = places * chunk_rows * gate_size;
+    if (again || Cell::kPrevIsH || a.grad_weight_hh[0] || a.grad_weight_hh[1]) {
+      h_prev = numbers.take(rows * a.P);
+    }
+    if (Cell::kHasCell) c_prev = numbers.take((again ? chunk_rows : all_alike(s) ? 0 : s.B) * a.H);
+    if (Cell::kHasCarry) {
+      carry         = numbers.take(s.B * a.H);
+      initial_carry = numbers.take(s.B * a.H);
+    }
+    if (a.grad_h0) initial_gates = numbers.take(s.B * gate_size);
+    grad_gates = numbers.take(places * chunk_rows * gate_size);
     if (a.groups > 1) {
-      group_threads = min64(threads, a.groups);
-      group_rows    = rows / a.groups * (gate_size + a.I + a.P + (a.weight_hr[0] ? a.P + a.H : 0));
+      const int64_t columns = gate_size + a.I + a.P + (a.weight_hr[0] ? a.P + a.H : 0);
+      group_rows            = numbers.take(rows / a.groups * columns, min64(threads, a.groups));
     }
+    int64_t copied_rows = 0, copied_weights = 0;
     if (kConverts) {
-      step_terms = 2 * s.B * gate_lanes;
-      if (again) rows_terms = kChunkRows * (lanes<Terms>(a.I) + lanes<Terms>(a.P));
+      step_terms = numbers.take(2 * s.B * gate_lanes);
+      if (again) copied_rows = kChunkRows * (lanes<Terms>(a.I) + lanes<Terms>(a.P));
       const auto product_with = [&](int64_t columns) {
-        rows_terms   = max64(rows_terms, kCopiedPart);
-        weight_terms = max64(weight_terms, copied_weight<T>(columns));
+        copied_rows    = max64(copied_rows, kCopiedPart);
+        copied_weights = max64(copied_weights, copied_weight<T>(columns));
       };
       if (a.grad_input[0] || a.grad_input[1]) product_with(a.I);
       if (a.grad_h0) product_with(a.P);
     }
-    const auto wanted         = [](const GradWeight<T>(&grads)[2]) { return grads[0] || grads[1]; };
-    const int64_t chunk_lanes = lanes<Terms>(chunk_rows);
-    if (copies_input && wanted(a.grad_weight_ih)) input_strips = strips_size<T>(chunk_lanes, a.I);
-    if (copies_h && wanted(a.grad_weight_hh)) h_strips = strips_size<T>(chunk_lanes, a.P);
-    if (input_strips || h_strips) rows_terms = max64(rows_terms, kCopiedPart);
-    const auto is_narrow = [](const GradWeight<T>(&grads)[2]) {
-      return grads[0].narrow || grads[1].narrow;
+    const auto copy = [&](const GradWeight<T>(&grads)[2], int64_t columns) {
+      if (!grads[0] && !grads[1]) return Piece{};
+      copied_rows = max64(copied_rows, kCopiedPart);
+      return numbers.take(strips_size<T>(lanes<Terms>(chunk_rows), columns));
     };
-    const int64_t summed = several_chunks ? Cell::kGates * a.H : min64(kBlockRows, a.H);
-    if (is_narrow(a.grad_weight_ih)) grad_ih = summed * a.I;
-    if (is_narrow(a.grad_weight_hh)) grad_hh = summed * a.P;
-  }
-  int64_t of_thread() const {  // in whole cache lines
-    const int64_t sums = several_chunks ? 0 : grad_ih + grad_hh;
-    return (rows_terms + weight_terms + sums + 15) / 16 * 16;
-  }
-  int64_t elements() const {
-    const int64_t sums = several_chunks ? grad_ih + grad_hh : 0;
-    return sums + forward_input + forward_recurrent + gates + extra + h_prev + c_prev + carry +
-           initial_carry + initial_gates + grad_gates + grad_h + unprojected + step_terms +
-           threads * of_thread() + group_threads * group_rows + input_strips + h_strips;
+    if (copies_input) input_strips = copy(a.grad_weight_ih, a.I);
+    if (copies_h) h_strips = copy(a.grad_weight_hh, a.P);
+    rows_terms      = numbers.take(copied_rows, threads);
+    weight_terms    = numbers.take(copied_weights, threads);
+    const auto sums = [&](const GradWeight<T>(&grads)[2], int64_t columns) {
+      if (!grads[0].narrow && !grads[1].narrow) return Piece{};
+      return several_chunks ? numbers.take(Cell::kGates * a.H * columns)
+                            : numbers.take(min64(kBlockRows, a.H) * columns, threads);
+    };
+    grad_ih = sums(a.grad_weight_ih, a.I);
+    grad_hh = sums(a.grad_weight_hh, a.P);
   }
 };
 
@@ -185,30 +182,35 @@ struct BackwardDirection {
         step_barrier(scratch.step_barrier(direction, own_shard)) {
     const int64_t rows = rows_before(s, s.T);
 
-    input_strips      = scratch.numbers(d);
-    h_strips          = input_strips + layout.input_strips;
-    T* const threads  = h_strips + layout.h_strips;
-    rows_terms        = threads + shard.direction_rank * layout.of_thread();
-    weight_terms      = rows_terms + layout.rows_terms;
-    forward_input     = threads + layout.threads * layout.of_thread();
-    forward_recurrent = forward_input + layout.forward_input;
-    own_gates         = forward_recurrent + layout.forward_recurrent;
-    own_extra         = own_gates + layout.gates;
-    h_prev            = own_extra + layout.extra;
-    c_prev            = h_prev + layout.h_prev;
-    carry             = c_prev + layout.c_prev;
-    initial_carry     = carry + layout.carry;
-    initial_gates     = initial_carry + layout.initial_carry;
-    grad_h            = initial_gates + layout.initial_gates;
-    unprojected       = grad_h + layout.grad_h;
-    grad_gates        = unprojected + layout.unprojected;
-    step_terms        = grad_gates + layout.grad_gates;
-    group_rows        = step_terms + layout.step_terms;
-    grad_ih    = layout.several_chunks ? group_rows + layout.group_threads * layout.group_rows
-                                       : weight_terms + layout.weight_terms;
-    grad_hh    = grad_ih + layout.grad_ih;
-    recurrent  = scratch.panels(d, shard);
-    projection = recurrent + layout.recurrent;
+    const auto at  = [&](const Piece& piece) { return scratch.numbers(d) + piece.at; };
+    const auto own = [&](const Piece& piece) {
+      return at(piece) + shard.direction_rank * piece.size;
+    };
+    const auto sums = [&](const Piece& piece) {
+      return layout.several_chunks ? at(piece) : own(piece);
+    };
+    input_strips      = at(layout.input_strips);
+    h_strips          = at(layout.h_strips);
+    rows_terms        = own(layout.rows_terms);
+    weight_terms      = own(layout.weight_terms);
+    forward_input     = at(layout.forward_input);
+    forward_recurrent = at(layout.forward_recurrent);
+    own_gates         = at(layout.gates);
+    own_extra         = at(layout.extra);
+    h_prev            = at(layout.h_prev);
+    c_prev            = at(layout.c_prev);
+    carry             = at(layout.carry);
+    initial_carry     = at(layout.initial_carry);
+    initial_gates     = at(layout.initial_gates);
+    grad_h            = at(layout.grad_h);
+    unprojected       = at(layout.unprojected);
+    grad_gates        = at(layout.grad_gates);
+    step_terms        = at(layout.step_terms);
+    group_rows        = at(layout.group_rows);
+    grad_ih           = sums(layout.grad_ih);
+    grad_hh           = sums(layout.grad_hh);
+    recurrent         = scratch.panels(d, shard) + layout.recurrent.at;
+    projection        = scratch.panels(d, shard) + layout.projection.at;
 
     h0     = a.h0 + d * s.B * P;
     c0     = Cell::kHasCell ? a.c0 + d * s.B * H : nullptr;
@@ -239,7 +241,7 @@ struct BackwardDirection {
 
   bool again() const { return a.gates == nullptr; }
   // Whether steps compute h of the step before.
-  bool computes_h_prev() const { return layout.h_prev && !hidden && !Cell::kPrevIsH; }
+  bool computes_h_prev() const { return layout.h_prev.size && !hidden && !Cell::kPrevIsH; }
   bool projects() const { return a.weight_hr[d] != nullptr; }
 
   // This thread's part of so many things that the direction's threads share, [mine, next).
@@ -276,7 +278,7 @@ struct BackwardDirection {
   // owner may have changed by now: if h was not saved, it is computed from the saved gates, GRU's
   // here, forwards, LSTM's and RNN's by `recurrence`.
   void find_h_prev() const {
-    for (int64_t i = 0; layout.h_prev && i < s.T; ++i) {
+    for (int64_t i = 0; layout.h_prev.size && i < s.T; ++i) {
       const States<T> states{hidden && i > 0 ? hidden + walk.offset(i - 1) * P : nullptr, P, h0, P};
       if (hidden) {
         states.copy_before(walk, i, shard, h_prev_of(i));
@@ -328,7 +330,7 @@ struct BackwardDirection {
       std::memset(initial_gates + mine(s.B) * E * H, 0,
                   sizeof(T) * size_t((next(s.B) - mine(s.B)) * E * H));
     }
-    if (layout.recurrent) {
+    if (layout.recurrent.size) {
       const Blocks h_blocks = own_blocks(shard, blocks_of<T>(P));
       as_stored<Terms>(a.weight_hh[d], a.weight_hh_bf16[d], [&](const auto* weight) {
         pack_backward<Cell, T, Terms>(recurrent, weight, H, P, h_blocks.begin, h_blocks.end);
@@ -382,7 +384,7 @@ struct BackwardDirection {
       step.h_prev         = terms_of(h_prev, nullptr, at, h_rows, P, count);
       step.prev           = Cell::kHasCell ? c_prev + row * H : h_prev + at * H;
       step.gates          = project.gates;
-      step.extra          = layout.extra ? own_extra + row * H : nullptr;
+      step.extra          = layout.extra.size ? own_extra + row * H : nullptr;
       run_tiles<ProjectTiles<Cell, T, Terms>>(project, 0, count, 0, blocks, false);
       run_tiles<ForwardTiles<Cell, T, Terms>>(step, 0, count, 0, blocks, false);
     }
@@ -494,7 +496,7 @@ struct BackwardDirection {
 
   // What a chunk adds to the gradients of the layer's input, weights and biases, and of h0.
   void layer_grads(const Chunk& chunk) {
-    if (layout.input_strips || layout.h_strips) {
+    if (layout.input_strips.size || layout.h_strips.size) {
       // This thread's part of the rows.
       const auto convert = [&](const auto* all, int64_t columns, T* strips) {
         const auto* const from = all + chunk.first * columns;
@@ -504,11 +506,11 @@ struct BackwardDirection {
         to.data += lanes<Terms>(first) * to.stride;
         to_strips<Terms>(from + first * columns, columns, end - first, 0, columns, to);
       };
-      if (layout.input_strips) {
+      if (layout.input_strips.size) {
         as_stored<Terms>(a.input, a.input_bf16,
                          [&](const auto* input) { convert(input, a.I, input_strips); });
       }
-      if (layout.h_strips) convert(h_prev, P, h_strips);
+      if (layout.h_strips.size) convert(h_prev, P, h_strips);
       direction_barrier.wait();
     }
     const T* const chunk_gates = grad_gates + chunk.place * E * H;
@@ -598,10 +600,11 @@ struct BackwardDirection {
                                    rows_terms, units.begin, units.end);
       };
       const ColumnsProduct<T> ih =
-          product(of_ih, f.input, layout.input_strips ? input_strips : nullptr, a.I,
+          product(of_ih, f.input, layout.input_strips.size ? input_strips : nullptr, a.I,
                   a.grad_weight_ih[d], grad_ih);
-      const ColumnsProduct<T> hh = product(of_hh, f.h_prev, layout.h_strips ? h_strips : nullptr, P,
-                                           a.grad_weight_hh[d], grad_hh);
+      const ColumnsProduct<T> hh =
+          product(of_hh, f.h_prev, layout.h_strips.size ? h_strips : nullptr, P,
+                  a.grad_weight_hh[d], grad_hh);
       if (of_ih == of_hh) {
         copied(of_ih, {ih, hh});
       } else {
@@ -633,9 +636,9 @@ struct BackwardDirection {
   // into the same few sets of the caches.
   void group_grads() const {
     const int64_t group_batch = s.B / a.groups;
-    T* const rows             = group_rows + layout.group_rows * (a.groups < shard.direction_threads
-                                                                      ? mine(a.groups)
-                                                                      : shard.direction_rank);
+    T* const rows = group_rows + layout.group_rows.size * (a.groups < shard.direction_threads
+                                                               ? mine(a.groups)
+                                                               : shard.direction_rank);
     for (int64_t n = mine(a.groups); n < next(a.groups); ++n) {
       T* to             = rows;
       const auto gather = [&](const T* from, int64_t columns) {
@@ -647,10 +650,11 @@ struct BackwardDirection {
         return static_cast<const T*>(gathered);
       };
       const T* const own_gates = gather(grad_gates, E * H);
-      weight_grads({own_gates, gather(a.input, a.I), gather(layout.h_prev ? h_prev : nullptr, P),
-                    gather(projects() ? grad_h : nullptr, P),
-                    gather(projects() ? unprojected : nullptr, H), s.T * group_batch, false, true},
-                   n, {0, H}, {0, P});
+      weight_grads(
+          {own_gates, gather(a.input, a.I), gather(layout.h_prev.size ? h_prev : nullptr, P),
+           gather(projects() ? grad_h : nullptr, P), gather(projects() ? unprojected : nullptr, H),
+           s.T * group_batch, false, true},
+          n, {0, H}, {0, P});
     }
   }
 
@@ -716,11 +720,11 @@ struct BackwardDirection {
 template <class Cell, class T, class Terms>
 bool backward(const BackwardArgs<T>& a) {
   const BackwardLayout<Cell, T, Terms> layout(a);
-  const int64_t panels = layout.recurrent + layout.projection;
+  const int64_t panels = layout.panels.size();
   const int64_t bytes  = panels * int64_t(sizeof(T));
   const Shape shape    = shape_of<Cell, T>(a, bytes, bytes, Cell::kGates * a.H * int64_t(sizeof(T)),
                                            kShardRows<Terms, 1>);
-  return run_call<T, Terms>(shape, layout.elements(), panels, a.num_threads,
+  return run_call<T, Terms>(shape, layout.numbers.size(), panels, a.num_threads,
                             [&](int64_t d, const Shard& shard, const Scratch<T>& scratch) {
                               BackwardDirection<Cell, T, Terms>(a, layout, d, shard, scratch).run();
                             });

@@ -12,6 +12,25 @@ namespace {
 // The cell that weight_hr's tiles and packing are made for: only its one gate matters.
 using Projection = Rnn<false>;
 
+// A part of a direction's scratch: so many numbers, from the `at`-th on.
+struct Piece {
+  int64_t at = 0, size = 0;
+};
+// Lays pieces out behind each other, each on cache lines of its own.
+class Pieces {
+ public:
+  // Of `count` owners, one piece behind the other's.
+  Piece take(int64_t size, int64_t count = 1) {
+    const Piece piece{size_, (size + 15) / 16 * 16};
+    size_ += count * piece.size;
+    return piece;
+  }
+  int64_t size() const { return size_; }
+
+ private:
+  int64_t size_ = 0;
+};
+
 // Scratch of one call: for each direction barrier counters, `elements` numbers that its threads
 // share, and `panels` for each row shard, all on cache line boundaries.
 template <class T>

@@ -16,52 +16,50 @@ struct ForwardLayout {
   static constexpr bool kConverts  = Terms::kGroup > 1;
   static constexpr bool kReadsBf16 = !std::is_same<typename Terms::Stored, T>::value;
 
-  int64_t recurrent   = 0;  // elements: packed weight_hh,
-  int64_t input       = 0;  // packed weight_ih,
-  int64_t projection  = 0;  // packed weight_hr,
-  int64_t unprojected = 0;  // [B, H] what weight_hr is multiplied with,
-  int64_t started     = 0;  // [2, B, P] states before steps that some rows begin with,
-  int64_t input_terms = 0;  // of each thread: a chunk's input, if it is copied, and
-  int64_t h_terms    = 0;  // [2, B, lanes]: h before a step, where products take other than numbers
-  int64_t gates      = 0;  // gates_x of a chunk, unless it goes to the saved gates
-  int64_t chunk_rows = 0;  // at most
-  int64_t ahead_rows = 0;  // of a chunk that is projected ahead, beside the steps; 0: none may be
+  Pieces panels;
+  Piece recurrent, input, projection;  // packed weight_hh, weight_ih and weight_hr
+  Pieces numbers;
+  Piece unprojected;  // [B, H]: what weight_hr is multiplied with
+  Piece started;      // [2, B, P]: states before steps that some rows begin with
+  Piece input_terms;  // of each thread: a chunk's input, if it is copied
+  Piece h_terms;      // [2, B, lanes]: h before a step, where products take other than numbers
+  Piece gates;        // gates_x of a chunk, unless it goes to the saved gates
+  int64_t chunk_rows   = 0;  // at most
+  int64_t ahead_rows   = 0;  // of a chunk that is projected ahead, beside the steps; 0: none may be
   int64_t ahead_blocks = 0;  // and of these units: whole tiles of panels that are not folded
-  int64_t threads;           // at most
   int64_t weight_bytes;      // of the weights, packed or not
   bool one_matrix = true;    // rows of consecutive steps are evenly spaced
   bool copies     = false;   // a chunk's input
   bool given;                // the packed weights are the caller's
   bool stored;               // weights are bfloat16's bits, which unpacked products read too
 
-  bool packed() const { return recurrent > 0; }
-  int64_t panels_size() const { return recurrent + input + projection; }
-  int64_t own_panels() const { return given ? 0 : panels_size(); }
+  bool packed() const { return recurrent.size > 0; }
+  int64_t own_panels() const { return given ? 0 : panels.size(); }
 
-  explicit ForwardLayout(const ForwardArgs<T>& a)
-      : threads(a.num_threads), given(a.panels[0] != nullptr) {
-    const Sequences& s  = a.sequences;
-    const int64_t rows  = rows_before(s, s.T);
-    const auto round_up = [](int64_t elements) { return (elements + 15) / 16 * 16; };
-    if (!all_alike(s)) started = round_up(2 * s.B * a.P);
+  explicit ForwardLayout(const ForwardArgs<T>& a) : given(a.panels[0] != nullptr) {
+    const Sequences& s = a.sequences;
+    const int64_t rows = rows_before(s, s.T);
+    if (!all_alike(s)) started = numbers.take(2 * s.B * a.P);
     stored               = kReadsBf16 && a.weight_hh_bf16[0];
     const int64_t passes = s.T * ((s.B + kUnpackedRows - 1) / kUnpackedRows);
     weight_bytes         = Cell::kGates * a.H * (a.I + a.P) *
                            int64_t(stored ? sizeof(typename Terms::Stored) : sizeof(T));
     const bool unpacked =
         !given && !a.weight_hr[0] && passes <= max_unpacked_passes(weight_bytes, l2_bytes());
-    if (kConverts && (stored || !unpacked)) h_terms = round_up(2 * s.B * lanes<Terms>(a.P));
-    if (unpacked) return;
-    const auto panels = [&](int64_t K) {
-      return round_up(blocks_of<T>(a.H) * forward_panel_size<Cell::kGates, T>(lanes<Terms>(K)));
-    };
-    recurrent = panels(a.P);
-    input     = panels(a.I);
-    if (a.weight_hr[0]) {
-      projection  = round_up(blocks_of<T>(a.P) * forward_panel_size<1, T>(a.H));
-      unprojected = round_up(s.B * a.H);
+    if (kConverts && (stored || !unpacked)) {
+      h_terms = numbers.take(2 * s.B * lanes<Terms>(a.P));
     }
-    weight_bytes = panels_size() * int64_t(sizeof(T));
+    if (unpacked) return;
+    const auto panels_of = [&](int64_t K) {
+      return panels.take(blocks_of<T>(a.H) * forward_panel_size<Cell::kGates, T>(lanes<Terms>(K)));
+    };
+    recurrent = panels_of(a.P);
+    input     = panels_of(a.I);
+    if (a.weight_hr[0]) {
+      projection  = panels.take(blocks_of<T>(a.P) * forward_panel_size<1, T>(a.H));
+      unprojected = numbers.take(s.B * a.H);
+    }
+    weight_bytes = panels.size() * int64_t(sizeof(T));
     // A chunk is one product, of rows that lie as one matrix or are copied to be one.
     one_matrix         = s.offsets || s.B == 1 || a.input_stride_t == s.B * a.input_stride_b;
     const bool once    = rows <= kOnceRows && weight_bytes > l2_bytes();
@@ -79,8 +77,8 @@ struct ForwardLayout {
       // T = 20).
       ahead_rows = s.T > 2 * kAheadTiles * tile ? kAheadTiles * tile : tile;
     }
-    if (!a.gates) gates = max64(chunk_rows, 2 * ahead_rows) * Cell::kGates * a.H;
-    if (copies) input_terms = round_up(chunk_rows * lanes<Terms>(a.I));
+    if (!a.gates) gates = numbers.take(max64(chunk_rows, 2 * ahead_rows) * Cell::kGates * a.H);
+    if (copies) input_terms = numbers.take(chunk_rows * lanes<Terms>(a.I), a.num_threads);
   }
   // Rows of a chunk that this thread projects ahead; 0: none. Steps do not wait for the weights of
   // small layers, those beyond L2 come too slowly to be read more often, and threads that split units
@@ -88,9 +86,6 @@ struct ForwardLayout {
   int64_t ahead_of(const Shard& shard) const {
     const bool waits = weight_bytes > l2_bytes() / 8 && weight_bytes <= l2_bytes();
     return waits && shard.unit_shards == 1 ? ahead_rows : 0;
-  }
-  int64_t elements() const {
-    return unprojected + started + h_terms + threads * input_terms + gates;
   }
 
   // Steps of the chunk that begins with the i-th.
@@ -118,10 +113,11 @@ struct Once {
 template <class Cell, class T, class Terms, class Share>
 void pack_direction(const ForwardArgs<T>& a, int64_t d, const ForwardLayout<Cell, T, Terms>& layout,
                     const Once& once, T* panels, const Share& share) {
-  T* const input      = panels + layout.recurrent;
-  T* const projection = input + layout.input;
+  T* const recurrent  = panels + layout.recurrent.at;
+  T* const input      = panels + layout.input.at;
+  T* const projection = panels + layout.projection.at;
   share(blocks_of<T>(a.H), [&](int64_t begin, int64_t end) {
-    if (!once.recurrent) pack_recurrent<Cell, Terms>(a, d, panels, begin, end);
+    if (!once.recurrent) pack_recurrent<Cell, Terms>(a, d, recurrent, begin, end);
     if (!once.input) pack_input<Cell, Terms>(a, d, input, begin, end);
   });
   if (a.weight_hr[d]) {
@@ -148,44 +144,95 @@ void run_packing(typename Tiles::Step step, int64_t row_begin, int64_t row_end, 
   }
 }
 
+// One thread's part of a direction's forward pass.
 template <class Cell, class T, class Terms>
-void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
-                       const Scratch<T>& scratch) {
-  constexpr int G     = Cell::kGates;
-  const Sequences& s  = a.sequences;
-  const int64_t H     = a.H;
-  const int64_t P     = a.P;
-  const int64_t DP    = a.D * P;
-  const int64_t first = d * rows_before(s, s.T);  // of this direction, in arrays [D, N, ..]
-  const T* const h0   = a.h0 + d * s.B * P;
-  const T* const c0   = Cell::kHasCell ? a.c0 + d * s.B * H : nullptr;
-  T* const c_n        = Cell::kHasCell ? a.c_n + d * s.B * H : nullptr;
-  const Walk walk(s, d);
-  const ForwardLayout<Cell, T, Terms> layout(a);
+struct ForwardDirection {
+  ForwardDirection(const ForwardArgs<T>& args, const ForwardLayout<Cell, T, Terms>& of_call,
+                   int64_t direction, const Shard& own_shard, const Scratch<T>& scratch)
+      : a(args),
+        s(args.sequences),
+        d(direction),
+        H(args.H),
+        P(args.P),
+        DP(args.D * args.P),
+        first(direction * rows_before(args.sequences, args.sequences.T)),
+        input_stride(s.B == 1 && !s.offsets ? args.input_stride_t : args.input_stride_b),
+        shard(own_shard),
+        layout(of_call),
+        ahead_rows(of_call.ahead_of(own_shard)),
+        walk(args.sequences, direction),
+        barrier(scratch.step_barrier(direction, own_shard)),
+        ahead(own_shard.block_begin, of_call.ahead_blocks) {
+    const auto at = [&](const Piece& piece) { return scratch.numbers(d) + piece.at; };
+    unprojected   = at(layout.unprojected);
+    started       = at(layout.started);
+    h_terms       = at(layout.h_terms);
+    input_terms   = at(layout.input_terms) + shard.direction_rank * layout.input_terms.size;
+    chunk_gates   = at(layout.gates);
+    panels        = scratch.panels(d, shard);
 
-  T* const panels      = scratch.panels(d, shard);
-  T* const unprojected = scratch.numbers(d);
-  T* const started     = unprojected + layout.unprojected;
-  T* const h_terms     = started + layout.started;
-  T* const input_terms = h_terms + layout.h_terms + shard.direction_rank * layout.input_terms;
-  T* const chunk_gates = h_terms + layout.h_terms + layout.threads * layout.input_terms;
+    h0  = a.h0 + d * s.B * P;
+    c0  = Cell::kHasCell ? a.c0 + d * s.B * H : nullptr;
+    c_n = Cell::kHasCell ? a.c_n + d * s.B * H : nullptr;
 
-  ForwardStep<T> step{};
-  step.H                     = H;
-  step.K                     = lanes<Terms>(P);
-  step.save                  = a.gates != nullptr;
-  const int64_t input_stride = s.B == 1 && !s.offsets ? a.input_stride_t : a.input_stride_b;
-  ProjectStep<T> project{};
-  project.K            = lanes<Terms>(a.I);
-  project.H            = H;
-  project.input_stride = layout.copies ? project.K : input_stride;
-  project.gates_stride = G * H;
-  ProjectStep<T> project_h{H, P, unprojected, H, nullptr, DP, {}};
-  const bool projects      = a.weight_hr[d] != nullptr;
-  const Blocks h_blocks    = own_blocks(shard, blocks_of<T>(P));
-  const int64_t ahead_rows = layout.ahead_of(shard);
-  Once once;
-  if (layout.packed()) {
+    step.H               = H;
+    step.K               = lanes<Terms>(P);
+    step.save            = a.gates != nullptr;
+    project.K            = lanes<Terms>(a.I);
+    project.H            = H;
+    project.input_stride = layout.copies ? project.K : input_stride;
+    project.gates_stride = G * H;
+    project_h            = {H, P, unprojected, H, nullptr, DP, {}};
+  }
+
+  void run() {
+    if (layout.packed()) prepare_panels();
+    if (!start(0)) barrier.wait();
+    for (int64_t i = 0; i < s.T; ++i) {
+      if (ahead_rows > 0) {
+        keep_ahead(i);
+      } else if (layout.packed() && i == chunk_end) {
+        project_chunk();
+      }
+      place_results(i);
+      run_step(i);
+      if (projects()) {
+        barrier.wait();
+        project_state(i);
+      }
+      keep_states(i);
+      if (i + 1 < s.T) start(i + 1);
+      barrier.wait();
+    }
+  }
+
+  static constexpr int G = Cell::kGates;
+
+  bool projects() const { return a.weight_hr[d] != nullptr; }
+  bool has_all_rows() const { return shard.row_begin == 0 && shard.row_end == s.B; }
+
+  Part part_of_h(int64_t count) const { return own_part<T>(shard, count, P); }
+  Part part_of_c(int64_t count) const { return own_part<T>(shard, count, H); }
+  // This thread's rows of step i, [row_begin, row_end).
+  int64_t row_begin(int64_t i) const { return min64(shard.row_begin, walk.count(i)); }
+  int64_t row_end(int64_t i) const { return min64(shard.row_end, walk.count(i)); }
+  // Of row 0, in elements.
+  int64_t input_at(int64_t i) const {
+    return s.offsets ? walk.offset(i) * a.input_stride_b : walk.time(i) * a.input_stride_t;
+  }
+  T* output_of(int64_t i) const { return a.output + walk.offset(i) * DP + d * P; }
+  // gates_x of a row of [N]: of the chunk being run, or the saved gates.
+  T* gates_of(int64_t row) const {
+    return layout.gates.size ? chunk_gates + (row - chunk_first) * G * H
+                             : a.gates + (first + row) * G * H;
+  }
+  // gates_x of step i, where projected ahead: in scratch, two chunks in turns, or the saved gates.
+  T* ahead_gates(int64_t i) const {
+    return layout.gates.size ? chunk_gates + i % (2 * ahead_rows) * G * H
+                             : a.gates + (first + walk.offset(i)) * G * H;
+  }
+
+  void prepare_panels() {
     if (!layout.given) {
       const bool all_rows = shard.direction_threads == shard.unit_shards;
       once.recurrent      = s.T == 1;
@@ -196,50 +243,42 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
       });
     }
     const T* const all = layout.given ? a.panels[d] : panels;
-    step.panels        = {all};
-    project.panels     = {all + layout.recurrent};
-    project_h.panels   = {all + layout.recurrent + layout.input};
+    step.panels        = {all + layout.recurrent.at};
+    project.panels     = {all + layout.input.at};
+    project_h.panels   = {all + layout.projection.at};
   }
-
-  const auto part_of_h = [&](int64_t count) { return own_part<T>(shard, count, P); };
-  const auto part_of_c = [&](int64_t count) { return own_part<T>(shard, count, H); };
-  const auto input_at  = [&](int64_t i) {  // of row 0, in elements
-    return s.offsets ? walk.offset(i) * a.input_stride_b : walk.time(i) * a.input_stride_t;
-  };
-  const auto output_of = [&](int64_t i) { return a.output + walk.offset(i) * DP + d * P; };
 
   // h and c before step i, gathered where its rows' sources differ: h where the returned pointer says,
   // c in c_n.
-  const auto gather = [&](int64_t i, const T* h_from, const T* c_from) __attribute__((noinline)) {
+  __attribute__((noinline)) T* gather(int64_t i, const T* h_from, const T* c_from) {
     T* const h_started = started + i % 2 * s.B * P;
     States<T>{h_from, DP, h0, P}.copy_before(walk, i, shard, h_started);
     if constexpr (Cell::kHasCell) States<T>{c_from, H, c0, H}.copy_before(walk, i, shard, c_n);
     return h_started;
-  };
+  }
   // Sets step's h_prev and prev for step i; false if h_prev was written anew: other unit shards read
   // it, behind the barrier that precedes the step.
-  const auto start = [&](int64_t i) {
-    const int64_t count   = walk.count(i);
+  bool start(int64_t i) {
     const T* const h_from = i == 0 ? h0 : output_of(i - 1);
     const T* const c_from = i == 0 ? c0 : step.extra;
-    const bool uniform =
-        walk.uniform(i, min64(shard.row_begin, count), min64(shard.row_end, count));
-    step.h_prev        = uniform ? h_from : gather(i, h_from, c_from);
-    step.h_prev_stride = uniform && i > 0 ? DP : P;
-    step.prev          = Cell::kPrevIsH ? step.h_prev : uniform ? c_from : c_n;
-    step.prev_stride   = Cell::kPrevIsH ? step.h_prev_stride : H;
-    if (!layout.h_terms) return uniform;
+    const bool uniform    = walk.uniform(i, row_begin(i), row_end(i));
+    step.h_prev           = uniform ? h_from : gather(i, h_from, c_from);
+    step.h_prev_stride    = uniform && i > 0 ? DP : P;
+    step.prev             = Cell::kPrevIsH ? step.h_prev : uniform ? c_from : c_n;
+    step.prev_stride      = Cell::kPrevIsH ? step.h_prev_stride : H;
+    if (!layout.h_terms.size) return uniform;
     T* const terms  = h_terms + i % 2 * s.B * step.K;
-    const Part part = part_of_h(count);
+    const Part part = part_of_h(walk.count(i));
     to_terms<Terms>(step.h_prev + part.row_begin * step.h_prev_stride + part.column,
                     step.h_prev_stride, terms + part.row_begin * step.K + lanes<Terms>(part.column),
                     step.K, part.row_end - part.row_begin, part.columns);
     step.h_prev        = terms;
     step.h_prev_stride = step.K;
     return false;
-  };
-  // The input of rows [begin, end) from step i's first row on, for project.
-  const auto project_input = [&](int64_t i, int64_t begin, int64_t end) -> const T* {
+  }
+
+  // The input of rows [begin, end) from step i's first row on, for `project`.
+  const T* project_input(int64_t i, int64_t begin, int64_t end) const {
     if (!layout.copies) return a.input + input_at(i);
     const int64_t even = layout.one_matrix ? end : s.B;  // so many rows are evenly spaced
     as_stored<Terms>(a.input, a.input_bf16, [&](const auto* input) {
@@ -251,165 +290,172 @@ void forward_direction(const ForwardArgs<T>& a, int64_t d, const Shard& shard,
       }
     });
     return input_terms;
-  };
-  // Unpacked weights, as Terms_ take them.
-  const auto run_short = [&](auto terms, int64_t i, const auto* input, const auto* weight_ih,
-                             const auto* weight_hh, int64_t begin, int64_t end) {
-    using Terms_ = decltype(terms);
-    run_unpacked<Cell, T, Terms_>({step, a.I, P, input + input_at(i), a.input_stride_b, weight_ih,
-                                   weight_hh, a.bias_ih[d], a.bias_hh[d]},
-                                  begin, end, shard.block_begin, shard.block_end);
-  };
+  }
+  // Projects the input of the chunk that begins with step chunk_end.
+  void project_chunk() {
+    using Tiles         = ProjectTiles<Cell, T, Terms>;
+    const int64_t begin = chunk_end;
+    // Row shards may be in different chunks of one gates_x memory, so a row needs a fixed place in
+    // it: with offsets, where steps differ in rows, a chunk is then one step.
+    chunk_end += has_all_rows() || !s.offsets ? layout.chunk(walk, begin, s.T) : 1;
+    const int64_t in_memory_first = d == 0 ? begin : chunk_end - 1;
+    const int64_t in_memory_last  = d == 0 ? chunk_end - 1 : begin;
+    chunk_first                   = walk.offset(in_memory_first);
+    if (!has_all_rows()) {
+      for (int64_t i = begin; i < chunk_end; ++i) {
+        project.input = project_input(i, row_begin(i), row_end(i));
+        project.gates = gates_of(walk.offset(i));
+        run_tiles<Tiles>(project, row_begin(i), row_end(i), shard.block_begin, shard.block_end,
+                         false);
+      }
+      return;
+    }
+    const int64_t rows = walk.offset(in_memory_last) + walk.count(in_memory_last) - chunk_first;
+    project.input      = project_input(in_memory_first, 0, rows);
+    project.gates      = gates_of(chunk_first);
+    if (once.input) {
+      run_packing<Tiles>(project, 0, rows, shard, panels + layout.input.at,
+                         [&](T* to, int64_t from, int64_t until) {
+                           pack_input<Cell, Terms>(a, d, to, from, until, from);
+                         });
+    } else {
+      run_tiles<Tiles>(project, 0, rows, shard.block_begin, shard.block_end, false);
+    }
+  }
 
-  // gates_x of step i, where projected ahead: in scratch, two chunks in turns, or in the saved gates.
-  const int64_t time_sign = d == 0 ? 1 : -1;
-  const auto ahead_gates  = [&](int64_t i) {
-    return layout.gates ? chunk_gates + i % (2 * ahead_rows) * G * H
-                        : a.gates + (first + walk.offset(i)) * G * H;
-  };
-  constexpr int ahead_panels = kAheadPanels<Cell>;
-  const int64_t ahead_end    = layout.ahead_blocks;  // the thread has all units
-  Ahead<Cell, T> ahead(shard.block_begin, ahead_end);
-  // Begins the projection of the steps from i on; the last ones, less than a tile, are done at once.
-  const auto start_ahead = [&](int64_t i) {
-    ProjectStep<T> tile = project;
-    const int64_t count = min64(ahead_rows, s.T - i);
-    const int tiles     = int(count) / kAheadTile<Cell>;
-    tile.input          = a.input + input_at(i);
-    tile.input_stride   = time_sign * input_stride;
-    tile.gates          = ahead_gates(i);
-    tile.gates_stride   = (layout.gates ? 1 : time_sign) * G * H;
-    run_tiles<ProjectTiles<Cell, T, Terms>>(tile, tiles * kAheadTile<Cell>, count,
-                                            shard.block_begin, ahead_end, false);
-    run_tiles<ProjectTiles<Cell, T, Terms>>(tile, 0, count, ahead_end, shard.block_end, false);
-    if (tiles > 0) ahead.start(tile, tiles);
-  };
-
-  Barrier barrier = scratch.step_barrier(d, shard);
-  if (!start(0)) barrier.wait();
-  int64_t chunk_end   = 0;  // steps
-  int64_t chunk_first = 0;  // row
-  for (int64_t i = 0; i < s.T; ++i) {
-    const int64_t offset    = walk.offset(i);
-    const int64_t count     = walk.count(i);
-    const int64_t row_begin = min64(shard.row_begin, count);
-    const int64_t row_end   = min64(shard.row_end, count);
-    // gates_x of a row of [N]
-    const auto gates_of = [&](int64_t row) {
-      return layout.gates ? chunk_gates + (row - chunk_first) * G * H
-                          : a.gates + (first + row) * G * H;
-    };
+  // Before step i: what it needs is projected, and the projection of what comes after that begun.
+  void keep_ahead(int64_t i) {
     if constexpr (kCanGoAhead<Terms>) {
-      if (ahead_rows > 0 && i % ahead_rows == 0) {
-        if (i == 0) start_ahead(0);
-        ahead.finish();
-        if (i + ahead_rows < s.T) start_ahead(i + ahead_rows);
-      }
+      if (i % ahead_rows != 0) return;
+      if (i == 0) start_ahead(0);
+      ahead.finish();
+      if (i + ahead_rows < s.T) start_ahead(i + ahead_rows);
     }
-    if (layout.packed() && ahead_rows == 0 && i == chunk_end) {
-      const int64_t begin = i;
-      const bool all_rows = shard.row_begin == 0 && shard.row_end == s.B;
-      // Row shards may be in different chunks of one gates_x memory, so a row needs a fixed place in
-      // it: with offsets, where steps differ in rows, a chunk is then one step.
-      chunk_end                     += all_rows || !s.offsets ? layout.chunk(walk, i, s.T) : 1;
-      const int64_t in_memory_first  = d == 0 ? begin : chunk_end - 1;
-      chunk_first                    = walk.offset(in_memory_first);
-      if (all_rows) {
-        const int64_t in_memory_last = d == 0 ? chunk_end - 1 : begin;
-        const int64_t end = walk.offset(in_memory_last) + walk.count(in_memory_last) - chunk_first;
-        project.input     = project_input(in_memory_first, 0, end);
-        project.gates     = gates_of(chunk_first);
-        using Tiles       = ProjectTiles<Cell, T, Terms>;
-        if (once.input) {
-          run_packing<Tiles>(project, 0, end, shard, panels + layout.recurrent,
-                             [&](T* to, int64_t from, int64_t until) {
-                               pack_input<Cell, Terms>(a, d, to, from, until, from);
-                             });
-        } else {
-          run_tiles<Tiles>(project, 0, end, shard.block_begin, shard.block_end, false);
-        }
-      } else {
-        for (int64_t j = begin; j < chunk_end; ++j) {
-          const int64_t row = min64(shard.row_begin, walk.count(j));
-          const int64_t end = min64(shard.row_end, walk.count(j));
-          project.input     = project_input(j, row, end);
-          project.gates     = gates_of(walk.offset(j));
-          run_tiles<ProjectTiles<Cell, T, Terms>>(project, row, end, shard.block_begin,
-                                                  shard.block_end, false);
-        }
+  }
+  // Begins the projection of the steps from i on; the last ones, less than a tile, are done at once.
+  void start_ahead(int64_t i) {
+    const int64_t time_sign = d == 0 ? 1 : -1;
+    ProjectStep<T> tile     = project;
+    const int64_t count     = min64(ahead_rows, s.T - i);
+    const int tiles         = int(count) / kAheadTile<Cell>;
+    tile.input              = a.input + input_at(i);
+    tile.input_stride       = time_sign * input_stride;
+    tile.gates              = ahead_gates(i);
+    tile.gates_stride       = (layout.gates.size ? 1 : time_sign) * G * H;
+    run_tiles<ProjectTiles<Cell, T, Terms>>(tile, tiles * kAheadTile<Cell>, count,
+                                            shard.block_begin, layout.ahead_blocks, false);
+    run_tiles<ProjectTiles<Cell, T, Terms>>(tile, 0, count, layout.ahead_blocks, shard.block_end,
+                                            false);
+    if (tiles > 0) ahead.start(tile, tiles);
+  }
+  // A step, and as much of the projection as fits beside it. Back and forth, as run_tiles goes:
+  // speedup 1.0 to 1.21 (RNN, H = 96 to 320), 1.03 to 1.04 (GRU, 96 to 160), 1.0 to 1.05 (LSTM, 56 to
+  // 128).
+  void run_beside([[maybe_unused]] bool back) {
+    if constexpr (kCanGoAhead<Terms>) {
+      constexpr int kPanels = kAheadPanels<Cell>;
+      const int64_t turns   = (layout.ahead_blocks - shard.block_begin) / kPanels;
+      for (int64_t turn = 0; turn < turns; ++turn) {
+        const int64_t at = back ? turns - 1 - turn : turn;
+        forward_beside<Cell, T>(step, shard.block_begin + at * kPanels, ahead);
       }
+      run_tiles<ForwardTiles<Cell, T, Terms>>(step, 0, 1, layout.ahead_blocks, shard.block_end,
+                                              false);
     }
+  }
 
-    T* const h    = output_of(i);
-    step.h        = projects ? unprojected : h;
-    step.h_stride = projects ? H : DP;
-    step.gates    = ahead_rows > 0            ? ahead_gates(i)
-                    : a.gates || layout.gates ? gates_of(offset)
-                                              : nullptr;
+  // Where step i finds gates_x, and leaves h, what it saves and c.
+  void place_results(int64_t i) {
+    const int64_t offset = walk.offset(i);
+    step.h               = projects() ? unprojected : output_of(i);
+    step.h_stride        = projects() ? H : DP;
+    step.gates           = ahead_rows > 0                 ? ahead_gates(i)
+                           : a.gates || layout.gates.size ? gates_of(offset)
+                                                          : nullptr;
     if constexpr (Cell::kHasCell) {  // c passes through extra if there is one, else in place in c_n
       step.extra = a.extra ? a.extra + (first + offset) * H : c_n;
     } else if constexpr (Cell::kHasExtra) {
       step.extra = a.extra ? a.extra + (first + offset) * H : nullptr;
     }
-
+  }
+  void run_step(int64_t i) {
+    using Tiles     = ForwardTiles<Cell, T, Terms>;
+    const bool back = i % 2 == 1;
     if (ahead_rows > 0) {
-      if constexpr (kCanGoAhead<Terms>) {
-        // Back and forth, as run_tiles goes: speedup 1.0 to 1.21 (RNN, H = 96 to 320), 1.03 to 1.04
-        // (GRU, 96 to 160), 1.0 to 1.05 (LSTM, 56 to 128).
-        const bool back     = i % 2 == 1;
-        const int64_t turns = (ahead_end - shard.block_begin) / ahead_panels;
-        for (int64_t turn = 0; turn < turns; ++turn) {
-          const int64_t at = back ? turns - 1 - turn : turn;
-          forward_beside<Cell, T>(step, shard.block_begin + at * ahead_panels, ahead);
-        }
-        run_tiles<ForwardTiles<Cell, T, Terms>>(step, 0, 1, ahead_end, shard.block_end, false);
-      }
+      run_beside(back);
     } else if (once.recurrent) {
-      run_packing<ForwardTiles<Cell, T, Terms>>(
-          step, row_begin, row_end, shard, panels, [&](T* to, int64_t from, int64_t until) {
-            pack_recurrent<Cell, Terms>(a, d, to, from, until, from);
-          });
+      run_packing<Tiles>(step, row_begin(i), row_end(i), shard, panels + layout.recurrent.at,
+                         [&](T* to, int64_t from, int64_t until) {
+                           pack_recurrent<Cell, Terms>(a, d, to, from, until, from);
+                         });
     } else if (layout.packed()) {
-      run_tiles<ForwardTiles<Cell, T, Terms>>(step, row_begin, row_end, shard.block_begin,
-                                              shard.block_end, i % 2 == 1);
+      run_tiles<Tiles>(step, row_begin(i), row_end(i), shard.block_begin, shard.block_end, back);
     } else if (layout.stored) {
       if constexpr (layout.kReadsBf16) {
-        run_short(Terms{}, i, a.input_bf16, a.weight_ih_bf16[d], a.weight_hh_bf16[d], row_begin,
-                  row_end);
+        run_short<Terms>(i, a.input_bf16, a.weight_ih_bf16[d], a.weight_hh_bf16[d]);
       }
     } else {
-      run_short(Numbers<T>{}, i, a.input, a.weight_ih[d], a.weight_hh[d], row_begin, row_end);
+      run_short<Numbers<T>>(i, a.input, a.weight_ih[d], a.weight_hh[d]);
     }
-    if (projects) {
-      barrier.wait();
-      project_h.gates = h;
-      run_tiles<ProjectTiles<Projection, T>>(project_h, row_begin, row_end, h_blocks.begin,
-                                             h_blocks.end, i % 2 == 1);
-    }
-    if (a.hidden) {
-      copy_rows<T>(part_of_h(count), a.hidden + (first + offset) * P, P,
-                   [&](int64_t row) { return h + row * DP; });
-    }
-
-    const int64_t going_on = i + 1 < s.T ? min64(count, walk.count(i + 1)) : 0;
-    if (going_on < count) {  // the sequences of rows from going_on on end here
-      const auto ended = [&](Part part) {
-        part.row_begin = max64(part.row_begin, going_on);
-        return part;
-      };
-      if (a.h_n) {
-        copy_rows<T>(ended(part_of_h(count)), a.h_n + d * s.B * P, P,
-                     [&](int64_t row) { return h + row * DP; });
-      }
-      if (Cell::kHasCell && a.extra) {
-        copy_rows<T>(ended(part_of_c(count)), c_n, H,
-                     [&](int64_t row) { return step.extra + row * H; });
-      }
-    }
-    if (i + 1 < s.T) start(i + 1);
-    barrier.wait();
   }
-}
+  // With unpacked weights, as Terms_ take them.
+  template <class Terms_, class Stored>
+  void run_short(int64_t i, const Stored* input, const Stored* weight_ih, const Stored* weight_hh) {
+    run_unpacked<Cell, T, Terms_>({step, a.I, P, input + input_at(i), a.input_stride_b, weight_ih,
+                                   weight_hh, a.bias_ih[d], a.bias_hh[d]},
+                                  row_begin(i), row_end(i), shard.block_begin, shard.block_end);
+  }
+  void project_state(int64_t i) {
+    const Blocks own = own_blocks(shard, blocks_of<T>(P));
+    project_h.gates  = output_of(i);
+    run_tiles<ProjectTiles<Projection, T>>(project_h, row_begin(i), row_end(i), own.begin, own.end,
+                                           i % 2 == 1);
+  }
+
+  // Copies of h after step i, and of c where its rows end.
+  void keep_states(int64_t i) {
+    const int64_t count = walk.count(i);
+    const auto h_of     = [h = output_of(i), this](int64_t row) { return h + row * DP; };
+    if (a.hidden) {
+      copy_rows<T>(part_of_h(count), a.hidden + (first + walk.offset(i)) * P, P, h_of);
+    }
+    // The sequences of rows from going_on on end here.
+    const int64_t going_on = i + 1 < s.T ? min64(count, walk.count(i + 1)) : 0;
+    if (going_on == count) return;
+    const auto ended = [&](Part part) {
+      part.row_begin = max64(part.row_begin, going_on);
+      return part;
+    };
+    if (a.h_n) copy_rows<T>(ended(part_of_h(count)), a.h_n + d * s.B * P, P, h_of);
+    if (Cell::kHasCell && a.extra) {
+      copy_rows<T>(ended(part_of_c(count)), c_n, H,
+                   [&](int64_t row) { return step.extra + row * H; });
+    }
+  }
+
+  const ForwardArgs<T>& a;
+  const Sequences& s;
+  const int64_t d, H, P, DP;
+  const int64_t first;         // row of this direction, in arrays [D, N, ..]
+  const int64_t input_stride;  // of the rows that are projected
+  const Shard& shard;
+  const ForwardLayout<Cell, T, Terms>& layout;
+  const int64_t ahead_rows;
+  const Walk walk;
+  Barrier barrier;
+  Ahead<Cell, T> ahead;  // of all units: the thread has them
+
+  const T *h0, *c0;  // the direction's
+  T* c_n;
+  T *panels, *unprojected, *started, *h_terms, *input_terms,
+      *chunk_gates;  // ForwardLayout's scratch
+  ForwardStep<T> step{};
+  ProjectStep<T> project{};
+  ProjectStep<T> project_h{};
+  Once once;
+  int64_t chunk_end   = 0;  // steps
+  int64_t chunk_first = 0;  // row
+};
 
 template <class Cell, class T, class Terms>
 Shape forward_shape(const ForwardArgs<T>& a, const ForwardLayout<Cell, T, Terms>& layout) {
@@ -421,10 +467,10 @@ Shape forward_shape(const ForwardArgs<T>& a, const ForwardLayout<Cell, T, Terms>
 template <class Cell, class T, class Terms>
 bool forward(const ForwardArgs<T>& a) {
   const ForwardLayout<Cell, T, Terms> layout(a);
-  return run_call<T, Terms>(forward_shape(a, layout), layout.elements(), layout.own_panels(),
+  return run_call<T, Terms>(forward_shape(a, layout), layout.numbers.size(), layout.own_panels(),
                             a.num_threads,
                             [&](int64_t d, const Shard& shard, const Scratch<T>& scratch) {
-                              forward_direction<Cell, T, Terms>(a, d, shard, scratch);
+                              ForwardDirection<Cell, T, Terms>(a, layout, d, shard, scratch).run();
                             });
 }
 
@@ -438,7 +484,7 @@ int64_t pack(const ForwardArgs<T>& a, int64_t d, T* panels) {
     pack_direction(a, d, layout, Once{}, panels,
                    [](int64_t blocks, const auto& pack_blocks) { pack_blocks(0, blocks); });
   }
-  return layout.panels_size();
+  return layout.panels.size();
 }
 
 template <class Cell, class T, class Terms>
