@@ -542,7 +542,13 @@ def cuda_row(entry: dict[str, Any]) -> dict[str, Any]:
     timed |= {"ratio": timed["ms"] / timed["fusedrnn_ms"], "rounds": entry["rounds"]}
     timed |= {"wall_ms": wall[bench_cuda.THEIRS], "fusedrnn_wall_ms": wall[chosen]}
     row["peers"]["torch.nn"] = timed
-    return row | {"ran": f"kernels, {chosen} path", "memory": entry.get("memory", {})}
+    ran = "torch.nn" if chosen == "torch" else f"kernels, {chosen} path"
+    return row | {
+        "ran": ran,
+        "memory": entry.get("memory", {}),
+        "device_ms": device,  # of every path
+        "cudnn": entry.get("cudnn", []),
+    }
 
 
 def run_cuda(results: Results, quick: bool) -> None:

@@ -237,7 +237,7 @@ class _Layer:
             rows = T * B
         gradients = gates + (cell == "gru")
         self.sizes = _Sizes(T, B, rows, hidden, size, len(self.weights), gates, gradients)
-        self.input = input.reshape(rows, -1)
+        self.input = input.reshape(rows, input.shape[-1])
         self.initial = [_aligned(s.contiguous()) for s in initial]
         reset = self.options.reset
         self.reset = None if reset is None else reset.to(input.device).contiguous()

@@ -79,7 +79,10 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
         return "reference: its operations have the rules of torch.func and forward-mode AD."
     kept = prepacking.keeps(module)
     if first.is_cuda:
-        plans: list[Any] = [cuda.choice(*layer, alone=len(layers) == 1) for layer in layers]
+        try:
+            plans: list[Any] = [cuda.choice(*layer, alone=len(layers) == 1) for layer in layers]
+        except RuntimeError as error:  # the call's own: no code for this GPU, say
+            return f"error: {error}"
     else:
         plans = [ops.plan(*layer, kept=kept) for layer in layers]
     if None in plans:
@@ -167,6 +170,8 @@ def _layers(
         input, states = input.unsqueeze(1), [s.unsqueeze(1) for s in states]
     elif module.batch_first:
         input = input.transpose(0, 1)
+    if module.recompute_gates:
+        options = (options or ops.Options())._replace(recompute=True)
     layers = []
     for i in range(0, len(module.all_weights), directions):
         both = module.all_weights[i : i + directions]

@@ -110,13 +110,14 @@ _NAMES = {cell.number: name for name, cell in ops.CELLS.items()}
 
 
 @contextmanager
-def emulated(path="", tf32=False, seed=0):
+def emulated(path="", tf32=False, seed=0, multiprocessors=132):
     """Inside, the kernels of ops.py are the CUDA ones, on CPU tensors. `path`: as FUSEDRNN_KERNEL.
 
     Yields a list that grows by (method of CudaLayer, whether by the block path) for each call.
     """
     module().clear_regions()
     module().reset(seed)
+    module().set_device(9, 0, multiprocessors, 227 * 1024)
     _runs.clear()
     before = ops._C, cuda._C, cuda._address, cuda.forced, cuda._tf32
     empty = cuda._Layer.empty
@@ -136,6 +137,7 @@ def emulated(path="", tf32=False, seed=0):
         cuda._Layer.empty = empty
         module().clear_regions()
         module().reset(seed)
+        module().set_device(9, 0, 132, 227 * 1024)
 
 
 class _Module:

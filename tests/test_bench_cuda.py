@@ -163,8 +163,8 @@ def test_noise_is_of_torch_nn_alone(monkeypatch):
     assert isinstance(timing, common.Timing)
     assert timing.quartiles() == (1.0, 1.0)
     assert len(timing.rounds["fusedrnn"]) == bench_cuda.ROUNDS
-    assert len(calls) == 1 + 2 * (1 + 2 * bench_cuda.ROUNDS)  # the first one is in float64
-    assert len(set(calls[1:])) == 1
+    assert len(calls) == 2 * (1 + 2 * bench_cuda.ROUNDS)
+    assert len(set(calls)) == 1
     assert fusedrnn.ops.counts == counts
 
 

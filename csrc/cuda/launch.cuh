@@ -77,6 +77,12 @@ class CurrentDevice {
   int before_ = 0;
 };
 
+inline int multiprocessors_of(int device) {
+  int found = 0;
+  check(cudaDeviceGetAttribute(&found, cudaDevAttrMultiProcessorCount, device));
+  return found;
+}
+
 constexpr int kSharedWithoutAsking = 48 * 1024;
 
 // kernel(arguments...) on `stream`. `overlaps`: it begins while the kernel before it still runs, and

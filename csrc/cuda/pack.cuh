@@ -27,11 +27,12 @@ __global__ void __launch_bounds__(kPackThreads)
   const int64_t threads = int64_t(gridDim.x) * blockDim.x;
   for (int64_t v = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; v < vectors; v += threads) {
     // v counts [tiles][blocks][segments][2][kWeightLanes].
-    const int place        = int(v % kFragment<N>);
-    const int64_t fragment = v / kFragment<N>;
-    const int segment      = int(fragment % p.segments);
-    const int block        = int(fragment / p.segments % blocks);
-    const int tile         = int(fragment / p.segments / blocks);
+    const int place         = int(v % kFragment<N>);
+    const uint32_t fragment = uint32_t(v / kFragment<N>);  // 64 bits' divisions are slow calls
+    const uint32_t column   = fragment / uint32_t(p.segments);
+    const int segment       = int(fragment - column * uint32_t(p.segments));
+    const int tile          = int(column / uint32_t(blocks));
+    const int block         = int(column) - tile * blocks;
     const int half = place / N::kWeightLanes, lane = place % N::kWeightLanes;
     Vec16 vector{};
     for (int i = 0; i < N::kVector; ++i) {

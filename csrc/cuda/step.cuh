@@ -25,6 +25,7 @@ __device__ __forceinline__ int sum_at(int row, int unit) {
 // Both directions' steps: direction 1 walks from the other end.
 struct StepPair {
   Step of[2];
+  bool goes_on;  // with another kernel of the same call, which waits for this one by itself
 };
 
 template <class N, int kSegments, int kTiles>
@@ -217,7 +218,7 @@ __global__ void __launch_bounds__(kStepThreads, kStepCtas)
   const int first  = blockIdx.x * kTiles * kRowTile;
   const int64_t B  = a.sequences.B;
   const auto place = step_place<kTiles>();
-  let_next_kernel_start();
+  if (steps.goes_on) let_next_kernel_start();
   const auto row_of = [&](int i) -> const scalar_t* {
     const int row = first + i;
     if (row >= step.count) return nullptr;
@@ -279,7 +280,7 @@ __global__ void __launch_bounds__(kStepThreads, kStepCtas)
   const int d     = blockIdx.z;
   const Step step = steps.of[d];
   const int first = blockIdx.x * kTiles * kRowTile;
-  let_next_kernel_start();
+  if (steps.goes_on) let_next_kernel_start();
   const auto row_of = [&](int i) -> const typename N::scalar_t* {
     const int row = first + i;
     return row < step.count ? a.unprojected + (d * a.sequences.B + row) * a.H : nullptr;
@@ -351,7 +352,7 @@ __global__ void __launch_bounds__(kStepThreads, kStepCtas)
   const int first  = blockIdx.x * kTiles * kRowTile;
   const auto place = step_place<kTiles>();
   const int64_t B  = a.sequences.B;
-  let_next_kernel_start();
+  if (steps.goes_on) let_next_kernel_start();
   const auto row_of = [&](int i) -> const scalar_t* {
     const int row = first + i;
     if (row >= after.count) return nullptr;
@@ -398,7 +399,7 @@ __global__ void __launch_bounds__(kStepThreads, kStepCtas)
   const int first  = blockIdx.x * kTiles * kRowTile;
   const auto place = step_place<kTiles>();
   const int64_t B  = a.sequences.B;
-  let_next_kernel_start();
+  if (steps.goes_on) let_next_kernel_start();
   const auto row_of = [&](int i) -> const typename N::scalar_t* {
     const int row = first + i;
     return row < step.count ? a.grad_hidden + (d * a.rows + step.offset + row) * a.P : nullptr;

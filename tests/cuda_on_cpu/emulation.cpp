@@ -321,13 +321,14 @@ std::vector<Thread*> ready, idle;
 std::vector<StoreUnderWay> stores;
 Thread* current = nullptr;
 jmp_buf main_context;
-bool to_main          = false;  // something for the main loop to do
-bool failed           = false;
-uint64_t switches     = 0;
-uint64_t first_switch = 0;  // of this run
-uint64_t progress     = 0;  // the last switch at which something other than spinning happened
-int launches          = 0;
-uint32_t next_number  = 1;  // of a CTA
+bool to_main           = false;  // something for the main loop to do
+bool failed            = false;
+uint64_t switches      = 0;
+uint64_t first_switch  = 0;  // of this run
+uint64_t progress      = 0;  // the last switch at which something other than spinning happened
+int launches           = 0;
+uint64_t launched_ctas = 0;
+uint32_t next_number   = 1;  // of a CTA
 
 // ---- Errors
 
@@ -1710,6 +1711,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
   launch->num_ctas    = int(ctas);
   launch->group_size  = launch->cooperative ? int(ctas) : int(cluster_size);
   launch->serial      = launches++;
+  launched_ctas      += ctas;
   launch->first       = next_number;
   launch->base        = next_number;
   next_number        += uint32_t(ctas);
@@ -1848,10 +1850,11 @@ const char* emulation_error() { return failed ? error.c_str() : nullptr; }
 void emulation_reset(uint64_t new_seed) {
   const std::lock_guard<std::recursive_mutex> lock(api);
   abandon();
-  failed     = false;
-  last_error = cudaSuccess;
-  seed       = new_seed;
-  launches   = 0;
+  failed        = false;
+  last_error    = cudaSuccess;
+  seed          = new_seed;
+  launches      = 0;
+  launched_ctas = 0;
   switches = first_switch = progress = 0;
   random_restart();
 }
@@ -1914,3 +1917,4 @@ void emulation_disable_site(const char* site) {
 }
 
 uint64_t emulation_num_switches() { return switches; }
+uint64_t emulation_num_ctas() { return launched_ctas; }

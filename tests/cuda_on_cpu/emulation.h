@@ -53,7 +53,9 @@ int emulation_num_sites();
 const char* emulation_site(int index);
 void emulation_disable_site(const char* site);
 
+// Since the last reset.
 uint64_t emulation_num_switches();
+uint64_t emulation_num_ctas();
 
 }  // extern "C"
 

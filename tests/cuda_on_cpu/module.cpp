@@ -19,6 +19,7 @@ PYBIND11_MODULE(cuda_on_cpu, m) {
   });
   m.def("clear_regions", emulation_clear_regions);
   m.def("set_device", emulation_set_device);
+  m.def("num_ctas", emulation_num_ctas);
   m.def("sites", [] {
     py::list sites;
     for (int i = 0; i < emulation_num_sites(); ++i) sites.append(emulation_site(i));
