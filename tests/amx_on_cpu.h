@@ -38,9 +38,9 @@ inline void expect(bool condition, const char* what) {
   std::abort();
 }
 
-inline float of_bfloat16(uint32_t bits) {
+__attribute__((always_inline)) inline float of_bfloat16(uint32_t bits) {
   bits <<= 16;
-  if ((bits & 0x7f800000) == 0) bits &= 0x80000000;  // denormals are zero
+  bits  &= (bits & 0x7f800000) == 0 ? 0x80000000 : ~0u;  // denormals are zero
   float x;
   std::memcpy(&x, &bits, sizeof x);
   return x;
@@ -104,7 +104,7 @@ void tile_store(void* to, int64_t stride_bytes) {
 
 // TDPBF16PS: sums of the even and of the odd numbers' products, then of both, then with what was there.
 template <int kSums, int kA, int kB>
-void tile_multiply_add() {
+__attribute__((optimize("O3"))) void tile_multiply_add() {
   auto& state = emulated_tiles::state;
   for (const int tile : {kSums, kA, kB}) expect_tile(tile, true);
   emulated_tiles::expect(state.rows[kSums] == state.rows[kA] &&
@@ -114,13 +114,13 @@ void tile_multiply_add() {
   for (int m = 0; m < state.rows[kA]; ++m) {
     float even[emulated_tiles::kLanes] = {}, odd[emulated_tiles::kLanes] = {};
     for (int k = 0; k < state.lanes[kA]; ++k) {
-      const uint32_t a = state.bits[kA][m][k];
+      const uint32_t a   = state.bits[kA][m][k];
+      const float a_even = emulated_tiles::of_bfloat16(a & 0xffff);
+      const float a_odd  = emulated_tiles::of_bfloat16(a >> 16);
       for (int n = 0; n < emulated_tiles::kLanes; ++n) {
         const uint32_t b = state.bits[kB][k][n];
-        even[n]          = std::fma(emulated_tiles::of_bfloat16(a & 0xffff),
-                                    emulated_tiles::of_bfloat16(b & 0xffff), even[n]);
-        odd[n]           = std::fma(emulated_tiles::of_bfloat16(a >> 16),
-                                    emulated_tiles::of_bfloat16(b >> 16), odd[n]);
+        even[n]          = std::fma(a_even, emulated_tiles::of_bfloat16(b & 0xffff), even[n]);
+        odd[n]           = std::fma(a_odd, emulated_tiles::of_bfloat16(b >> 16), odd[n]);
       }
     }
     for (int n = 0; n < state.lanes[kSums]; ++n) {
