@@ -125,6 +125,34 @@ def test_the_same_bits_for_every_thread_count(cell, D, form, P):
         assert shared == [(1, 2), (2, 1)]
 
 
+# A last vector of few units, or columns: T, B, I, H, P.
+@pytest.mark.parametrize(
+    "sizes", [(12, 3, 19, 100, 0), (12, 40, 19, 50, 0), (12, 40, 19, 50, 18), (7, 5, 280, 387, 0)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+def test_sizes_of_no_whole_vectors(cell, dtype, sizes):
+    *sizes, P = sizes
+    if P and cell != "lstm":
+        pytest.skip("only LSTM has projections")
+    leaves, num_states, options = problem(
+        cell, *sizes, 1, P=P, packed=True, reset="zero", dtype=dtype
+    )
+    found = []
+    for n, again in ((1, False), (2, False), (2, True)):
+        choice = options._replace(recompute=again)
+        with num_threads(n), ran("kernel_forward", "kernel_backward"):
+            found.append(run(functional.kernel_layer, cell, leaves, num_states, choice))
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+    wide = [leaf.double() for leaf in leaves]
+    expected = run(functional.reference_layer, cell, wide, num_states, options)
+    bound = 1e-5 if dtype is torch.float32 else 20 * torch.finfo(dtype).eps
+    for a, b in zip(found[0], expected, strict=True):
+        if cell != "rnn_relu" or dtype is torch.float32:  # where rounding turns a relu
+            assert relative_error(a.double(), b) < bound
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("cell", LAYER_CELLS)
 def test_other_dtypes(cell, dtype):
