@@ -318,44 +318,47 @@ def test_modules():
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN_tanh", "LSTM with projection"])
-@pytest.mark.parametrize(
-    "form", ["padded", "packed", "lengths", "reset_mask", "jagged", "unbatched"]
-)
-def test_modules_as_on_the_cpu(kind, form):
-    """Whatever the modules make of their options, both kernels get it."""
+MODULES = ("LSTM", "GRU", "RNN_tanh", "LSTM with projection")
+FORMS = ("padded", "packed", "lengths", "reset_mask", "jagged", "unbatched")
+
+
+def of_module(kind, form, device="cpu"):
+    """Results and gradients of one with two layers and directions, called in one of FORMS."""
     name, _, projection = kind.partition(" ")
     sizes = {"proj_size": 3} if projection else {}
     module = build(
         fusedrnn, name, 3, 5, num_layers=2, bidirectional=True, dtype=torch.float64, **sizes
-    )
+    ).to(device)
     module.recompute_gates = form == "padded"
     generator = torch.Generator().manual_seed(0)
-    input = torch.randn(6, 4, 3, dtype=torch.float64, generator=generator)
+    input = torch.randn(6, 4, 3, dtype=torch.float64, generator=generator).to(device)
     keywords = {}
     if form == "packed":
         input = pack_padded_sequence(input, [3, 6, 1, 6], enforce_sorted=False)
     elif form == "jagged":
         rows = [torch.randn(n, 3, dtype=torch.float64, generator=generator) for n in (3, 6, 1)]
-        input = torch.nested.nested_tensor(rows, layout=torch.jagged)
+        input = torch.nested.nested_tensor(rows, layout=torch.jagged, device=device)
     elif form == "unbatched":
         input = input[:, 0]
     elif form == "lengths":
         keywords = {"lengths": [3, 6, 0, 6]}
     elif form == "reset_mask":
-        keywords = {"reset_mask": torch.rand(6, 4, generator=generator) < 0.3, "reset_to_hx": True}
+        mask = torch.rand(6, 4, generator=generator) < 0.3
+        keywords = {"reset_mask": mask.to(device), "reset_to_hx": True}
+    output, state = module(input, **keywords)
+    values = output.values() if form == "jagged" else getattr(output, "data", output)
+    state = state if isinstance(state, tuple) else (state,)
+    sum(r.square().sum() for r in (values, *state)).backward()
+    return [t.cpu() for t in (values, *state, *(p.grad for p in module.parameters()))]
 
-    def results():
-        module.zero_grad()
-        output, state = module(input, **keywords)
-        values = output.values() if form == "jagged" else getattr(output, "data", output)
-        state = state if isinstance(state, tuple) else (state,)
-        sum(r.square().sum() for r in (values, *state)).backward()
-        return [values, *state, *(p.grad for p in module.parameters())]
 
-    expected = results()
+@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("form", FORMS)
+def test_modules_as_on_the_cpu(kind, form):
+    """Whatever the modules make of their options, both kernels get it."""
+    expected = of_module(kind, form)
     with emulated() as runs:
-        found = results()
+        found = of_module(kind, form)
     assert [run[0] for run in runs].count("backward") == 2
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
@@ -396,6 +399,8 @@ def test_what_runs_on_a_gpu_only(monkeypatch):
                 )
         device.test_modules("bfloat16", "step", "LSTM", "projection", choose, monkeypatch)
         device.test_gates_of_one_keep_their_gradients("lstm", "float16", "block", choose)
+        device.test_double_backward("gru", choose)
+        device.test_torch_func(choose)
 
 
 # The choice of a path ----------------------------------------------------------------------------

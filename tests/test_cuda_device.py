@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import LAYERS, build, flat, raised, ran, run
 from test_cuda import (
+    FORMS,
     PATHS,
     PROJECTIONS,
     SHAPES,
@@ -23,7 +24,9 @@ from test_cuda import (
     dtype_of,
     errors,
     gradients,
+    of_module,
 )
+from test_cuda import MODULES as KINDS
 from test_options import CASES, problem
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -263,6 +266,62 @@ def test_modules(number, path, kind, options, choose, monkeypatch):
             if number != "float64" and kind == "RNN_relu" and key.startswith("grad"):
                 continue  # at about zero, rounding decides
             assert error <= bound, f"{call}, {key}: {error:.1e}, allowed {bound:.1e}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_modules_as_on_the_cpu(form, kind):
+    expected = of_module(kind, form)
+    with ran(*TRAINED):
+        found = of_module(kind, form, DEVICE)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_double_backward(cell, choose):
+    choose("step")
+    shape = dict(T=2, B=2, I=1, H=2, D=1)
+    _, here, num_states, options = on_device(cell, "float64", shape)
+
+    def function(*tensors):
+        return by_layer(cell, tensors, num_states, options)
+
+    assert torch.autograd.gradgradcheck(function, here, fast_mode=True)
+
+
+def test_torch_func(choose):
+    """Gradients of each sample."""
+    choose("step")
+    module = build(modules, "LSTM", I, H, dtype=torch.float64)
+    input, _ = input_and_hx({}, "padded", torch.float64)
+    samples = input.movedim(1, 0)
+
+    def gradients_of_each(device):
+        parameters = {n: p.detach().to(device) for n, p in module.named_parameters()}
+
+        def loss(parameters, sample):
+            return torch.func.functional_call(module, parameters, (sample,))[0].square().sum()
+
+        each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
+        return each(parameters, samples.to(device))
+
+    found, expected = gradients_of_each(DEVICE), gradients_of_each("cpu")
+    for name in expected:
+        torch.testing.assert_close(found[name].cpu(), expected[name], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_compile_and_inference_mode(kind):
+    module, input = trained_module(kind), random_input(1)
+    with torch.inference_mode(), ran("kernel_forward"):
+        expected = flat(module(input))
+    compiled = torch.compile(module, backend="aot_eager")
+    with torch.inference_mode():
+        found = flat(compiled(input))
+    torch.testing.assert_close(found, expected)
+    found = step_of_training(compiled, input)
+    torch.testing.assert_close(found, step_of_training(module, input))
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
