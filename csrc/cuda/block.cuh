@@ -180,8 +180,9 @@ class StateBuffers {
 
 // A lane's numbers, those of its sums: two rows, and units that are 8 apart.
 struct BlockNumbers {
-  static constexpr int kCount = kSums;
-  static constexpr int kRows  = 2;
+  static constexpr int kCount     = kSums;
+  static constexpr int kRows      = 2;
+  static constexpr bool kOverlaps = false;
   FUSEDRNN_INLINE static constexpr int row(int i) { return i % 2; }
   FUSEDRNN_INLINE static constexpr int unit(int i) { return i / 2 * 8; }
 };

@@ -112,7 +112,8 @@ FUSEDRNN_INLINE Step step_of(const Sequences& sequences, int direction, int64_t 
 
 // Where the numbers lie that a thread computes: the i-th is that of row `row` + Numbers::row(i) of the
 // batch and of unit `unit` + Numbers::unit(i), known to the compiler but for the first. So a matrix
-// takes one long calculation of an address for all of them.
+// takes one long calculation of an address for all of them. Numbers::kOverlaps: each step is a kernel,
+// which may begin beside the step before.
 template <class Numbers>
 struct Place {
   int row, unit;
@@ -176,7 +177,7 @@ struct Place {
                                       acc_t value) const {
     if (!matrix) return;
     acc_t* const to = ith(in(matrix, begin, width), width, i);
-    store(to, load(to) + value);
+    store(to, (Numbers::kOverlaps ? load_past_l1(to) : load(to)) + value);
   }
 };
 

@@ -58,6 +58,35 @@ FUSEDRNN_DEVICE T load(const T* address) {
   return *address;
 }
 
+// Global memory that the kernel before has written, for which this one has waited (see
+// wait_for_previous_kernel) but beside which it may have begun: past L1, whose line may be from then,
+// loaded for numbers that lie beside these.
+template <class T>
+FUSEDRNN_DEVICE T load_past_l1(const T* address) {
+  const auto from = __cvta_generic_to_global(address);
+  if constexpr (sizeof(T) == 2) {
+    uint16_t bits;
+    asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(bits) : "l"(from) : "memory");
+    return bit_cast<T>(bits);
+  } else if constexpr (sizeof(T) == 4) {
+    uint32_t bits;
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(bits) : "l"(from) : "memory");
+    return bit_cast<T>(bits);
+  } else if constexpr (sizeof(T) == 8) {
+    uint64_t bits;
+    asm volatile("ld.global.cg.u64 %0, [%1];" : "=l"(bits) : "l"(from) : "memory");
+    return bit_cast<T>(bits);
+  } else {
+    static_assert(sizeof(T) == 16);
+    uint4 bits;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                 : "l"(from)
+                 : "memory");
+    return bit_cast<T>(bits);
+  }
+}
+
 template <class T>
 FUSEDRNN_DEVICE void store(T* address, T value) {
   if constexpr (sizeof(T) == 16) {
@@ -68,7 +97,7 @@ FUSEDRNN_DEVICE void store(T* address, T value) {
 }
 
 // Global memory that nobody writes while this kernel runs. The compiler may move this load across
-// barriers, also up across wait_for_previous_kernel: what the kernel before writes is for `load`.
+// barriers, also up across wait_for_previous_kernel: what the kernel before writes is for load_past_l1.
 template <class T>
 FUSEDRNN_DEVICE T load_constant(const T* address) {
   static_assert(sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 ||

@@ -153,12 +153,12 @@ class Product {
           if (!rows_[t][i] || k >= size_) continue;
           const scalar_t* const from = rows_[t][i] + int64_t(set) * size_ + k;
           if constexpr (kWhole) {
-            to[set][t][i] = load(reinterpret_cast<const Vec16*>(from));
+            to[set][t][i] = load_past_l1(reinterpret_cast<const Vec16*>(from));
           } else {
             scalar_t numbers[N::kVector]{};
 #pragma unroll
             for (int n = 0; n < N::kVector; ++n) {
-              if (k + n < size_) numbers[n] = load(from + n);
+              if (k + n < size_) numbers[n] = load_past_l1(from + n);
             }
             memcpy(&to[set][t][i], numbers, sizeof(Vec16));
           }
@@ -176,8 +176,9 @@ class Product {
 // A thread's numbers: of one unit, in every 8th row.
 template <int kTiles>
 struct StepNumbers {
-  static constexpr int kCount = kTiles;
-  static constexpr int kRows  = kTiles;
+  static constexpr int kCount     = kTiles;
+  static constexpr int kRows      = kTiles;
+  static constexpr bool kOverlaps = true;
   FUSEDRNN_INLINE static constexpr int row(int i) { return i * kRowTile; }
   FUSEDRNN_INLINE static constexpr int unit(int) { return 0; }
 };
@@ -243,7 +244,7 @@ __global__ void __launch_bounds__(kStepThreads, kStepCtas)
     const auto from = place.in(previous, begin, width);
     place.each(place.has(step.count, a.H), [&](int i) {
       if (sources.of[i] == Source::kPrevious) {
-        prev[i] = load(place.ith(from, width, i));
+        prev[i] = load_past_l1(place.ith(from, width, i));
       } else if (sources.of[i] == Source::kInitial && initial) {
         const scalar_t x = load(place.ith(place.in(initial, d * B, a.H), a.H, i));
         if constexpr (C::kPrevIsH) {
@@ -304,7 +305,7 @@ struct Carry {
     if constexpr (C::kHasCarry) {
       const auto from = place.in(a.carry, d * a.sequences.B, a.H);
       place.each(place.has(after.count, a.H),
-                 [&](int i) { of[i] = load(place.ith(from, a.H, i)); });
+                 [&](int i) { of[i] = load_past_l1(place.ith(from, a.H, i)); });
     }
   }
 

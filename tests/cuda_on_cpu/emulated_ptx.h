@@ -35,6 +35,10 @@ inline T load(const T* address, Site site = Site::here()) {
   return load_as(address, emulation::kPlain, site);
 }
 template <class T>
+inline T load_past_l1(const T* address, Site site = Site::here()) {
+  return load_as(address, emulation::kPastL1, site);
+}
+template <class T>
 inline T load_constant(const T* address, Site site = Site::here()) {
   return load_as(address, emulation::kConstant, site);
 }

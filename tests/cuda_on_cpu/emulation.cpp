@@ -670,10 +670,15 @@ std::string under_copy(const Cell& cell) {
          ": no wait_copies of its thread lies between";
 }
 
+const char* name_of_load(Access access) {
+  return access == kConstant ? "load_constant"
+         : access == kAtomic ? "load_acquire"
+         : access == kPastL1 ? "load_past_l1"
+                             : "load";
+}
+
 void check_read(const Place& place, const void* address, Access access, Site site) {
-  const char* op      = access == kConstant ? "load_constant"
-                        : access == kAtomic ? "load_acquire"
-                                            : "load";
+  const char* op      = name_of_load(access);
   Thread& me          = *current;
   const uint32_t bit  = 1u << me.lane;
   const uint16_t warp = uint16_t(me.self / kLanes);
@@ -699,6 +704,12 @@ void check_read(const Place& place, const void* address, Access access, Site sit
     } else if (!(access == kAtomic && (cell.flags & kAtomicWrite)) &&
                !ordered(cell.cta, cell.thread, cell.clock, me)) {
       race(op, at(i), site, "a write", cell.cta, cell.thread, 1, cell.site);
+    } else if (access == kPlain && !place.shared && cell.cta >= me.launch->base &&
+               cell.cta < me.launch->first) {
+      fail_at(op, site,
+              name_of_address(at(i), *me.home) +
+                  " has been written by the kernel before, which it may overlap, at " +
+                  name_of(site_table[cell.site]) + ": its line of L1 may be older");
     }
 
     // Those that this thread is behind need no record any more: a write behind it is behind them.
@@ -1246,9 +1257,9 @@ bool run_until(const Launch* launch) {
 
 void read(void* value, const void* address, size_t bytes, Access access, Site site) {
   let_others_run();
-  const char* op    = access == kConstant ? "load_constant" : "load";
+  const char* op    = name_of_load(access);
   const Place place = locate(op, address, bytes, site);
-  if (place.shared && access == kConstant) fail_at(op, site, "not global memory");
+  if (place.shared && access != kPlain) fail_at(op, site, "not global memory");
   check_read(place, address, access, site);
   std::memcpy(value, address, bytes);
 }

@@ -9,7 +9,7 @@
 //   error. A shuffle or a product makes lanes wait for each other but orders no memory, as CUDA's
 //   model has it; sync_warp does.
 // - Launches are queued, and run at the latest at a synchronization. Only with the programmatic
-//   attribute do kernels overlap.
+//   attribute do kernels overlap; what the one before has written is then for load_past_l1 alone.
 // - Granularity: two bytes. Two threads that write neighbouring single bytes are reported. Of a
 //   place in global memory that many warps have read, a few are remembered, drawn at random: a race
 //   of a write with such reads may need another seed to be seen.
@@ -71,7 +71,7 @@ struct Site {
 };
 
 // What emulated_ptx.h is made of; the functions there say what each does.
-enum Access { kPlain = 0, kConstant = 1, kAtomic = 2 };
+enum Access { kPlain = 0, kConstant = 1, kAtomic = 2, kPastL1 = 3 };
 void read(void* value, const void* address, size_t bytes, Access, Site);
 void write(void* address, const void* value, size_t bytes, Access, Site);
 unsigned char* shared_memory();

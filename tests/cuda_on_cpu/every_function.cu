@@ -29,6 +29,10 @@ extern "C" __global__ void every_function(unsigned char* bytes, uint16_t* halves
   wait_copies<1>();
   wait_copies<0>();
   store_release(words, load_acquire(words + 1));
+  store(halves, load_past_l1(halves + 1));
+  store(words, load_past_l1(words + 1));
+  store(doubles, load_past_l1(doubles + 1));
+  store(vectors, load_past_l1(vectors + 1));
 
   sync_warp();
   floats[0]  += shuffle(floats[1], 3) + shuffle_xor(floats[2], 1);

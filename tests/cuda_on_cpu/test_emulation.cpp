@@ -495,12 +495,12 @@ void test_global() {
 bool previous_has_ended;  // seen by the emulated threads, unchecked
 bool overlapped;
 
-__global__ void step(const int* in, int* out, bool waits, bool constant_input) {
+__global__ void step(const int* in, int* out, bool waits, emulation::Access access) {
   previous_has_ended = false;
   let_next_kernel_start();
   if (waits) wait_for_previous_kernel();
   const int i = block() * int(blockDim.x) + thread();
-  store(out + i, (constant_input ? load_constant(in + i) : load(in + i)) + 1);
+  store(out + i, load_as(in + i, access, emulation::Site::here()) + 1);
 }
 
 __global__ void observe() {
@@ -521,13 +521,13 @@ __global__ void between(bool waits_first) {
   if (!waits_first) wait_for_previous_kernel();
 }
 
-std::string run_steps(uint64_t seed, int* words, int steps, int without_wait, bool constant_input) {
+std::string run_steps(uint64_t seed, int* words, int steps, int without_wait,
+                      emulation::Access access = emulation::kPastL1) {
   emulation_reset(seed);
   for (int t = 0; t < steps; ++t) {
     Shape shape        = {6, 32};
     shape.programmatic = true;
-    launch(shape, step, words + t % 2 * 192, words + (t + 1) % 2 * 192, t != without_wait,
-           constant_input);
+    launch(shape, step, words + t % 2 * 192, words + (t + 1) % 2 * 192, t != without_wait, access);
   }
   emulation_synchronize();
   return emulation_error() ? emulation_error() : "";
@@ -535,25 +535,27 @@ std::string run_steps(uint64_t seed, int* words, int steps, int without_wait, bo
 
 void test_order_of_kernels() {
   Array<int> words(2 * 192);
-  CHECK(needs_all_its_barriers(1, [&] { return run_steps(1, words.get(), 4, -1, false).empty(); }));
+  CHECK(needs_all_its_barriers(1, [&] { return run_steps(1, words.get(), 4, -1).empty(); }));
   for (uint64_t seed = 0; seed < kSeeds; ++seed) {
     words.data.assign(2 * 192, 0);
-    CHECK(run_steps(seed, words.get(), 10, -1, false).empty());
+    CHECK(run_steps(seed, words.get(), 10, -1).empty());
     for (size_t i = 0; i < 192; ++i) CHECK(words[i] == 10);
-    const std::string error = run_steps(seed, words.get(), 10, 5, false);
+    const std::string error = run_steps(seed, words.get(), 10, 5);
     CHECK(error.find("race") != std::string::npos);
     CHECK(error.find("the kernel") != std::string::npos);
-    CHECK(run_steps(seed, words.get(), 3, -1, true).find("may overlap") != std::string::npos);
+    for (const emulation::Access access : {emulation::kPlain, emulation::kConstant}) {
+      CHECK(run_steps(seed, words.get(), 3, -1, access).find("may overlap") != std::string::npos);
+    }
   }
 
   for (uint64_t seed = 0; seed < kSeeds; ++seed) {
     for (const bool waits_first : {false, true}) {
       emulation_reset(seed);
       Shape shape = {6, 32};
-      launch(shape, step, words.get(), words.get() + 192, false, false);
+      launch(shape, step, words.get(), words.get() + 192, false, emulation::kPlain);
       shape.programmatic = true;
       launch(shape, between, waits_first);
-      launch(shape, step, words.get() + 192, words.get(), false, true);
+      launch(shape, step, words.get() + 192, words.get(), false, emulation::kConstant);
       CHECK(emulation_synchronize() == (waits_first ? 0 : 1));
     }
   }
@@ -579,12 +581,12 @@ void test_order_of_kernels() {
 
   // A launch without the attribute, or a memset, is behind all before.
   emulation_reset(1);
-  launch({6, 32}, step, words.get(), words.get() + 192, true, false);
-  launch({6, 32}, step, words.get() + 192, words.get(), false, true);
+  launch({6, 32}, step, words.get(), words.get() + 192, true, emulation::kPlain);
+  launch({6, 32}, step, words.get() + 192, words.get(), false, emulation::kConstant);
   CHECK(cudaMemsetAsync(words.get(), 0, 4) == cudaSuccess && words[0] == 0);
   Shape shape        = {6, 32};
   shape.programmatic = true;
-  launch(shape, step, words.get(), words.get() + 192, false, false);
+  launch(shape, step, words.get(), words.get() + 192, false, emulation::kPlain);
   CHECK(cudaStreamSynchronize(nullptr) == cudaSuccess && words[192] == 1);
 }
 
