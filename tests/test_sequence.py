@@ -129,6 +129,12 @@ def test_every_narrow_number_survives_the_way_to_float32_and_back(dtype):
         with num_threads(threads):
             actual = relu_of_sum(x, None)
         assert torch.equal(actual.nan_to_num(1234), expected.nan_to_num(1234))
+    try:
+        torch.set_flush_denormal(True)  # float16's are float32's normal numbers
+        flushed = relu_of_sum(x, None)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(flushed.nan_to_num(1234), expected.nan_to_num(1234))
 
 
 @NARROW

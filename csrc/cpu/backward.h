@@ -71,7 +71,8 @@ struct BackwardLayout {
   Piece rows_terms, weight_terms;
   Piece group_rows;  // of each thread that has groups: what a sample's gradients are products of
 
-  explicit BackwardLayout(const BackwardArgs<T>& a) {
+  // For so many threads at most.
+  BackwardLayout(const BackwardArgs<T>& a, int64_t all_threads) {
     const Sequences& s       = a.sequences;
     const int64_t rows       = rows_before(s, s.T);
     const int64_t gate_size  = Cell::kGradGates * a.H;
@@ -87,7 +88,7 @@ struct BackwardLayout {
     chunk_rows           = min64(rows, chunk + max64(s.B, 1) - 1);
     // A chunk's first step to run reads the gradients of the chunk before it.
     const int64_t places  = several_chunks ? 2 : 1;
-    const int64_t threads = a.num_threads;
+    const int64_t threads = threads_of_direction(all_threads, a.D);
     if (s.T > 1) recurrent = panels.take(blocks_of<T>(a.P) * kLanes<T> * gate_lanes);
     if (a.weight_hr[0]) {
       projection  = panels.take(blocks_of<T>(a.H) * kLanes<T> * a.P);
@@ -719,12 +720,13 @@ struct BackwardDirection {
 // With a projection or groups only of Numbers.
 template <class Cell, class T, class Terms>
 bool backward(const BackwardArgs<T>& a) {
-  const BackwardLayout<Cell, T, Terms> layout(a);
+  const int64_t row_bytes = Cell::kGates * a.H * int64_t(sizeof(T));
+  Shape shape             = shape_of<Cell, T>(a, row_bytes, kShardRows<Terms, 1>);
+  const int threads       = useful_threads(shape, a.num_threads);
+  const BackwardLayout<Cell, T, Terms> layout(a, threads);
   const int64_t panels = layout.panels.size();
-  const int64_t bytes  = panels * int64_t(sizeof(T));
-  const Shape shape    = shape_of<Cell, T>(a, bytes, bytes, Cell::kGates * a.H * int64_t(sizeof(T)),
-                                           kShardRows<Terms, 1>);
-  return run_call<T, Terms>(shape, layout.numbers.size(), panels, a.num_threads,
+  shape.weight_bytes = shape.packed_bytes = panels * int64_t(sizeof(T));
+  return run_call<T, Terms>(shape, layout.numbers.size(), panels, threads,
                             [&](int64_t d, const Shard& shard, const Scratch<T>& scratch) {
                               BackwardDirection<Cell, T, Terms>(a, layout, d, shard, scratch).run();
                             });

@@ -149,24 +149,22 @@ struct States {
   }
 };
 
+// Without what the layout of its scratch adds: the weights' bytes.
 template <class Cell, class T, class Args>
-Shape shape_of(const Args& a, int64_t weight_bytes, int64_t packed_bytes, int64_t row_bytes,
-               int shard_rows) {
-  return {a.sequences,  rows_before(a.sequences, a.sequences.T),
-          a.H,          a.P,
-          a.D,          Cell::kGates,
-          kLanes<T>,    weight_bytes,
-          packed_bytes, l2_bytes(),
-          row_bytes,    shard_rows};
+Shape shape_of(const Args& a, int64_t row_bytes, int shard_rows) {
+  return {a.sequences, rows_before(a.sequences, a.sequences.T),
+          a.H,         a.P,
+          a.D,         Cell::kGates,
+          kLanes<T>,   0,
+          0,           l2_bytes(),
+          row_bytes,   shard_rows};
 }
 
-// body(direction, shard, scratch) for all of a call, in one parallel region, with scratch of so many
-// elements and panels; false, with nothing done, if there is no memory for it.
+// body(direction, shard, scratch) for all of a call, in one parallel region of so many threads, with
+// scratch of so many elements and panels; false, with nothing done, if there is no memory for it.
 template <class T, class Terms, class Body>
-bool run_call(const Shape& shape, int64_t elements, int64_t panels, int num_threads,
-              const Body& body) {
-  const int threads      = useful_threads(shape, num_threads);
-  const int of_direction = int((threads + shape.D - 1) / shape.D);
+bool run_call(const Shape& shape, int64_t elements, int64_t panels, int threads, const Body& body) {
+  const int of_direction = int(threads_of_direction(threads, shape.D));
   const Scratch<T> scratch(elements, panels, shape.D, threads,
                            most_row_shards(shape, of_direction));
   if (!scratch.ok()) return false;

@@ -27,7 +27,7 @@ struct ForwardLayout {
   int64_t chunk_rows   = 0;  // at most
   int64_t ahead_rows   = 0;  // of a chunk that is projected ahead, beside the steps; 0: none may be
   int64_t ahead_blocks = 0;  // and of these units: whole tiles of panels that are not folded
-  int64_t weight_bytes;      // of the weights, packed or not
+  int64_t weight_bytes;      // of the weights as the steps read them
   bool one_matrix = true;    // rows of consecutive steps are evenly spaced
   bool copies     = false;   // a chunk's input
   bool given;                // the packed weights are the caller's
@@ -36,20 +36,29 @@ struct ForwardLayout {
   bool packed() const { return recurrent.size > 0; }
   int64_t own_panels() const { return given ? 0 : panels.size(); }
 
-  explicit ForwardLayout(const ForwardArgs<T>& a) : given(a.panels[0] != nullptr) {
+  void add_to(Shape& shape) const {
+    shape.weight_bytes = weight_bytes;
+    shape.packed_bytes = own_panels() * int64_t(sizeof(T));
+  }
+
+  // For so many threads at most.
+  ForwardLayout(const ForwardArgs<T>& a, int64_t threads) : given(a.panels[0] != nullptr) {
     const Sequences& s = a.sequences;
     const int64_t rows = rows_before(s, s.T);
     if (!all_alike(s)) started = numbers.take(2 * s.B * a.P);
-    stored               = kReadsBf16 && a.weight_hh_bf16[0];
-    const int64_t passes = s.T * ((s.B + kUnpackedRows - 1) / kUnpackedRows);
-    weight_bytes         = Cell::kGates * a.H * (a.I + a.P) *
-                           int64_t(stored ? sizeof(typename Terms::Stored) : sizeof(T));
+    stored                 = kReadsBf16 && a.weight_hh_bf16[0];
+    const int64_t passes   = s.T * ((s.B + kUnpackedRows - 1) / kUnpackedRows);
+    const int64_t as_given = Cell::kGates * a.H * (a.I + a.P) *
+                             int64_t(stored ? sizeof(typename Terms::Stored) : sizeof(T));
     const bool unpacked =
-        !given && !a.weight_hr[0] && passes <= max_unpacked_passes(weight_bytes, l2_bytes());
+        !given && !a.weight_hr[0] && passes <= max_unpacked_passes(as_given, l2_bytes());
     if (kConverts && (stored || !unpacked)) {
       h_terms = numbers.take(2 * s.B * lanes<Terms>(a.P));
     }
-    if (unpacked) return;
+    if (unpacked) {
+      weight_bytes = as_given;
+      return;
+    }
     const auto panels_of = [&](int64_t K) {
       return panels.take(blocks_of<T>(a.H) * forward_panel_size<Cell::kGates, T>(lanes<Terms>(K)));
     };
@@ -69,8 +78,9 @@ struct ForwardLayout {
     copies                 = kConverts || joins;
     chunk_rows             = one_matrix || joins ? max64(s.B, most) : s.B;
     constexpr int64_t tile = kAheadTile<Cell>;
-    ahead_blocks  = unless_folded<Terms>(a.H, max64(lanes<Terms>(a.I), lanes<Terms>(a.P)), 0,
-                                         blocks_of<T>(a.H), [](auto, int64_t) {});
+    const int64_t K        = max64(lanes<Terms>(a.I), lanes<Terms>(a.P));
+    ahead_blocks           = blocks_of<T>(a.H);
+    if (fold_of<Terms>(a.H, K, 0, ahead_blocks) > 1) --ahead_blocks;
     ahead_blocks -= ahead_blocks % kAheadPanels<Cell>;
     if (kCanGoAhead<Terms> && s.B == 1 && !s.offsets && s.T > 2 * tile && ahead_blocks > 0) {
       // The first chunk is projected before any step: one tile if T is small (1.06 times as fast at
@@ -78,7 +88,10 @@ struct ForwardLayout {
       ahead_rows = s.T > 2 * kAheadTiles * tile ? kAheadTiles * tile : tile;
     }
     if (!a.gates) gates = numbers.take(max64(chunk_rows, 2 * ahead_rows) * Cell::kGates * a.H);
-    if (copies) input_terms = numbers.take(chunk_rows * lanes<Terms>(a.I), a.num_threads);
+    if (copies) {
+      input_terms =
+          numbers.take(chunk_rows * lanes<Terms>(a.I), threads_of_direction(threads, a.D));
+    }
   }
   // Rows of a chunk that this thread projects ahead; 0: none. Steps do not wait for the weights of
   // small layers, those beyond L2 come too slowly to be read more often, and threads that split units
@@ -458,17 +471,18 @@ struct ForwardDirection {
 };
 
 template <class Cell, class T, class Terms>
-Shape forward_shape(const ForwardArgs<T>& a, const ForwardLayout<Cell, T, Terms>& layout) {
-  return shape_of<Cell, T>(a, layout.weight_bytes, layout.own_panels() * int64_t(sizeof(T)),
-                           a.P * int64_t(sizeof(T)), kShardRows<Terms, Cell::kGates>);
+Shape forward_shape(const ForwardArgs<T>& a) {
+  return shape_of<Cell, T>(a, a.P * int64_t(sizeof(T)), kShardRows<Terms, Cell::kGates>);
 }
 
 // With a projection only of Numbers.
 template <class Cell, class T, class Terms>
 bool forward(const ForwardArgs<T>& a) {
-  const ForwardLayout<Cell, T, Terms> layout(a);
-  return run_call<T, Terms>(forward_shape(a, layout), layout.numbers.size(), layout.own_panels(),
-                            a.num_threads,
+  Shape shape       = forward_shape<Cell, T, Terms>(a);
+  const int threads = useful_threads(shape, a.num_threads);
+  const ForwardLayout<Cell, T, Terms> layout(a, threads);
+  layout.add_to(shape);
+  return run_call<T, Terms>(shape, layout.numbers.size(), layout.own_panels(), threads,
                             [&](int64_t d, const Shard& shard, const Scratch<T>& scratch) {
                               ForwardDirection<Cell, T, Terms>(a, layout, d, shard, scratch).run();
                             });
@@ -479,7 +493,7 @@ int64_t pack(const ForwardArgs<T>& a, int64_t d, T* panels) {
   ForwardArgs<T> args = a;
   const T any{};
   args.panels[0] = &any;  // of a call that is given its panels
-  const ForwardLayout<Cell, T, Terms> layout(args);
+  const ForwardLayout<Cell, T, Terms> layout(args, 1);
   if (panels) {
     pack_direction(a, d, layout, Once{}, panels,
                    [](int64_t blocks, const auto& pack_blocks) { pack_blocks(0, blocks); });
@@ -489,9 +503,10 @@ int64_t pack(const ForwardArgs<T>& a, int64_t d, T* panels) {
 
 template <class Cell, class T, class Terms>
 Plan plan(const ForwardArgs<T>& a) {
-  const ForwardLayout<Cell, T, Terms> layout(a);
-  const Shape shape        = forward_shape(a, layout);
-  const int threads        = useful_threads(shape, a.num_threads);
+  Shape shape       = forward_shape<Cell, T, Terms>(a);
+  const int threads = useful_threads(shape, a.num_threads);
+  const ForwardLayout<Cell, T, Terms> layout(a, threads);
+  layout.add_to(shape);
   const Shard shard        = shard_of(shape, 0, threads);
   const int64_t ahead_rows = layout.ahead_of(shard);
   return {threads, shard.direction_threads / shard.unit_shards, shard.unit_shards, layout.packed(),

@@ -202,12 +202,11 @@ void pack_forward(T* panels, const From* weight, const T* bias, int64_t H, int64
     T* const panel = panels + (block - first) * forward_panel_size<G, T>(lanes<Terms>(K));
     pack_forward_panel<G, fold, Terms>(panel, weight, bias, H, K, block);
   };
-  const int64_t whole_end =
-      unless_folded<Terms>(H, lanes<Terms>(K), begin, end, [](auto, int64_t) {});
-  for (int64_t block = begin; block < whole_end; ++block) {
+  const int fold = fold_of<Terms>(H, lanes<Terms>(K), begin, end);
+  for (int64_t block = begin; block < end - (fold > 1); ++block) {
     pack(std::integral_constant<int, 1>{}, block);
   }
-  unless_folded<Terms>(H, lanes<Terms>(K), begin, end, pack);
+  if (fold > 1) with_fold<Terms>(fold, [&](auto fold) { pack(fold, end - 1); });
 }
 
 // Rows of a weight that pack_backward fetches ahead.
@@ -247,10 +246,13 @@ void pack_backward(T* panels, const From* weight, int64_t H, int64_t columns, in
   constexpr int G = Cell::kGates, V = kLanes<T>;
   constexpr int64_t kBlocks = 8;
   const int64_t K = G * lanes<Terms>(H), panel_size = K * V;
-  end = unless_folded<Terms>(columns, K, begin, end, [&](auto fold, int64_t block) {
-    pack_backward_folded<Cell, fold, Terms>(panels + block * panel_size, weight + block * V, H,
-                                            columns, lanes_of<T>(columns, block * V));
-  });
+  if (const int fold = fold_of<Terms>(columns, K, begin, end); fold > 1) {
+    --end;
+    with_fold<Terms>(fold, [&](auto fold) {
+      pack_backward_folded<Cell, fold, Terms>(panels + end * panel_size, weight + end * V, H,
+                                              columns, lanes_of<T>(columns, end * V));
+    });
+  }
   for (int64_t first = begin; first < end; first += kBlocks) {
     const int64_t last = first + kBlocks < end ? first + kBlocks : end;
     T* out             = panels;

@@ -155,6 +155,9 @@ FUSEDRNN_INLINE int useful_threads(const Shape& s, int wanted) {
   return int(max64(1, available_threads(min64(wanted, min64(per_step, call / kMinCall)))));
 }
 
+// Threads that work on a direction at most.
+inline int64_t threads_of_direction(int64_t threads, int64_t D) { return (threads + D - 1) / D; }
+
 FUSEDRNN_INLINE Shard shard_of(const Shape& s, int thread, int threads) {
   Shard shard{};
   shard.direction_end = s.D;

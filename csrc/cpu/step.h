@@ -640,11 +640,13 @@ void run_tiles(const typename Tiles::Step& step, int64_t row_begin, int64_t row_
                int64_t block_begin, int64_t block_end, bool descending) {
   using Terms            = typename Tiles::Terms;
   const ProductSize size = Tiles::size(step);
-  block_end              = unless_folded<Terms>(size.units, size.K, block_begin, block_end,
-                                                [&](auto fold, int64_t block) {
-                                     run_panels<typename Tiles::template With<Folded<Terms, fold>>>(
-                                         step, row_begin, row_end, block, block + 1, false);
-                                                });
+  if (const int fold = fold_of<Terms>(size.units, size.K, block_begin, block_end); fold > 1) {
+    --block_end;
+    with_fold<Terms>(fold, [&](auto fold) {
+      run_panels<typename Tiles::template With<Folded<Terms, fold>>>(
+          step, row_begin, row_end, block_end, block_end + 1, false);
+    });
+  }
   run_panels<Tiles>(step, row_begin, row_end, block_begin, block_end, descending);
 }
 

@@ -443,24 +443,26 @@ constexpr bool kFolds =
     kVectorBytes > 16 &&
     sizeof(typename Terms::Lane) == 4 && Terms::kTileRows == 0 && Terms::kFold == 1;
 
-// Of blocks [begin, end), those not folded, up to the returned one; f(kFold, block) for the one that is:
-// the last of so many units, if it fills half of the lanes at most and its products have K >= 16 lanes of
-// terms. Less do not pay: with 10 (bfloat16, H = 20) a call of 64 rows is 1.06 times as fast, of one 0.9.
+// How many lanes each unit takes in the last of the panels [begin, end): more than one if it is the last
+// of so many units, they fill half of the lanes at most, and its products have K >= 16 lanes of terms.
+// Less do not pay: with 10 (bfloat16, H = 20) a call of 64 rows is 1.06 times as fast, of one 0.9.
+template <class Terms>
+FUSEDRNN_INLINE int fold_of(int64_t units, int64_t K, int64_t begin, int64_t end) {
+  constexpr int V    = kLanes<typename Terms::Lane>;
+  const int64_t last = units % V;
+  if (!kFolds<Terms> || begin == end || end * V <= units || 2 * last > V || K < 16) return 1;
+  return 4 * last > V ? 2 : 4;
+}
+// f(fold) with a fold_of above 1 as a constant.
 template <class Terms, class F>
-FUSEDRNN_INLINE int64_t unless_folded(int64_t units, int64_t K, int64_t begin, int64_t end,
-                                      const F& f) {
+FUSEDRNN_INLINE void with_fold([[maybe_unused]] int fold, [[maybe_unused]] const F& f) {
   if constexpr (kFolds<Terms>) {
-    constexpr int V    = kLanes<typename Terms::Lane>;
-    const int64_t last = units % V;
-    if (begin == end || end * V <= units || 2 * last > V || K < 16) return end;
-    if (4 * last > V) {
-      f(std::integral_constant<int, 2>{}, end - 1);
+    if (fold == 2) {
+      f(std::integral_constant<int, 2>{});
     } else {
-      f(std::integral_constant<int, 4>{}, end - 1);
+      f(std::integral_constant<int, 4>{});
     }
-    return end - 1;
   }
-  return end;
 }
 
 // Denormal operands and results count as zero while this lives, in this thread: a state that decays
