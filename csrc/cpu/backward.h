@@ -474,18 +474,7 @@ struct BackwardDirection {
         run_tiles<GradHTiles<T>>(step, row_begin, row_end, shard.block_begin, shard.block_end,
                                  descending);
       }
-      // What the cell passes on leaves the recurrence where a row begins.
-      if (Cell::kHasCarry && !(i > 0 && walk.uniform(i, row_begin, row_end))) {
-        const Part part = part_of_c(count);
-        for (int64_t row = part.row_begin; row < part.row_end; ++row) {
-          const Source source = walk.source(i, row);
-          for (int64_t at = row * H + part.column; at < row * H + part.column + part.columns;
-               ++at) {
-            if (source == Source::kInitial) initial_carry[at] += carry[at];
-            if (source != Source::kPrevious) carry[at] = 0;
-          }
-        }
-      }
+      if (Cell::kHasCarry && !(i > 0 && walk.uniform(i, row_begin, row_end))) end_carry(i);
       if (layout.kConverts && i > 0) {
         gates_to_terms<Terms>(part_of_c(count), H, step.grad_gates, E * H, terms_of(i), G);
       }
@@ -493,6 +482,19 @@ struct BackwardDirection {
       step_barrier.wait();
     }
     finish_h_prev(chunk);
+  }
+
+  // What the cell passes on leaves the recurrence where a row begins.
+  void end_carry(int64_t i) const {
+    const Part part = part_of_c(walk.count(i));
+    for (int64_t row = part.row_begin; row < part.row_end; ++row) {
+      const Source source = walk.source(i, row);
+      if (source == Source::kPrevious) continue;
+      T* const passed = carry + row * H + part.column;
+      T* const sum    = initial_carry + row * H + part.column;
+      for (int64_t j = 0; source == Source::kInitial && j < part.columns; ++j) sum[j] += passed[j];
+      std::memset(passed, 0, sizeof(T) * size_t(part.columns));
+    }
   }
 
   // What a chunk adds to the gradients of the layer's input, weights and biases, and of h0.

@@ -31,14 +31,14 @@ class Pieces {
   int64_t size_ = 0;
 };
 
-// Scratch of one call: for each direction barrier counters, `elements` numbers that its threads
-// share, and `panels` for each row shard, all on cache line boundaries.
+// Scratch of one call: for each direction barrier counters, `elements` numbers that its threads share,
+// and `panels` for each row shard. Both are whole Pieces, and begin on cache lines as these do.
 template <class T>
 class Scratch {
  public:
   Scratch(int64_t elements, int64_t panels, int64_t directions, int threads, int row_shards)
-      : elements_((elements + 63) / 64 * 64),
-        panels_((panels + 63) / 64 * 64),
+      : elements_(elements),
+        panels_(panels),
         direction_(elements_ + row_shards * panels_),
         threads_(threads) {
     const size_t counters = sizeof(BarrierCounter) * size_t(directions * (threads + 1));

@@ -18,9 +18,9 @@ constexpr int64_t kPartialRows = 128;
 template <class Terms, class T>
 constexpr int64_t kPartialLanes = kPartialRows - kPartialRows % (kLanes<T> * Terms::kGroupLanes);
 
-// Panels of a strip, side by side in either layout of a product's second factor: a full tile's. A row
-// of panels is tiles of a whole number of strips, and then, from a strip's begin on, narrower ones
-// (fewer_panels in step.h), of which none that is narrower than a strip straddles two.
+// Panels of a strip, side by side in either layout of a product's second factor: a full tile's. A tile
+// begins with a strip, and where it is wider goes on in the next one, or it lies within one: so the
+// widths of fewer_panels in step.h fall.
 constexpr int kStripPanels = max_panels<Numbers<float>, 1>(kMaxRows<Numbers<float>, 1>);
 template <class T>
 constexpr int64_t kStrip = kStripPanels * kLanes<T>;
@@ -182,7 +182,7 @@ void for_parts(int64_t K, int64_t begin, int64_t end, const AddPart& part, const
 }
 
 // The columns [begin, end) of s, of one strip and half a vector at most, as rows of a product with the
-// factors exchanged: few columns take few multiplications so, and no bit changes. Speedup of training on a
+// factors exchanged, out^T[n][m]: few columns take few multiplications so, and no bit changes. Speedup of training on a
 // Zen 4 core at (64, 30, H), LSTM / GRU / RNN: H = 20 1.07 / 1.06 / 1.06, 50 1.08 / 1.06 / 1.06, 100
 // 1.02 / 1.02 / 1.02, in bfloat16 1.0 / 1.0 / 1.01, 1.06 / 1.05 / 1.04, 1.04 / 1.04 / 1.02.
 template <class Terms, class T>

@@ -210,7 +210,7 @@ struct ForwardStep {
   int64_t H;
   bool save;
   T* gates;         // [B, G*H]: for the activated gates, if save; forward_tile finds gates_x there
-  T* extra;         // [B, H]: LSTM c, GRU a_hn; or null, LSTM's only if h is null
+  T* extra;         // [B, H]: LSTM c, GRU a_hn; null: not wanted (LSTM's is, unless h is null)
   const T* h_prev;  // rows of K lanes of terms
   int64_t K, h_prev_stride;
   const T* prev;  // [B, H]: LSTM c_prev, GRU h_prev
@@ -543,6 +543,21 @@ constexpr int64_t fewer_panels(int M, int64_t P) {
   return P > 4 && M * Q > 1 ? 4 : P - 1;
 }
 
+// Whether tiles of M rows, for each M, have all widths that those of M + 1 have: side by side both take
+// the taller's.
+template <class Terms, int Q>
+constexpr bool widths_nest() {
+  for (int M = 1; M < kMaxRows<Terms, Q>; ++M) {
+    int64_t low = max_panels<Terms, Q>(M), tall = max_panels<Terms, Q>(M + 1);
+    for (; tall > 0; tall = tall > 1 ? fewer_panels<Terms, Q>(M + 1, tall) : 0) {
+      while (low > tall) low = fewer_panels<Terms, Q>(M, low);
+      if (low != tall) return false;
+    }
+  }
+  return true;
+}
+
+// Null for a width that they do not have.
 template <class Tiles, int M, int P>
 FUSEDRNN_INLINE Tile<typename Tiles::Step> tile_of(int64_t panels) {
   if (panels == P) return Tiles::template tile<M, P>;
@@ -586,6 +601,7 @@ template <class Tiles>
 void run_panels(const typename Tiles::Step& step, int64_t row_begin, int64_t row_end,
                 int64_t block_begin, int64_t block_end, bool descending) {
   using Terms = typename Tiles::Terms;
+  static_assert(Terms::kTileRows > 0 || widths_nest<Terms, Tiles::Q>(), "no tile is null");
 
   constexpr int kRows = kMaxRows<Terms, Tiles::Q>;
   const int64_t rows  = row_end - row_begin;
