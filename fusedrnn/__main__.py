@@ -323,7 +323,7 @@ def run(arguments: list[str]) -> None:
         else:
             if not getattr(sys.flags, "safe_path", False):
                 sys.path[0] = os.path.dirname(os.path.realpath(program))
-            runpy.run_path(program, run_name="__main__")
+            runpy.run_path(os.path.abspath(program), run_name="__main__")  # as __file__ is
 
 
 def main(arguments: list[str]) -> int:

@@ -48,18 +48,20 @@ __all__ = [
 
 
 def lstm(input: Tensor, h0: Tensor, c0: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
-    """One LSTM layer: (output [T, B, D*H], h_n [D, B, H], c_n [D, B, H]).
+    """One LSTM layer: (output [T, B, D*H], h_n [D, B, H], c_n [D, B, H]); of one step, input
+    [B, I], (h, h, c), each [B, H].
 
-    Raises RuntimeError where a shape does not fit.
+    Raises RuntimeError where a shape, dtype or device does not fit. Without states: `layer`.
     """
     results = layer("lstm", input, (h0, c0), weights)
     return results[0], results[-2], results[-1]
 
 
 def gru(input: Tensor, h0: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
-    """One GRU layer: (output [T, B, D*H], h_n [D, B, H]).
+    """One GRU layer: (output [T, B, D*H], h_n [D, B, H]); of one step, input [B, I], (h, h), each
+    [B, H].
 
-    Raises RuntimeError where a shape does not fit.
+    Raises RuntimeError where a shape, dtype or device does not fit. Without h0: `layer`.
     """
     results = layer("gru", input, (h0,), weights)
     return results[0], results[-1]
@@ -68,9 +70,11 @@ def gru(input: Tensor, h0: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
 def rnn(
     input: Tensor, h0: Tensor, weights: Weights, nonlinearity: str = "tanh"
 ) -> tuple[Tensor, Tensor]:
-    """One vanilla RNN layer, nonlinearity "tanh" or "relu": (output [T, B, D*H], h_n [D, B, H]).
+    """One vanilla RNN layer, nonlinearity "tanh" or "relu": (output [T, B, D*H], h_n [D, B, H]); of
+    one step, input [B, I], (h, h), each [B, H].
 
-    Raises RuntimeError where a shape does not fit, ValueError for another nonlinearity.
+    Raises RuntimeError where a shape, dtype or device does not fit, ValueError for another
+    nonlinearity. Without h0: `layer`.
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
@@ -88,12 +92,15 @@ def layer(
     """One layer of `cell`, a key of ops.CELLS: (output, h_n) or, for "lstm", (output, h_n, c_n).
 
     `initial` is (h0,) or (h0, c0) or, for zeros, (). Also one step: with input [B, I] and states
-    [B, H] the results are (h,) or (h, c), each [B, H]. Raises RuntimeError where a shape does not
-    fit.
+    [B, H] the results are (h,) or (h, c), each [B, H]. All tensors are of one dtype and on one
+    device. Raises ValueError for another `cell`, RuntimeError where a shape, dtype or device does
+    not fit.
 
     `options` are for sequences of several lengths, for boundaries within them and for c of all
     steps as one more result: see ops.Options.
     """
+    if cell not in ops.CELLS:
+        raise ValueError(f"cell must be one of {', '.join(ops.CELLS)}, got {cell!r}")
     initial, weights = tuple(initial), tuple(weights)
     if is_compiling():
         return _layer_in_graph(cell, input, initial, weights, options)

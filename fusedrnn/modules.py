@@ -11,11 +11,12 @@ There is no math here; that begins in functional.py.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import is_
 from types import NoneType
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from torch._compile import _disable_dynamo
 from torch.compiler import is_compiling, is_exporting
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
+from typing_extensions import Unpack  # which torch has
 
 from . import cuda, library, ops, prepacking
 from .extensions import States, extended, is_jagged, zero_states
@@ -35,9 +37,6 @@ from .functional import (
     other_layer,
 )
 from .functional import layer as functional_layer
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 def _compute(
@@ -210,6 +209,12 @@ class _Fused:
         fused = next(c for c in cls.__mro__ if "_torch_class" in vars(c))
         if cls.forward is not fused.forward or is_parametrized(self):  # type: ignore[arg-type]
             return self  # type: ignore[return-value]
+        warnings.warn(
+            "torch.jit.script puts torch.nn's modules in the place of fusedrnn's in the model that "
+            "it is given, not only in its result: script copy.deepcopy(model), or call "
+            "fusedrnn.replace again afterwards",
+            stacklevel=2,
+        )
         module = self._torch_class.__new__(self._torch_class)
         module.__dict__.update(self.__dict__)
         return module  # type: ignore[no-any-return]
@@ -241,10 +246,14 @@ _KEYWORDS = set(_LSTMKeywords.__annotations__)
 
 
 def _given(keywords: Any) -> dict[str, Any]:
-    """Those that ask for something. TypeError for others than there are."""
+    """Those that ask for something. TypeError for others than there are, ValueError for reset_to_hx
+    without reset_mask."""
     if not keywords.keys() <= _KEYWORDS:
         raise TypeError(f"forward() got an unexpected keyword argument: {', '.join(keywords)}")
-    return {k: v for k, v in keywords.items() if v is not None and v is not False}
+    given = {k: v for k, v in keywords.items() if v is not None and v is not False}
+    if "reset_to_hx" in given and "reset_mask" not in given:
+        raise ValueError("reset_to_hx says to which state reset_mask resets: give a reset_mask")
+    return given
 
 
 class _Layers(_Fused, nn.RNNBase):
@@ -360,6 +369,8 @@ class _Layers(_Fused, nn.RNNBase):
         batched = packed or input.dim() == 3
         if not batched:
             if input.dim() != 2:
+                return None
+            if any([s.dim() != 2 for s in states]):
                 return None
             input = input.unsqueeze(1)
             states = [s.unsqueeze(1) for s in states]
@@ -513,8 +524,8 @@ class LSTM(_Layers):
         if isinstance(input, PackedSequence):
             # torch.nn.LSTM checks nothing here, and may compute something from wrong sizes.
             self.check_input(input.data, input.batch_sizes)
-            if hx is not None:
-                self.check_forward_args(input.data, hx, input.batch_sizes)  # type: ignore[misc]
+            if isinstance(hx, (tuple, list)) and len(hx) == 2:
+                self.check_forward_args(input.data, hx, input.batch_sizes)  # type: ignore[arg-type, misc]
         return super()._torch_forward(input, hx)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,9 +27,15 @@ from torch.autograd import forward_ad, profiler
 try:
     import fusedrnn._C as _C
 except ImportError as error:
+    _HERE = Path(__file__).resolve().parents[1]
     raise RuntimeError(
-        "fusedrnn's compiled extension fusedrnn._C cannot be loaded "
-        f"({error}). Build it: `pip install .` in fusedrnn's source folder."
+        f"fusedrnn's compiled extension fusedrnn._C cannot be loaded ({error}). "
+        + (
+            f"{_HERE} is fusedrnn's source, which Python finds before an installed package: start "
+            "it in another folder after `pip install .`, or build here: `pip install -e .`"
+            if (_HERE / "csrc").is_dir()
+            else "Build it: `pip install .` in fusedrnn's source folder."
+        )
     ) from error
 
 log = logging.getLogger("fusedrnn")  # DEBUG: the choice of kernels, and what was left to others

@@ -63,11 +63,13 @@ def prepacked(model: nn.Module) -> Iterator[None]:
     not write to a weight through `.data`, numpy or another process inside.
 
     Calls with gradients enabled, compiled ones and those on other devices go on as outside. Raises
-    ValueError if `model` has none of fusedrnn's modules.
+    ValueError if `model` has none of fusedrnn's modules, TypeError if it is no torch.nn.Module.
     """
     global active
     from .modules import _Fused  # which imports this file
 
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     modules = [m for m in model.modules() if isinstance(m, _Fused)]
     if not modules:
         raise ValueError(

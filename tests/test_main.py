@@ -176,6 +176,11 @@ def test_a_missing_extension_is_reported(tmp_path, program):
     (problem,) = json.loads(done.stdout)["problems"]
     assert "fusedrnn._C cannot be loaded" in problem
     assert "pip install ." in problem
+    assert "is fusedrnn's source" not in problem
+    (tmp_path / "csrc").mkdir()
+    (problem,) = json.loads(command("--json", cwd=tmp_path, path=tmp_path).stdout)["problems"]
+    assert f"{tmp_path} is fusedrnn's source, which Python finds before" in problem
+    assert "pip install -e ." in problem
     done = command(cwd=tmp_path, path=tmp_path)
     assert done.returncode == 1
     assert "PROBLEM    RuntimeError: fusedrnn's compiled extension" in done.stdout
@@ -230,10 +235,10 @@ def test_run_is_the_script_with_the_classes_replaced(program, tmp_path):
         done = command("run", path, "--json", "-m", "x", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout) == {
-            "argv": [str(path), "--json", "-m", "x"],
+            "argv": [str(tmp_path / path), "--json", "-m", "x"],
             "path": str(script.parent),
             "name": "__main__",
-            "file": str(path),
+            "file": str(tmp_path / path),
             "main": True,
             "is": True,
             "kernels": 1,

@@ -4,6 +4,7 @@ can be asked for. Not the kernels' accuracy over sizes and ISAs, which the kerne
 import copy
 import io
 import pickle
+import typing
 import warnings
 
 import pytest
@@ -1053,3 +1054,21 @@ def test_a_missing_weight_is_an_error_and_a_changed_hidden_size_counts_for_nothi
     for hidden_size in (3, 60, 100000):
         ours.hidden_size = hidden_size
         assert torch.equal(ours(x)[0], expected)
+
+
+def test_annotations_can_be_evaluated():
+    for name in ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"):
+        typing.get_type_hints(getattr(modules, name).forward)
+
+
+def test_wrong_keywords_and_states_are_told():
+    with pytest.raises(ValueError, match="give a reset_mask"):
+        modules.GRU(2, 3)(torch.zeros(4, 1, 2), reset_to_hx=True)
+    packed = nn.utils.rnn.pack_sequence([torch.zeros(2, 2)])
+    for input, hx in ((torch.zeros(4, 2), torch.tensor(0.0)), (packed, (torch.zeros(1, 1, 3),))):
+        theirs, ours = (
+            raised(lambda n=n, i=input, h=hx: n.LSTM(2, 3)(i, h if i is packed else (h, h)))
+            for n in (nn, modules)
+        )
+        assert type(ours) is type(theirs)
+        assert str(ours) == str(theirs)
