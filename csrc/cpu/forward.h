@@ -160,8 +160,10 @@ void run_packing(typename Tiles::Step step, int64_t row_begin, int64_t row_end, 
 // One thread's part of a direction's forward pass.
 template <class Cell, class T, class Terms>
 struct ForwardDirection {
-  ForwardDirection(const ForwardArgs<T>& args, const ForwardLayout<Cell, T, Terms>& of_call,
-                   int64_t direction, const Shard& own_shard, const Scratch<T>& scratch)
+  using Layout = ForwardLayout<Cell, T, Terms>;
+
+  ForwardDirection(const ForwardArgs<T>& args, const Layout& of_call, int64_t direction,
+                   const Shard& own_shard, const Scratch<T>& scratch)
       : a(args),
         s(args.sequences),
         d(direction),
@@ -404,7 +406,7 @@ struct ForwardDirection {
     } else if (layout.packed()) {
       run_tiles<Tiles>(step, row_begin(i), row_end(i), shard.block_begin, shard.block_end, back);
     } else if (layout.stored) {
-      if constexpr (layout.kReadsBf16) {
+      if constexpr (Layout::kReadsBf16) {
         run_short<Terms>(i, a.input_bf16, a.weight_ih_bf16[d], a.weight_hh_bf16[d]);
       }
     } else {
@@ -452,7 +454,7 @@ struct ForwardDirection {
   const int64_t first;         // row of this direction, in arrays [D, N, ..]
   const int64_t input_stride;  // of the rows that are projected
   const Shard& shard;
-  const ForwardLayout<Cell, T, Terms>& layout;
+  const Layout& layout;
   const int64_t ahead_rows;
   const Walk walk;
   Barrier barrier;
