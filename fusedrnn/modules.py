@@ -368,9 +368,7 @@ class _Layers(_Fused, nn.RNNBase):
         packed = options is not None and options.batch_sizes is not None
         batched = packed or input.dim() == 3
         if not batched:
-            if input.dim() != 2:
-                return None
-            if any([s.dim() != 2 for s in states]):
+            if any([t.dim() != 2 for t in (input, *states)]):
                 return None
             input = input.unsqueeze(1)
             states = [s.unsqueeze(1) for s in states]

@@ -441,13 +441,10 @@ def test_large_batches_take_the_step_path():
 
 
 def test_smaller_multiprocessors_take_fewer_layers():
-    try:
-        with emulated():
-            module().set_device(8, 6, 82, 99 * 1024)
-            assert layer_of(96).block(False)
-            assert not layer_of(160).block(False)
-    finally:
-        module().set_device(9, 0, 132, 227 * 1024)
+    with emulated():  # which sets the device back
+        module().set_device(8, 6, 82, 99 * 1024)
+        assert layer_of(96).block(False)
+        assert not layer_of(160).block(False)
 
 
 def test_forced_path_that_cannot_be():

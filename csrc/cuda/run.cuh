@@ -101,9 +101,9 @@ struct Run {
            arguments...);
   }
 
-  // A kernel that another one follows, step's second.
-  static StepPair going_on(StepPair steps) {
-    steps.goes_on = true;
+  // For the first of a step's kernels, which goes on with a second one, or does not.
+  static StepPair first_of(StepPair steps, bool second) {
+    steps.goes_on |= second;
     return steps;
   }
 
@@ -111,18 +111,13 @@ struct Run {
   static void launch_forward(const CudaForwardArgs& args, const ForwardLayer<N>& layer,
                              const StepPair& steps, int64_t rows, bool overlaps, bool is_first) {
     // The first begins when the weights are packed; so the others can load them before they wait.
-    const bool waits = overlaps && !is_first;
+    launch_step<C::kGates, kTiles>(forward_step<N, C, kTiles>, args, args.H, rows,
+                                   overlaps && !is_first, layer, first_of(steps, args.unprojected));
     if constexpr (C::kHasCell) {
-      if (args.unprojected) {
-        launch_step<C::kGates, kTiles>(forward_step<N, C, kTiles>, args, args.H, rows, waits, layer,
-                                       going_on(steps));
-        launch_step<1, kTiles>(forward_projection<N, kTiles>, args, args.P, rows, overlaps, layer,
-                               steps);
-        return;
-      }
+      if (!args.unprojected) return;
+      launch_step<1, kTiles>(forward_projection<N, kTiles>, args, args.P, rows, overlaps, layer,
+                             steps);
     }
-    launch_step<C::kGates, kTiles>(forward_step<N, C, kTiles>, args, args.H, rows, waits, layer,
-                                   steps);
   }
 
   template <int kTiles>
@@ -133,7 +128,7 @@ struct Run {
     if constexpr (C::kHasCell) {
       if (args.grad_hidden) {
         launch_step<C::kGates, kTiles>(backward_step<N, C, kTiles, true>, args, args.P, rows, waits,
-                                       layer, going_on(steps), afters);
+                                       layer, first_of(steps, true), afters);
         launch_step<1, kTiles>(backward_projection<N, C, kTiles>, args, args.H, rows, overlaps,
                                layer, steps, afters);
         return;
