@@ -45,7 +45,7 @@ def test_the_kernel_tests_pass_where_torch_has_no_dlpack_exchange():
         "-c",
         "import sys, pytest, torch; del torch.Tensor.__dlpack_c_exchange_api__; "
         "sys.exit(pytest.main(sys.argv[1:]))",
-        "-q", "-x", "-p", "no:cacheprovider", str(TESTS / "test_sequence.py"),
+        "-q", "-x", "-p", "no:cacheprovider", "-k", "not bits", str(TESTS / "test_sequence.py"),
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:]
     assert " passed" in run.stdout

@@ -655,17 +655,9 @@ def test_compiled_functions_with_options(initial):
     assert all(map(torch.equal, found, torch.autograd.grad(expected[3].sum(), weights)))
 
 
-LOW = pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
-
-
-@pytest.fixture
-def kernels_only(monkeypatch):
-    """No bfloat16 call goes to torch for being faster there."""
-    monkeypatch.setattr(modules, "_TORCH_MULTIPLIES_FASTER", False)
-
-
-@LOW
-@pytest.mark.parametrize("where", ["inside", "around"])
+@pytest.mark.parametrize(
+    ("where", "low"), [("inside", torch.bfloat16), ("around", torch.float16)], ids=str
+)
 @pytest.mark.parametrize("name", BUILDS)
 @pytest.mark.parametrize("call", ["padded", "lengths and reset", "packed"])
 @pytest.mark.usefixtures("kernels_only")
@@ -742,7 +734,7 @@ def test_autocast_of_the_whole_of_a_model():
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
 
 
-@LOW
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 def test_float64_under_autocast_stays_as_it_is_in_a_graph(low):
     module = build(modules, "LSTM", I, H, dtype=torch.float64)
     x = torch.randn(6, 5, I, dtype=torch.float64)

@@ -382,16 +382,20 @@ APART = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize("size", APART, ids=str)
+@pytest.mark.parametrize(
+    ("size", "directions"),
+    [(size, n) for size in APART for n in (1, 2) if n == 1 or size[3] < 1000],  # of time
+    ids=str,
+)
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_an_input_by_sequences_has_the_bits_of_one_by_steps(cell, size, directions, dtype):
     x, initial, weights = layer_inputs(cell, *size, directions, dtype)
     as_it_lies = dtype is not torch.bfloat16 or ops.BF16_PRODUCTS  # else widened before
     apart = x.detach().transpose(0, 1).contiguous().transpose(0, 1)
+    with torch.no_grad(), ran("kernel_forward"):
+        expected = functional.layer(cell, x, initial, weights)
     for threads in (1, 2):
         with num_threads(threads), torch.no_grad(), ran("kernel_forward"):
-            expected = functional.layer(cell, x, initial, weights)
             results = functional.layer(cell, apart, initial, weights)
             plan = ops.plan(cell, apart, initial, weights)
         assert all(map(torch.equal, results, expected))
