@@ -180,12 +180,20 @@ def test_the_same_bits_for_every_thread_count(cell, dtype, size):
     inputs = layer_inputs(cell, *size, dtype)
     grads = [torch.randn_like(r) for r in functional.layer(cell, *inputs)]
     runs = []
-    for threads in (1, 2, 3, 5):
+    for threads in (1, 2, 3, 5, 8):  # 8: rows and units split, test_many_threads.py
         with num_threads(threads), ran("kernel_forward", "kernel_backward"):
             runs.append(run(functional.layer, cell, inputs, grads))
     for other in runs[1:]:
         for a, b in zip(runs[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+def test_rows_and_units_are_both_split():
+    with num_threads(8):
+        plan = ops.plan("lstm", *layer_inputs("lstm", 75, 30, 4, 180, 1, torch.float32))
+    if plan.threads < 8:
+        pytest.skip("fewer than 8 cores")
+    assert (plan.row_shards, plan.unit_shards) == (4, 2)
 
 
 @pytest.mark.parametrize("cell", LAYER_CELLS)
@@ -360,13 +368,13 @@ def test_a_sequence_alone_has_the_bits_that_it_has_in_a_batch(cell, size, direct
         with num_threads(threads), ran("kernel_forward"):
             saved = functional.layer(cell, alone[0], tuple(alone[1:]), weights)
         assert all(map(torch.equal, saved, one))
-        grads = torch.autograd.grad(saved[0].sum(), weights)
-        with num_threads(threads):
+        with num_threads(threads), ran("kernel_forward", "kernel_backward"):
+            grads = torch.autograd.grad(saved[0].sum(), weights)
             again = functional.layer(
                 cell, alone[0], tuple(alone[1:]), weights, ops.Options(recompute=True)
             )
-        for a, b in zip(torch.autograd.grad(again[0].sum(), weights), grads, strict=True):
-            assert torch.equal(a, b)
+            found = torch.autograd.grad(again[0].sum(), weights)
+        assert all(map(torch.equal, found, grads))
 
 
 # T, B, I, H of an input whose rows of consecutive steps are not evenly spaced in memory, and
