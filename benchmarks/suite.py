@@ -425,7 +425,7 @@ def progress(total: float) -> Iterator[Any]:
 def estimate(row: Row, limit: Limits, backends: Sequence[str], seconds: float) -> float:
     """Roughly, in seconds; only the shares of the rows matter."""
     call = row.gflop / limit.gemm[row.dtype]
-    sides = 2 * (1 + sum(peers.applies(b, row.cell, row.dtype, row.mode) for b in backends))
+    sides = 2 * (1 + sum(peers.applies(b, row.cell, row.dtype, MODES[row.mode]) for b in backends))
     pair = min(row.rounds * max(call, common.ROUND_NS / 1e9), max(seconds, 3 * call))
     return sides * (pair + 3 * call) + (2 if row.is_cell and "torch.compile" in backends else 0)
 

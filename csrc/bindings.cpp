@@ -933,11 +933,15 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.attr("isas") = isa_names();
   m.def(
+      "float32_precision", [] { return kPrecisions[Torch::get().float32_precision()]; },
+      "What torch lets float32's products be: a word of torch.set_float32_matmul_precision.");
+  m.def(
       "has_precision",
       [](py::handle word) { return kernels().f32[precision_of(word.ptr())] != nullptr; },
       "Whether the kernels that run have products of this Precision (csrc/sequence.h).");
 #if defined(FUSEDRNN_CUDA_ARCHS)
-  m.attr("cuda") = FUSEDRNN_CUDA_ARCHS;
+  m.attr("cuda")         = FUSEDRNN_CUDA_ARCHS;
+  m.attr("cuda_version") = FUSEDRNN_CUDA_VERSION;
   add_cuda(m);
 #else
   m.attr("cuda") = "";

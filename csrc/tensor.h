@@ -95,11 +95,12 @@ inline bool is_true(PyObject* object) {
 
 // By Precision, torch.set_float32_matmul_precision's words.
 constexpr const char* kPrecisions[] = {"highest", "high", "medium"};
+inline bool is_word(PyObject* object, const char* word) {
+  return PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, word) == 0;
+}
 inline Precision precision_of(PyObject* word) {
   for (const Precision p : {kHighest, kHigh, kMedium}) {
-    if (PyUnicode_Check(word) && PyUnicode_CompareWithASCIIString(word, kPrecisions[p]) == 0) {
-      return p;
-    }
+    if (is_word(word, kPrecisions[p])) return p;
   }
   throw py::value_error("expected a word of torch.set_float32_matmul_precision");
 }
@@ -162,8 +163,20 @@ class Torch {
   int num_threads() const {
     return int(PyLong_AsLong(owned(PyObject_CallNoArgs(num_threads_.ptr())).ptr()));
   }
+  // Of products on the CPU: torch.backends.mkldnn.rnn.fp32_precision, or if that is not set, of
+  // mkldnn.matmul, which torch.set_float32_matmul_precision sets too. Its own getter raises after
+  // any use of these settings.
   Precision float32_precision() const {
-    return precision_of(owned(PyObject_CallNoArgs(precision_.ptr())).ptr());
+    if (!precision_.is_none())
+      return precision_of(owned(PyObject_CallNoArgs(precision_.ptr())).ptr());
+    for (const py::str* operation : {&rnn_, &matmul_}) {
+      PyObject* const args[] = {mkldnn_.ptr(), operation->ptr()};
+      const py::object word  = owned(PyObject_Vectorcall(fp32_precision_.ptr(), args, 2, nullptr));
+      if (is_word(word.ptr(), "bf16")) return kMedium;
+      if (is_word(word.ptr(), "tf32")) return kHigh;
+      if (is_word(word.ptr(), "ieee")) return kHighest;
+    }
+    return kHighest;
   }
   // Whether somebody transforms, rewrites or records torch's operations: functorch, autocast,
   // torch.jit.trace, dispatch modes, forward-mode AD.
@@ -199,9 +212,10 @@ class Torch {
     has_storage_       = c.attr("_has_storage");
     grad_enabled_      = c.attr("is_grad_enabled");
     num_threads_       = c.attr("get_num_threads");
-    precision_         = c.attr("_get_float32_matmul_precision");
-    forward_ad_        = py::module_::import("torch.autograd.forward_ad");
-    profiler_          = py::module_::import("torch.autograd.profiler");
+    fp32_precision_    = py::getattr(c, "_get_fp32_precision_getter", py::none());
+    if (fp32_precision_.is_none()) precision_ = c.attr("_get_float32_matmul_precision");  // < 2.9
+    forward_ad_ = py::module_::import("torch.autograd.forward_ad");
+    profiler_   = py::module_::import("torch.autograd.profiler");
     for (const char* name : {"_are_functorch_transforms_active", "_is_any_autocast_enabled",
                              "_get_tracing_state", "_len_torch_dispatch_stack"}) {
       watchers_.push_back(c.attr(name));
@@ -289,14 +303,16 @@ class Torch {
 
   PyTypeObject *tensor_type_, *parameter_type_;
   std::vector<py::object> dtypes_;  // in the order of Dtype
-  py::object strided_, has_storage_, grad_enabled_, num_threads_, precision_, forward_ad_,
+  py::object strided_, has_storage_, grad_enabled_, num_threads_, fp32_precision_, forward_ad_,
       profiler_;
+  py::object precision_ = py::none();
   std::vector<py::object> watchers_;
   const dlpack::ExchangeApi* api_ = nullptr;
   py::str is_neg_{"is_neg"}, new_empty_{"new_empty"}, contiguous_{"contiguous"},
       transpose_{"transpose"};
   py::int_ zero_{0}, one_{1};
   py::tuple dtype_keyword_ = py::make_tuple("dtype");
+  py::str mkldnn_{"mkldnn"}, rnn_{"rnn"}, matmul_{"matmul"};
   py::str current_level_{"_current_level"}, is_enabled_{"_is_profiler_enabled"};
 };
 

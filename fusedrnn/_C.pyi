@@ -10,11 +10,13 @@ from fusedrnn.ops import Options, Tensors, Weights
 compiler: str  # that built this file
 isas: str  # that it has kernels for, best first: "amx, avx512_bf16, ..., generic"
 cuda: str  # CUDA architectures, likewise
+cuda_version: str  # of the nvcc that built them; there with them only
 
 class Panels:
     calls: int  # that have used them
 
 def isa() -> str: ...
+def float32_precision() -> str: ...
 def has_precision(word: str, /) -> bool: ...
 def release_threads() -> None: ...
 def takes(

@@ -112,10 +112,19 @@ def _openmp_runtimes() -> list[str] | None:
 def _cuda_devices() -> list[Report]:
     import torch
 
+    from fusedrnn import cuda
+
     devices = []
-    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+    nvidia = torch.cuda.is_available() and torch.version.hip is None
+    for i in range(torch.cuda.device_count() if nvidia else 0):
         major, minor = torch.cuda.get_device_capability(i)
-        devices.append({"name": torch.cuda.get_device_name(i), "architecture": f"{major}{minor}"})
+        devices.append(
+            {
+                "name": torch.cuda.get_device_name(i),
+                "architecture": f"{major}{minor}",
+                "unavailable": cuda.unavailable(torch.device("cuda", i)),
+            }
+        )
     return devices
 
 
@@ -129,6 +138,8 @@ def _cuda_problems(devices: list[Report], built: list[str]) -> list[str]:
             continue
         if not built:
             problems.append(f"{device['name']}: this build has no CUDA kernels; {rebuild}")
+        elif device["unavailable"]:
+            problems.append(f"{device['name']}: {device['unavailable']}")
         elif not _runs_on(built, architecture):
             problems.append(
                 f"{device['name']}: CUDA kernels for {', '.join(built)} only, this GPU has "

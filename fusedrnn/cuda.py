@@ -35,14 +35,30 @@ if forced not in ("", "step", "block", "torch"):
     raise RuntimeError(f"FUSEDRNN_KERNEL must be step, block or torch, got {forced!r}")
 
 
-def available(device: torch.device) -> bool:
-    """Whether this build has CUDA kernels, and the device is of those that any build can be for."""
-    return hasattr(_C, "CudaLayer") and _capability(device) >= (8, 0)
-
-
 @cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def unavailable(device: torch.device) -> str | None:
+    """Why this build has no CUDA kernels for the device, whose calls are torch's then; None if it
+    has. A GPU of sm_80 or later that was left out of the build is an error of the call instead."""
+    if torch.version.hip is not None:
+        return "the CUDA kernels are for NVIDIA's GPUs"
+    if not hasattr(_C, "CudaLayer"):
+        return "this build has no CUDA kernels"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the CUDA kernels are for sm_80 and later"
+    # 12080 is CUDA 12.8. A driver runs what any CUDA of its major version, or an older one, built.
+    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # of CUDA builds
+    if driver // 1000 < int(_C.cuda_version.partition(".")[0]):
+        return (
+            f"the CUDA kernels were built with CUDA {_C.cuda_version}, and the driver is for "
+            f"{driver // 1000}.{driver % 1000 // 10}: update it, or rebuild with an older nvcc "
+            "(CUDACXX names it)"
+        )
+    return None
+
+
+def available(device: torch.device) -> bool:
+    """Whether CUDA kernels can compute calls there."""
+    return unavailable(device) is None
 
 
 def takes(
@@ -55,7 +71,7 @@ def takes(
     """Whether the CUDA kernels take these tensors: ordinary dense ones on one CUDA device, of one
     dtype, float32, float64, bfloat16 or float16, of the shapes of one layer (`ops.check_layer`)."""
     return (
-        input.is_cuda and available(input.device) and _fits(cell, input, initial, weights, options)
+        input.is_cuda and _fits(cell, input, initial, weights, options) and available(input.device)
     )
 
 
@@ -176,6 +192,12 @@ def choice(
     if not takes(cell, input, initial, weights, options):
         return None
     return _Layer(cell, input, initial, weights, options).choice(alone and options is None)
+
+
+def cudnn_takes(training: bool) -> bool:
+    """Whether torch would call cuDNN, and that can do what follows: its layers have a backward pass
+    in training mode only. Double backward they never have."""
+    return torch.backends.cudnn.enabled and (training or not torch.is_grad_enabled())
 
 
 def torch_is_faster(cell: str, dtype: torch.dtype, input: Tensor, weights: ops.Weights) -> bool:
@@ -349,7 +371,9 @@ def _addresses(of_directions: Sequence[Tensor | None]) -> list[int]:
 
 
 def _tf32() -> bool:
-    """Whether torch allows TF32 to recurrent layers."""
+    """Whether torch allows TF32 to recurrent layers, and the user to all libraries."""
+    if os.environ.get("NVIDIA_TF32_OVERRIDE") == "0":
+        return False
     # From torch 2.9 on; before, cudnn.rnn is a module without it, or not imported yet.
     precision = getattr(getattr(torch.backends.cudnn, "rnn", None), "fp32_precision", None)
     if precision is not None:

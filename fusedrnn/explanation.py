@@ -53,8 +53,9 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
     cell, first, _, weights, options = layers[0]
     hidden: Any = module.hidden_size
     if first.is_cuda:
-        if not cuda.available(first.device):
-            return "torch.nn: this build has no CUDA kernels for this GPU: see python -m fusedrnn."
+        reason = cuda.unavailable(first.device)
+        if reason is not None:
+            return f"torch.nn: {reason}."
         if cuda.forced == "torch":
             return "torch.nn: FUSEDRNN_KERNEL=torch asks for it."
         if isinstance(module, nn.RNNCellBase):
@@ -80,7 +81,8 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> str:
     kept = prepacking.keeps(module)
     if first.is_cuda:
         try:
-            plans: list[Any] = [cuda.choice(*layer, alone=len(layers) == 1) for layer in layers]
+            alone = len(layers) == 1 and cuda.cudnn_takes(module.training)
+            plans: list[Any] = [cuda.choice(*layer, alone=alone) for layer in layers]
         except RuntimeError as error:  # the call's own: no code for this GPU, say
             return f"error: {error}"
     else:
@@ -203,7 +205,7 @@ def _arithmetic(dtype: torch.dtype, plan: ops.Plan, weights: Any) -> str:
         return f"numbers multiplied as {what}, sums and states in float32, results rounded once"
     if dtype in (torch.float16, torch.bfloat16):
         return f"{str(dtype)[6:]} widened to float32 once, results rounded once"
-    precision = torch.get_float32_matmul_precision()
+    precision = ops.precision()
     if dtype is not torch.float32 or precision == "highest":
         return str(dtype)[6:]
     if precision == "high" and not ops.SPLIT_PRODUCTS:

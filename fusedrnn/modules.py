@@ -391,7 +391,8 @@ class _Layers(_Fused, nn.RNNBase):
         if num_layers == 1:
             arguments = (cell, input, states, weights, options)
             unwatched = input.is_cuda and (not ops.watched() or ops.only_autocast())
-            if unwatched and options is None and compute is _compute:
+            may_be_torchs = options is None and compute is _compute
+            if unwatched and may_be_torchs and cuda.cudnn_takes(self.training):
                 dtype = autocast_dtype(cell, input, states, weights) or input.dtype
                 if cuda.torch_is_faster(cell, dtype, input, weights):
                     return None

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch._C import (
     _are_functorch_transforms_active,
-    _get_float32_matmul_precision,
     _get_tracing_state,
     _is_any_autocast_enabled,
     _len_torch_dispatch_stack,
@@ -170,10 +169,10 @@ def _cuda() -> Any:
 
 
 def precision(bf16: bool = False) -> str:
-    """What torch.set_float32_matmul_precision lets float32's products be, "highest", "high" or
-    "medium"; of a call with Options.bf16, "medium".
+    """What torch lets float32's products be, in set_float32_matmul_precision's words: "highest",
+    "high" or "medium"; of a call with Options.bf16, "medium".
     """
-    return "medium" if bf16 else _get_float32_matmul_precision()
+    return "medium" if bf16 else _C.float32_precision()
 
 
 class Plan(NamedTuple):

@@ -464,6 +464,34 @@ def test_tf32_in_older_torch(allowed, monkeypatch):
         assert cuda._tf32() == allowed
 
 
+def test_cudnn_is_asked_for_what_it_can_do():
+    assert cuda.cudnn_takes(True)
+    assert not cuda.cudnn_takes(False)  # backward
+    with torch.no_grad():
+        assert cuda.cudnn_takes(False)
+    with torch.backends.cudnn.flags(enabled=False):
+        assert not cuda.cudnn_takes(True)
+
+
+@pytest.mark.parametrize(
+    ("hip", "capability", "driver", "reason"),
+    [
+        (None, (9, 0), 13000, None),
+        (None, (9, 0), 12080, "built with CUDA 13.0.88, and the driver is for 12.8"),
+        (None, (7, 5), 13000, "sm_80 and later"),
+        ("6.4", (9, 4), 60400, "NVIDIA"),
+    ],
+)
+def test_gpus_and_drivers_that_no_kernel_runs_on(hip, capability, driver, reason, monkeypatch):
+    extension = SimpleNamespace(CudaLayer=None, cuda_version="13.0.88")
+    monkeypatch.setattr(cuda, "_C", extension)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    found = cuda.unavailable.__wrapped__(torch.device("cuda"))
+    assert found is None if reason is None else reason in found
+
+
 def test_torch_can_be_asked_for():
     module = LSTM(2, 3)
     with emulated("torch"), ran("torch"):
@@ -519,9 +547,11 @@ def test_each_barrier_is_needed():
     try:
         for site in sites:
             module().disable_site(site)
-            with pytest.raises((AssertionError, RuntimeError)) as caught:
+            try:
                 suite()
-            assert caught.value is not None, site
+            except (AssertionError, RuntimeError):
+                continue
+            pytest.fail(f"nothing fails without {site}")
     finally:
         module().disable_site(None)
     suite()

@@ -774,5 +774,7 @@ def test_compute_sanitizer(tool):
         command += ["--report-api-errors", "no"]
     command += ["--kernel-regex", "kns=fusedrnn", sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    if "Device not supported" in done.stdout + done.stderr:
+        pytest.skip("compute-sanitizer does not support this machine")
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert "all ran" in done.stdout

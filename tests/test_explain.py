@@ -1,6 +1,9 @@
 """What `explain` says is what happens: its first word against the counters, its plan against the
 shapes that each plan is for."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from helpers import CELLS, LAYERS, build, matmul_precision, pair, ran, states
@@ -201,3 +204,39 @@ def test_a_precision(precision, served, words, excuse):
         else:
             assert f"{precision!r}, but {excuse}" in says(module, x)
         assert ", float64." in says(module.double(), x.double())
+
+
+# Beside torch.set_float32_matmul_precision, whose getter raises after any of them.
+SETTINGS = {
+    "cuda.matmul.fp32_precision = 'tf32'": "highest",
+    "fp32_precision = 'tf32'": "high",
+    "mkldnn.matmul.fp32_precision = 'bf16'": "medium",
+    "mkldnn.fp32_precision = 'bf16'; torch.backends.mkldnn.rnn.fp32_precision = 'ieee'": "highest",
+    "cuda.matmul.allow_tf32 = not torch.set_float32_matmul_precision('medium')": "medium",
+}
+CALLS = """
+import fusedrnn, torch
+layer, x = fusedrnn.LSTM(64, 64), torch.randn(9, 20, 64)
+torch.backends.{setting}
+print(fusedrnn.ops.precision(), fusedrnn.explain(layer, x))
+with torch.no_grad():
+    results = layer(x)[0]
+layer(x)[0].sum().backward()
+torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
+torch.backends.mkldnn.matmul.fp32_precision = torch.backends.mkldnn.rnn.fp32_precision = "none"
+torch.set_float32_matmul_precision("{word}")
+with torch.no_grad():
+    assert torch.equal(results, layer(x)[0])
+assert fusedrnn.ops.counts == {{**fusedrnn.ops.counts, "kernel_forward": 3, "torch": 0}}
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(torch._C, "_get_fp32_precision_getter"), reason="torch has no such settings"
+)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_of_single_backends(setting):
+    code = CALLS.format(setting=setting, word=SETTINGS[setting])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == SETTINGS[setting]

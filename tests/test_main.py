@@ -14,11 +14,12 @@ import torch
 
 import fusedrnn
 import fusedrnn.__main__ as main
-from fusedrnn import ops
+from fusedrnn import cuda, ops
 
 ROOT = Path(__file__).parents[1]
 DTYPES = {"float32", "float64", "bfloat16", "float16"}
-ALL_PASSED = "{0} of {0} passed".format(32 if torch.cuda.is_available() else 16)
+DEVICES = 1 + (torch.cuda.is_available() and cuda.available(torch.device("cuda")))
+ALL_PASSED = f"{DEVICES * 16} of {DEVICES * 16} passed"
 
 
 def command(*arguments, cwd=ROOT, path=ROOT, **environment):
@@ -136,7 +137,7 @@ def test_kernels_that_compute_something_else_fail_the_self_test(monkeypatch, cap
     monkeypatch.setattr(ops, "backward", wrong)
     assert main.main([]) == 1
     text = capsys.readouterr().out
-    assert "12 of 16 passed" in text
+    assert f"{DEVICES * 12} of {DEVICES * 16} passed" in text
     problems = re.findall(
         r"PROBLEM +self-test, gru (\w+) on cpu: differs from the reference by 1", text
     )
@@ -154,8 +155,8 @@ def test_kernels_that_give_nan_or_raise_fail_the_self_test(monkeypatch):
 
     monkeypatch.setattr(ops, "forward", wrong)
     errors = [row["error"] for row in main._self_test()]
-    assert errors[:4] == ["RuntimeError: no memory"] * 4
-    assert errors[4:] == ["differs from the reference by nan"] * 12
+    expected = ["RuntimeError: no memory"] * 4 + ["differs from the reference by nan"] * 12
+    assert errors == expected * DEVICES
 
 
 def test_kernels_that_do_not_run_fail_the_self_test(monkeypatch):
@@ -339,6 +340,11 @@ def test_help_names_both_commands(capsys, arguments):
     ],
 )
 def test_gpus_that_the_build_is_not_for_are_named(architecture, built, problem):
-    devices = [{"name": "A GPU", "architecture": architecture}]
+    devices = [{"name": "A GPU", "architecture": architecture, "unavailable": None}]
     found = main._cuda_problems(devices, built)
     assert (found == []) if problem is None else (len(found) == 1 and problem in found[0])
+
+
+def test_a_driver_that_is_too_old_is_named():
+    devices = [{"name": "A GPU", "architecture": "90", "unavailable": "the driver is old"}]
+    assert main._cuda_problems(devices, ["90a"]) == ["A GPU: the driver is old"]

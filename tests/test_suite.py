@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ran
 
 import fusedrnn
 from benchmarks import common, memory, peers, report, suite
@@ -373,6 +374,18 @@ def test_peak_is_the_memory_in_use_at_once():
     for call, expected in ((one_after_the_other, 1), (together, 2), (not_torch, 1)):
         assert memory.peak_bytes(call) == pytest.approx(expected * size, rel=0.05)
     assert memory.peak_bytes(lambda: None) < 1 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_peak_has_the_kernels_scratch_memory():
+    layer = fusedrnn.LSTM(512, 512)
+    weights = 2 * 4 * 512 * 512 * 4  # bytes, laid out anew
+
+    def call():
+        with torch.inference_mode(), ran("kernel_forward"):
+            layer(torch.zeros(8, 1, 512))
+
+    assert weights < memory.peak_bytes(call) < 1.5 * weights
 
 
 def test_peak_is_none_where_the_system_does_not_tell(monkeypatch):
