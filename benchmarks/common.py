@@ -11,6 +11,7 @@ import importlib.util
 import math
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -148,12 +149,16 @@ def cores() -> int:
 
 
 def cpu_model() -> str:
+    """The name, with family and model where Linux tells them: a virtual machine's says little."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+        text = ""
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", text, re.MULTILINE))
+    name = found.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in found and "model" in found:
+        name += f" (family {found['cpu family']}, model {found['model']})"
+    return name
 
 
 def machine() -> str:

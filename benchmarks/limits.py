@@ -1,4 +1,4 @@
-"""What the machine does at best, measured in the run that is compared with it."""
+"""What torch.mm and reading memory reach, measured in the run that is compared with them."""
 
 from __future__ import annotations
 

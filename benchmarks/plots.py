@@ -130,7 +130,7 @@ def heat_maps(
 def rooflines(
     plt: Any, content: dict[str, Any], rows: list[dict[str, Any]], dtype: str, threads: int | None
 ) -> Any:
-    """GFLOP/s against operations a byte, both axes logarithmic, and the limits measured."""
+    """GFLOP/s against operations a byte, both axes logarithmic, and the rates of limits.py."""
     limit = content["limits"][str(threads)]
     peak = limit["gemm"][dtype]
     modes = [mode for mode in suite.MODES if any(row["mode"] == mode for row in rows)]
@@ -171,7 +171,7 @@ def rooflines(
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(
-        "Roofline: rates of one layer, and the limits measured in the same run\n"
+        "Roofline: rates of one layer; of torch.mm, L2 and memory in the same run\n"
         + subtitle(content, dtype, threads),
         fontsize=10,
     )

@@ -22,7 +22,7 @@ NOTES = """\
 - ratio: how many times faster fusedrnn is; quartiles: of its ratio to torch.nn. loop: the cells in
   plain torch operations (fusedrnn/reference.py). onnxruntime has its weights laid out once before,
   and its threads are told to stop spinning between its calls
-- of GEMM: of torch.mm's GFLOP/s in the row's dtype, counting the products only
+- of torch.mm: of its GFLOP/s in the row's dtype, counting the products only
 - of L2, B = 1: the bytes of weight_hh, every step and every step back, per second, of what
   torch.sum reads there. A weight_hh that stays in L1 can be read faster
 - ran: what computed fusedrnn's calls, as its counters say
@@ -84,7 +84,7 @@ def row_columns(row: Content, columns: int) -> list[str]:
 def row_tables(content: Content) -> list[str]:
     titles = ["B, T, H", "mode", "threads", "torch.nn ms", "fusedrnn ms", "ratio", "quartiles"]
     titles += [f"{title} (ratio)" for title in PEERS.values()]
-    titles += ["GFLOP/s", "of GEMM", "of L2", "ran", "rounds"]
+    titles += ["GFLOP/s", "of torch.mm", "of L2", "ran", "rounds"]
     lines = []
     for (dtype, cell), rows in by_dtype_and_cell(content).items():
         lines += ["", f"## {cell}, {dtype}", ""]
@@ -318,8 +318,8 @@ def report(content: Content) -> str:
 
 def differences(a: Content, b: Content) -> list[str]:
     """What of the machines and programs is not the same."""
-    names = ("cpu", "cores", "isa", "gpu", "threads", "torch", "python")
-    pairs = ((name, a["environment"][name], b["environment"][name]) for name in names)
+    names = ("cpu", "cores", "isa", "limited", "gpu", "threads", "torch", "python")
+    pairs = ((name, *(c["environment"].get(name) for c in (a, b))) for name in names)
     return [f"{name} {one} and {two}" for name, one, two in pairs if one != two]
 
 

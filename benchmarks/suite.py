@@ -310,7 +310,7 @@ def measure_row(
 
 
 def shares(row: Row, ours: float, theirs: float, limit: Limits) -> dict[str, Any]:
-    """Of the machine's limits, for calls that take `ours` and `theirs` seconds.
+    """Of the rates that limits.py measures, for calls that take `ours` and `theirs` seconds.
 
     of_l2, with B = 1: the bytes of weight_hh, every step and every step back, a second. weight_ih
     is not in it, as one read of it can serve many steps.

@@ -903,7 +903,9 @@ PyObject* method(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
   } catch (const NotOrdinary&) {
     Py_RETURN_NOTIMPLEMENTED;
   } catch (const std::bad_alloc&) {
-    PyErr_NoMemory();
+    // torch's error, which programs look for.
+    PyErr_SetString(PyExc_RuntimeError,
+                    "DefaultCPUAllocator: can't allocate memory (for fusedrnn's kernels)");
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
   }

@@ -179,11 +179,14 @@ class Torch {
     return kHighest;
   }
   // Whether somebody transforms, rewrites or records torch's operations: functorch, autocast,
-  // torch.jit.trace, dispatch modes, forward-mode AD.
+  // torch.jit.trace, dispatch modes and those before dispatch (of make_fx), forward-mode AD.
   bool watched() const {
     for (const py::object& watches : watchers_) {
       if (returns_true(watches)) return true;
     }
+    PyObject* const key[] = {pre_dispatch_.ptr()};
+    if (is_true(owned(PyObject_Vectorcall(includes_key_.ptr(), key, 1, nullptr)).ptr()))
+      return true;
     return PyLong_AsLong(attribute(forward_ad_, current_level_).ptr()) >= 0;
   }
   bool profiled() const { return attribute(profiler_, is_enabled_).is(py::bool_(true)); }
@@ -220,6 +223,8 @@ class Torch {
                              "_get_tracing_state", "_len_torch_dispatch_stack"}) {
       watchers_.push_back(c.attr(name));
     }
+    includes_key_            = c.attr("_dispatch_tls_is_dispatch_key_included");
+    pre_dispatch_            = c.attr("DispatchKey").attr("PreDispatch");
     const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
     if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
       const auto* api = static_cast<const dlpack::ExchangeApi*>(
@@ -306,6 +311,7 @@ class Torch {
   py::object strided_, has_storage_, grad_enabled_, num_threads_, fp32_precision_, forward_ad_,
       profiler_;
   py::object precision_ = py::none();
+  py::object includes_key_, pre_dispatch_;
   std::vector<py::object> watchers_;
   const dlpack::ExchangeApi* api_ = nullptr;
   py::str is_neg_{"is_neg"}, new_empty_{"new_empty"}, contiguous_{"contiguous"},

@@ -93,6 +93,7 @@ def _change_classes(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {_type_name(type(model))}")
     report = Report()
+    changed: list[tuple[nn.Module, Any]] = []  # all at the end, as filter_fn may raise
     for name, module in model.named_modules():
         # A parametrized module is of a class of its own, made by torch, right below the real one.
         parametrized = is_parametrized(module)
@@ -108,7 +109,9 @@ def _change_classes(
             if parametrized:
                 # Not by changing the class's base: deep copies of the module share the class.
                 new = type(f"Parametrized{new.__name__}", (new,), dict(vars(type(module))))
-            module.__class__ = new
+            changed.append((module, new))
+    for module, new in changed:
+        module.__class__ = new
     return report
 
 

@@ -367,7 +367,7 @@ class _SequenceFunction(Function):
         if all([g is None for g in grads]):
             return (None,) * (3 + len(tensors))
         found: Sequence[Tensor | None] | None = None
-        if not (torch.is_grad_enabled() or ops.transformed()):
+        if not torch.is_grad_enabled() and (not ops.watched() or ops.only_autocast()):
             arguments = (*_unpack(num_states, tensors), saved, grads, needed, options)
             found = ops.backward(cell, *arguments, 0, ctx.precision)
         if found is None:
@@ -412,11 +412,6 @@ def _reference_backward(
     with torch.enable_grad():
         # Views, so that a tensor passed twice (h0 as c0, say) is two inputs here.
         inputs = [t if t is None else t.view_as(t) for t in tensors]
-        if not differentiable:
-            inputs = [
-                t if t is None else t.detach().requires_grad_(n)
-                for t, n in zip(inputs, needed, strict=True)
-            ]
         results = reference_layer(cell, *_unpack(num_states, inputs), options)
         wanted = [t for t, n in zip(inputs, needed, strict=True) if n and t is not None]
         pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]

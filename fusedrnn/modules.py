@@ -172,6 +172,11 @@ class _Fused:
         """The call by torch's own implementation, with torch's own errors."""
         if isinstance(input, torch.fx.Proxy) or isinstance(hx, torch.fx.Proxy):
             # In a symbolic trace a call of this module, as the tracer makes it of torch.nn's.
+            if self._forward_hooks or self._forward_pre_hooks:  # type: ignore[attr-defined]
+                raise RuntimeError(
+                    "torch.fx.symbolic_trace would run this module's forward hooks twice: trace "
+                    "after fusedrnn.restore(model), and replace in the traced model"
+                )
             tracer: Any = (input if isinstance(input, torch.fx.Proxy) else hx).tracer
             arguments = (input,) if hx is None else (input, hx)
             name = tracer.path_of_module(self)

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C import (
+    DispatchKey,
     _are_functorch_transforms_active,
+    _dispatch_tls_is_dispatch_key_included,
     _get_tracing_state,
     _is_any_autocast_enabled,
     _len_torch_dispatch_stack,
@@ -104,9 +106,7 @@ def watched() -> bool:
 
 def only_autocast() -> bool:
     """Whether `watched`, and by autocast alone: the kernels convert as it would."""
-    return _is_any_autocast_enabled() and not (
-        transformed() or _get_tracing_state() or _len_torch_dispatch_stack()
-    )
+    return _is_any_autocast_enabled() and not (transformed() or _traced())
 
 
 def transformed() -> bool:
@@ -117,10 +117,16 @@ def transformed() -> bool:
 def only_transformed() -> bool:
     """Whether functorch transforms are active, and nobody else is watching."""
     return _are_functorch_transforms_active() and not (
-        forward_ad._current_level >= 0
-        or _is_any_autocast_enabled()
-        or _get_tracing_state()
+        forward_ad._current_level >= 0 or _is_any_autocast_enabled() or _traced()
+    )
+
+
+def _traced() -> bool:
+    """Whether torch.jit.trace, a dispatch mode or one before dispatch (of make_fx) is active."""
+    return bool(
+        _get_tracing_state()
         or _len_torch_dispatch_stack()
+        or _dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch)
     )
 
 

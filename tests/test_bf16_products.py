@@ -340,6 +340,7 @@ def test_projections_are_not_rounded():
         assert not Precision("LSTM", proj_size=16).changes(precision)
 
 
+@pytest.mark.usefixtures("kernels_only")
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
 def test_autocast_rounds_products_back_and_forth(cell):
     module = build(modules, cell, 24, 32)
@@ -358,6 +359,7 @@ def test_autocast_rounds_products_back_and_forth(cell):
     assert torch.equal(gradients["medium", True], gradients["medium", False])
 
 
+@pytest.mark.usefixtures("kernels_only")
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])
 def test_autocast_in_a_graph_has_the_same_products(cell):
     module = build(modules, cell, 24, 32)

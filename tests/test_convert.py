@@ -290,6 +290,13 @@ def test_filter_of_another_type_is_an_error_and_changes_nothing(filter_fn):
     assert type(model.high) is nn.LSTM
 
 
+def test_a_filter_that_raises_changes_nothing():
+    model = nn.ModuleList([nn.LSTM(3, 4), nn.GRU(3, 4)])
+    with pytest.raises(ZeroDivisionError):
+        replace(model, lambda name, _: 1 / (1 - int(name)) > 0)
+    assert [type(module) for module in model] == [nn.LSTM, nn.GRU]
+
+
 def weight_normed(name):
     module = seeded(getattr(nn, name), 3, 4, dtype=torch.float64)
     weight = "weight_hh" if name.endswith("Cell") else "weight_hh_l0"

@@ -536,8 +536,8 @@ def test_compiled_model_matches_torch(kind):
     options = {"num_layers": 2, "dropout": 0.5} if kind in LAYERS else {}
     theirs, ours = taggers(kind, **options)
     torch._dynamo.reset()
-    compiled = torch.compile(ours, backend="aot_eager", fullgraph=kind in CELLS)
-    # Layers break the graph and run the kernels; a cell becomes part of the graph.
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    # The layers of it are the kernels', a cell torch's operations.
     with ran(*(KERNELS if kind in LAYERS else ())):
         actual = run(compiled, tagger_input(kind))
     expected = run(theirs, tagger_input(kind))
@@ -586,13 +586,46 @@ def test_traced_and_scripted_models_match_torch(kind):
     torch.testing.assert_close(scripted(other), theirs(other))
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("pre_dispatch", [True, False])
 @pytest.mark.parametrize("kind", LAYERS + CELLS)
-def test_make_fx_records_every_operation(kind):
+def test_make_fx_records_every_operation(kind, pre_dispatch, grad):
     make_fx = torch.fx.experimental.proxy_tensor.make_fx
     theirs, ours = (model.eval() for model in taggers(kind))
-    graph = make_fx(lambda input: ours(input))(tagger_input(kind))
+    with torch.set_grad_enabled(grad):
+        graph = make_fx(lambda input: ours(input), pre_dispatch=pre_dispatch)(tagger_input(kind))
     other = -tagger_input(kind)
     torch.testing.assert_close(graph(other), theirs(other))
+
+
+@pytest.mark.parametrize("kind", LAYERS + CELLS)
+def test_make_fx_records_the_backward_pass_alone(kind):
+    _, ours = taggers(kind)
+    input = tagger_input(kind).requires_grad_()
+    output = ours(input)
+
+    def function(grad):
+        return torch.autograd.grad(output, input, grad, retain_graph=True)[0]
+
+    made = torch.fx.experimental.proxy_tensor.make_fx(function)(torch.randn_like(output))
+    grad = torch.randn_like(output)
+    torch.testing.assert_close(made(grad), function(grad))
+
+
+@pytest.mark.parametrize("kind", LAYERS + CELLS)
+def test_vmap_of_a_backward_pass(kind):
+    """The usual way to a Jacobian, of a graph that was made outside."""
+    found = []
+    for module in taggers(kind):
+        input = tagger_input(kind).requires_grad_()
+        output = module.eval()(input)
+        grads = torch.randn(3, *output.shape, generator=torch.Generator().manual_seed(0))
+        found.append(
+            torch.func.vmap(
+                lambda v, o=output, i=input: torch.autograd.grad(o, i, v, retain_graph=True)[0]
+            )(grads)
+        )
+    torch.testing.assert_close(*found)
 
 
 def test_fake_tensors_give_shapes():

@@ -608,6 +608,14 @@ def test_lengths_are_not_traced():
     torch.testing.assert_close(traced(-x, lengths), constant(-x, lengths))
 
 
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_symbolic_trace_of_hooks_is_an_error(register):
+    model = nn.Sequential(fusedrnn.LSTM(3, 4))
+    getattr(model[0], register)(lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"hooks twice: trace after fusedrnn.restore"):
+        torch.fx.symbolic_trace(model)
+
+
 @pytest.mark.parametrize("way", ["replace", "patched"])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_symbolic_trace_has_them_as_one_node(kind, way):

@@ -29,7 +29,7 @@ from .common import Run
 from .scenes import Scene, Vocabulary
 
 WORDS = Vocabulary(" ".join(["a left of above", *scenes.SIZES, *scenes.COLOURS, *scenes.SHAPES]))
-LONGEST = 10  # words and END
+LONGEST = 11  # words and END
 INJECTIONS = {"h0": (True, False), "every step": (False, True), "both": (True, True)}
 FULL = {"steps": 900, "hidden": 96, "batch": 64}
 QUICK = {"steps": 600, "hidden": 96, "batch": 48}
