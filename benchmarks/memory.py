@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import gc
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fusedrnn import ops
 
 from . import common
 
@@ -42,7 +43,7 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int | None:
 
     On the CPU that is the process's resident memory, as Linux tells it: scratch memory of oneDNN
     and of fusedrnn's kernels counts, which torch's profiler does not see, and so does what malloc
-    wastes. Small calls are told to a few hundred KiB. None where the system does not tell. On CUDA
+    wastes. Small calls are told to some tens of KiB. None where the system does not tell. On CUDA
     devices it is what torch's allocator has given out.
     """
     call()  # what is made once is not the call's
@@ -59,15 +60,13 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int | None:
 
 
 def _peak(call: Callable[[], Any]) -> int:
-    threads = torch.get_num_threads()
-    # A new thread, as fusedrnn's kernels keep scratch memory for a thread's next call.
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as new:
-        new.submit(torch.get_num_threads).result()  # has started
-        ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed before would be taken unseen
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the highest so far, starts anew
-        before = _resident("VmRSS")
-        new.submit(call).result()
-        return _resident("VmHWM") - before
+    # Else memory that was kept or freed before would be taken unseen.
+    ops._C.release_memory()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the highest so far, starts anew
+    before = _resident("VmRSS")
+    call()
+    return _resident("VmHWM") - before
 
 
 def _resident(name: str) -> int:

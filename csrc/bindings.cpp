@@ -950,6 +950,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   py::class_<Panels>(m, "Panels", "One layer's weights as the kernels read them.")
       .def_readonly("calls", &Panels::calls, "How many calls have used them.");
+  m.def("release_memory", release_memory, "Frees what this thread keeps for its next calls.");
   m.def("release_threads", release_threads, "Ends this thread's idle OpenMP threads.");
   static PyMethodDef methods[] = {
       definition<forward, 9>("forward"), definition<backward, 11>("backward"),

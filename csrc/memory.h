@@ -5,6 +5,9 @@
 
 namespace fusedrnn {
 
+// Frees what this thread keeps for its next calls.
+void release_memory();
+
 // Asks for large pages in [data, data + bytes), as far as whole ones fit; only advice.
 void advise_large_pages(void* data, size_t bytes);
 
