@@ -603,9 +603,7 @@ def unavailable() -> str | None:
     """Why nothing can be measured here."""
     if not torch.cuda.is_available():
         return "no CUDA GPU was found"
-    if not cuda.available(DEVICE):
-        return "this build of fusedrnn has no CUDA kernels"
-    return None
+    return cuda.unavailable(DEVICE)
 
 
 def measure(report: Report, quick: bool, seconds: int | None = None) -> None:

@@ -2,8 +2,10 @@
 results and gradients, and the counters that say who computed. No tests."""
 
 import os
+import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -30,6 +32,17 @@ def with_build_tools(path=None):
     """The search path `path`, else that of the environment, after what lies beside this Python:
     cmake and ninja, which need not be on it."""
     return os.path.dirname(sys.executable) + os.pathsep + (path or os.environ["PATH"])
+
+
+def python(*arguments, **environment):
+    """The finished process of this Python in the project's folder."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
 
 
 def pair(kind, *args, **kwargs):

@@ -1,25 +1,13 @@
 """Every instruction set that this machine has, each in a process of its own; and wrong choices."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import python
 
 import fusedrnn
 
 TESTS = Path(__file__).parent
-
-
-def python(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        cwd=TESTS.parent,
-    )
 
 
 @pytest.mark.parametrize("isa", ["generic", "neon_bf16", "avx2", "avx512", "avx512_bf16", "amx"])
